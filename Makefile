@@ -1,0 +1,158 @@
+# `make` alone lists what there is to make.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+# The Python of .venv, and the Pythons that `make test-pythons` looks for.
+PYTHON ?= python3
+PYTHONS ?= 3.10 3.11 3.12 3.13
+# More arguments for pytest: make test ARGS="-k restore -x"
+ARGS ?=
+
+VENV := .venv
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PIP_USE_PEP517 := 1
+
+.PHONY: help venv demo test test-fast test-pythons lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/.stamp ## build .venv with cassbackup (editable) and what its tests need
+
+demo: $(VENV)-demo/.stamp ## back up a small Cassandra tree into a local directory, and compare every byte
+	@$(VENV)-demo/bin/python --version
+	@bash -euo pipefail -c "$$DEMO" demo $(VENV)-demo/bin/python
+
+test: $(VENV)/.stamp ## run all tests on the Python of .venv
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/.stamp ## the same without the slow ones
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-pythons: $(VENV)/.stamp ## run the tests that are not slow on every other Python found here
+	@bash -euo pipefail -c "$$TEST_PYTHONS"
+
+lint: $(VENV)/.stamp ## ruff and mypy, nothing is changed
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy --strict cassbackup.py
+
+format: $(VENV)/.stamp ## let ruff mend imports and layout
+	$(VENV)/bin/python -m ruff check --fix --select I .
+	$(VENV)/bin/python -m ruff format .
+
+clean: ## remove all that make has made
+	rm -rf $(VENV) $(VENV)-* .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+define VENV_FOR_TESTS
+	@bash -euo pipefail -c "$$NEW_VENV" venv $(@D) $(PYTHON)
+	$(@D)/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+endef
+
+$(VENV)/.stamp: setup.py
+	$(VENV_FOR_TESTS)
+
+$(VENV)-3.%/.stamp: setup.py
+	$(VENV_FOR_TESTS)
+
+# A file:// bucket needs neither boto3 nor Google's client.
+$(VENV)-demo/.stamp: setup.py
+	@bash -euo pipefail -c "$$NEW_VENV" venv $(@D) $(PYTHON)
+	$(@D)/bin/python -m pip install --quiet requests pyinotify 'pyasyncore; python_version >= "3.12"'
+	@touch $@
+
+# Debian's python3 has no ensurepip until python3-venv is installed, so: venv, then virtualenv, then ask apt-get.
+define NEW_VENV
+dir=$$1 python=$$2
+command -v "$$python" >/dev/null || { echo "no $$python here; on Debian: apt-get install python3 python3-venv" >&2; exit 1; }
+"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    { echo "cassbackup needs Python 3.10 or newer, and $$python is $$("$$python" --version 2>&1); try: make PYTHON=python3.11" >&2; exit 1; }
+works() { "$$dir/bin/python" -m pip --version; } &>/dev/null
+new() { rm -rf "$$dir"; "$$python" -m venv "$$dir" &>/dev/null && works; }
+other() { rm -rf "$$dir"; command -v virtualenv >/dev/null && virtualenv --quiet --python "$$python" "$$dir" && works; }
+apt() {
+    test "$$(id -u)" = 0 && command -v apt-get >/dev/null || return 1
+    echo "installing python3-venv, which $$python lacks" >&2
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get install -qq -y python3-venv >/dev/null 2>&1 || { apt-get update -qq && apt-get install -qq -y python3-venv >/dev/null; }
+}
+works || new || other || { apt && new; } || {
+    "$$python" -m venv "$$dir" >&2 || true
+    rm -rf "$$dir"
+    echo "$$python cannot make a virtual environment. Type: sudo apt-get install python3-venv" >&2
+    exit 1
+}
+endef
+export NEW_VENV
+
+# A pyenv shim may stand on PATH for a Python that it then refuses to run, so each candidate is tried.
+define TEST_PYTHONS
+version_of() { "$$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+find_python() {
+    for candidate in $$(command -v python$$1) "$${HOME:-}"/.pyenv/versions/$$1.*/bin/python$$1; do
+        if test "$$(version_of "$$candidate")" = "$$1"; then echo "$$candidate"; return; fi
+    done
+}
+own=$$(version_of $(VENV)/bin/python) tested=
+for version in $(PYTHONS); do
+    test $$version != $$own || continue
+    python=$$(find_python $$version)
+    test -n "$$python" || { echo "== Python $$version: not found here"; continue; }
+    echo "== Python $$version: $$python"
+    $(MAKE) --no-print-directory $(VENV)-$$version/.stamp PYTHON="$$python"
+    $(VENV)-$$version/bin/python -m pytest -m "not slow" $(ARGS)
+    tested="$$tested $$version"
+done
+echo "== tested beside $$own:$${tested:- nothing, no other Python was found}"
+endef
+export TEST_PYTHONS
+
+# A table with two SSTables, an incremental backup and a snapshot, all made as Cassandra makes them: by hard links.
+define DEMO
+python=$$PWD/$$1 root=$$PWD/.demo table=ks1/users-5a1c395e8b3e11ecbd3d0242ac130003
+rm -rf "$$root"
+mkdir -p "$$root"/bucket "$$root"/data/$$table/{backups,snapshots/daily}
+cd "$$root/data/$$table"
+
+say() { printf '\n$$ %s\n' "$$*"; }
+cassbackup() { say cassbackup "$$@"; "$$python" "$${root%/*}/cassbackup.py" "$$@"; }
+sstable() {
+    for part in Data.db Index.db Filter.db Statistics.db Summary.db CompressionInfo.db; do
+        head -c "$$2" /dev/urandom > "$$1-$$part"
+    done
+    "$$python" -c 'import sys, zlib; print(zlib.crc32(open(sys.argv[1], "rb").read()), end="")' "$$1-Data.db" > "$$1-Digest.crc32"
+    printf '%s\n' Data.db Index.db Filter.db Statistics.db Summary.db CompressionInfo.db Digest.crc32 TOC.txt > "$$1-TOC.txt"
+}
+
+sstable nb-1-big 300000
+sstable nb-2-big 20000
+ln nb-2-big-* backups/
+ln nb-* snapshots/daily/
+echo '{"files": ["nb-1-big-Data.db", "nb-2-big-Data.db"]}' > snapshots/daily/manifest.json
+echo 'CREATE TABLE ks1.users (id int PRIMARY KEY, name text);' > snapshots/daily/schema.cql
+
+export BUCKET_NAME="file://$$root/bucket" CASSBACKUP_NAME=demo CASSBACKUP_STATE_DIR="$$root/state"
+cassbackup watch --once "$$root/data"
+cassbackup list
+
+say 'compare each file that the newest listing names with what Cassandra has'
+"$$python" - "$$root" <<'END'
+import json, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+listing = max(root.glob("bucket/demo.listings/ks1/*/snapshots/daily/*/*-complete-*.json"))
+directories = json.loads(listing.read_text())["directories"]
+files = [(pathlib.Path(path, file["name"]), root / "bucket" / file["key"]) for path, found in directories.items() for file in found]
+different = [str(source) for source, stored in files if source.read_bytes() != stored.read_bytes()]
+missing = {path.name for path in root.glob("data/ks1/*/snapshots/daily/*")} - {source.name for source, _ in files}
+if different or missing:
+    sys.exit(f"different: {different}, missing: {sorted(missing)}")
+print(f"{len(files)} files of snapshot daily, all the same. The bucket is {root}/bucket: have a look.")
+END
+endef
+export DEMO

@@ -1,0 +1,252 @@
+"""Fixtures: buckets of every kind, a stand-in node, a fault proxy, and the program under test as a process.
+
+Nothing here imports cassbackup: its commands and its daemon run as an operator would run them, in an
+environment that holds nothing of the developer's cloud accounts and leads to no metadata service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import servers
+from faultproxy import FaultProxy
+from servers import Bucket, FakeMetadata, FileBucket, GcsEmulator, MotoS3, RcloneS3, Service
+from tree import Node
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMAND_TIMEOUT_S = 110.0
+NO_METADATA = {"AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true"}
+FOREIGN = re.compile(
+    r"(AWS|BOTO|CASSBACKUP|CLOUDSDK|GCE|GCLOUD|GOOGLE|STORAGE)_.*|BUCKET_NAME|REGION|NO_GCE_CHECK"
+    r"|(https?|all|no)_proxy|NOTIFY_SOCKET|WATCHDOG_.*",
+    re.IGNORECASE,
+)
+
+
+def clean_environ(home: Path, more: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment that names no cloud, no account and no proxy, but for what `more` adds."""
+    kept = {name: value for name, value in os.environ.items() if not FOREIGN.fullmatch(name)}
+    return {**kept, **NO_METADATA, "HOME": str(home), "PYTHONUNBUFFERED": "1", **more}
+
+
+def pytest_configure() -> None:
+    """Keep the test process itself off proxies and off the real metadata services."""
+    os.environ.update(NO_METADATA, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stores
+
+
+def running(service: Service) -> Iterator[Service]:
+    """Yield a service while it runs; skip the tests that need it where it is not installed."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(service)
+        except servers.NotInstalled as missing:
+            pytest.skip(str(missing))
+        yield service
+
+
+@pytest.fixture(scope="session")
+def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    yield from running(RcloneS3(tmp_path_factory.mktemp("rclone")))
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[Service]:
+    yield from running(MotoS3())
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[Service]:
+    yield from running(GcsEmulator())
+
+
+@pytest.fixture
+def tmp_bucket(tmp_path: Path) -> FileBucket:
+    return FileBucket(tmp_path / "bucket")
+
+
+@pytest.fixture
+def rclone(rclone_server: Service) -> Bucket:
+    return rclone_server.fresh()
+
+
+@pytest.fixture
+def moto(moto_server: Service) -> Bucket:
+    return moto_server.fresh()
+
+
+@pytest.fixture
+def gcs(gcs_server: Service) -> Bucket:
+    return gcs_server.fresh()
+
+
+@pytest.fixture(params=["tmp_bucket", "rclone", "moto", "gcs"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    """Return an empty bucket; the test runs once for each kind of store."""
+    found: Bucket = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def proxy() -> Iterator[Callable[[Bucket], FaultProxy]]:
+    """Return a function that puts a fault proxy in front of a bucket's store."""
+    with contextlib.ExitStack() as stack:
+        yield lambda bucket: stack.enter_context(FaultProxy(bucket.url))
+
+
+@pytest.fixture
+def metadata() -> Iterator[Callable[..., FakeMetadata]]:
+    """Return a function that starts a fake metadata service, with the arguments of `FakeMetadata`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **more: stack.enter_context(FakeMetadata(*args, **more))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The node and the program
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path / "cassandra")
+
+
+@pytest.fixture(scope="session")
+def script() -> Path:
+    """Return the program under test."""
+    return REPOSITORY / "cassbackup.py"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Return an empty home directory."""
+    path = tmp_path / "home"
+    path.mkdir()
+    return path
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_cassbackup(script: Path, home: Path) -> Run:
+    """Return a function that runs one command to its end; `check` is the exit code it must have, if any."""
+
+    def run(
+        *args: object, env: Mapping[str, str] | None = None, check: int | None = None, **more: Any
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, str(script), *map(str, args)],
+            check=False,
+            env=clean_environ(home, env or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            **{"timeout": COMMAND_TIMEOUT_S, **more},
+        )
+        if check is not None and done.returncode != check:
+            pytest.fail(f"{args}: exit {done.returncode}, not {check}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
+
+
+class Daemon:
+    """A `cassbackup watch` process, which may die and be started again."""
+
+    def __init__(self, command: list[str], environ: Mapping[str, str], log: Path) -> None:
+        self.command = command
+        self.environ = dict(environ)
+        self.log_file = log
+        self.process: subprocess.Popen[bytes]
+
+    def start(self) -> Daemon:
+        """Start the process, once more after its end if need be."""
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def pid(self) -> int:
+        """Return the id of the process last started."""
+        return self.process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Tell whether the process lives."""
+        return self.process.poll() is None
+
+    def log(self) -> str:
+        """Return all that was logged, by every process started."""
+        return self.log_file.read_text(errors="replace")
+
+    def wait_until(
+        self, predicate: Callable[[], object], timeout: float = 30, *, dead_is_fine: bool = False
+    ) -> None:
+        """Wait until something is true; if it takes too long or the daemon dies, fail with the log's end."""
+        deadline = time.monotonic() + timeout
+        while not predicate():
+            if not self.is_running and not dead_is_fine:
+                pytest.fail(f"the daemon ended with {self.process.returncode}:\n{self.log()[-3000:]}")
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {timeout} s; the log ends:\n{self.log()[-3000:]}")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """Send SIGKILL and wait for the end."""
+        servers.kill_group(self.process)
+
+    def stop(self, timeout: float = 40) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still there {timeout} s after SIGTERM; the log ends:\n{self.log()[-3000:]}")
+
+
+@pytest.fixture
+def daemon(script: Path, home: Path, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Return a function that starts a daemon: the paths to watch, the bucket, and more as named arguments."""
+    started: list[Daemon] = []
+
+    def start(
+        *paths: object,
+        bucket: Bucket | str,
+        env: Mapping[str, str] | None = None,
+        args: tuple[object, ...] = (),
+        name: str = "node1",
+        state_dir: Path | None = None,
+    ) -> Daemon:
+        target = bucket if isinstance(bucket, str) else bucket.target
+        reaching = {} if isinstance(bucket, str) else bucket.environ
+        state = state_dir or tmp_path / "state"
+        fixed = ["--bucket", target, "--state-dir", state, "--name", name]
+        command = [sys.executable, str(script), *map(str, ["watch", *paths, *fixed, *args])]
+        log = tmp_path / f"daemon-{len(started)}.log"
+        started.append(Daemon(command, clean_environ(home, {**reaching, **(env or {})}), log))
+        return started[-1].start()
+
+    yield start
+    for one in started:
+        one.kill()
