@@ -24,8 +24,7 @@ help: ## this list
 venv: $(VENV)/.stamp ## build .venv with cassbackup (editable) and what its tests need
 
 demo: $(VENV)-demo/.stamp ## back up a small Cassandra tree into a local directory, and compare every byte
-	@$(VENV)-demo/bin/python --version
-	@bash -euo pipefail -c "$$DEMO" demo $(VENV)-demo/bin/python
+	@$(VENV)-demo/bin/python tests/demo.py
 
 test: $(VENV)/.stamp ## run all tests on the Python of .venv
 	$(VENV)/bin/python -m pytest $(ARGS)
@@ -112,47 +111,3 @@ done
 echo "== tested beside $$own:$${tested:- nothing, no other Python was found}"
 endef
 export TEST_PYTHONS
-
-# A table with two SSTables, an incremental backup and a snapshot, all made as Cassandra makes them: by hard links.
-define DEMO
-python=$$PWD/$$1 root=$$PWD/.demo table=ks1/users-5a1c395e8b3e11ecbd3d0242ac130003
-rm -rf "$$root"
-mkdir -p "$$root"/bucket "$$root"/data/$$table/{backups,snapshots/daily}
-cd "$$root/data/$$table"
-
-say() { printf '\n$$ %s\n' "$$*"; }
-cassbackup() { say cassbackup "$$@"; "$$python" "$${root%/*}/cassbackup.py" "$$@"; }
-sstable() {
-    for part in Data.db Index.db Filter.db Statistics.db Summary.db CompressionInfo.db; do
-        head -c "$$2" /dev/urandom > "$$1-$$part"
-    done
-    "$$python" -c 'import sys, zlib; print(zlib.crc32(open(sys.argv[1], "rb").read()), end="")' "$$1-Data.db" > "$$1-Digest.crc32"
-    printf '%s\n' Data.db Index.db Filter.db Statistics.db Summary.db CompressionInfo.db Digest.crc32 TOC.txt > "$$1-TOC.txt"
-}
-
-sstable nb-1-big 300000
-sstable nb-2-big 20000
-ln nb-2-big-* backups/
-ln nb-* snapshots/daily/
-echo '{"files": ["nb-1-big-Data.db", "nb-2-big-Data.db"]}' > snapshots/daily/manifest.json
-echo 'CREATE TABLE ks1.users (id int PRIMARY KEY, name text);' > snapshots/daily/schema.cql
-
-export BUCKET_NAME="file://$$root/bucket" CASSBACKUP_NAME=demo CASSBACKUP_STATE_DIR="$$root/state"
-cassbackup watch --once "$$root/data"
-cassbackup list
-
-say 'compare each file that the newest listing names with what Cassandra has'
-"$$python" - "$$root" <<'END'
-import json, pathlib, sys
-root = pathlib.Path(sys.argv[1])
-listing = max(root.glob("bucket/demo.listings/ks1/*/snapshots/daily/*/*-complete-*.json"))
-directories = json.loads(listing.read_text())["directories"]
-files = [(pathlib.Path(path, file["name"]), root / "bucket" / file["key"]) for path, found in directories.items() for file in found]
-different = [str(source) for source, stored in files if source.read_bytes() != stored.read_bytes()]
-missing = {path.name for path in root.glob("data/ks1/*/snapshots/daily/*")} - {source.name for source, _ in files}
-if different or missing:
-    sys.exit(f"different: {different}, missing: {sorted(missing)}")
-print(f"{len(files)} files of snapshot daily, all the same. The bucket is {root}/bucket: have a look.")
-END
-endef
-export DEMO

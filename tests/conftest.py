@@ -18,9 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import servers
 from faultproxy import FaultProxy
-from servers import Bucket, FakeMetadata, FileBucket, GcsEmulator, MotoS3, RcloneS3, Service
+from servers import (
+    Bucket,
+    FakeMetadata,
+    FileBucket,
+    GcsEmulator,
+    MotoS3,
+    NotInstalled,
+    RcloneS3,
+    Service,
+    kill_group,
+    tethered,
+)
 from tree import Node
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -53,7 +63,7 @@ def running(service: Service) -> Iterator[Service]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(service)
-        except servers.NotInstalled as missing:
+        except NotInstalled as missing:
             pytest.skip(str(missing))
         yield service
 
@@ -153,7 +163,7 @@ def run_cassbackup(script: Path, home: Path) -> Run:
             env=clean_environ(home, env or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="surrogateescape",
             **{"timeout": COMMAND_TIMEOUT_S, **more},
         )
@@ -177,7 +187,7 @@ class Daemon:
         """Start the process, once more after its end if need be."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command,
+                tethered(self.command),
                 env=self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -200,9 +210,7 @@ class Daemon:
         """Return all that was logged, by every process started."""
         return self.log_file.read_text(errors="replace")
 
-    def wait_until(
-        self, predicate: Callable[[], object], timeout: float = 30, *, dead_is_fine: bool = False
-    ) -> None:
+    def wait_until(self, predicate: Callable[[], object], timeout: float = 30, *, dead_is_fine: bool = False) -> None:
         """Wait until something is true; if it takes too long or the daemon dies, fail with the log's end."""
         deadline = time.monotonic() + timeout
         while not predicate():
@@ -214,7 +222,7 @@ class Daemon:
 
     def kill(self) -> None:
         """Send SIGKILL and wait for the end."""
-        servers.kill_group(self.process)
+        kill_group(self.process)
 
     def stop(self, timeout: float = 40) -> int:
         """Send SIGTERM and return the exit code."""
@@ -227,22 +235,23 @@ class Daemon:
 
 @pytest.fixture
 def daemon(script: Path, home: Path, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    """Return a function that starts a daemon: the paths to watch, the bucket, and more as named arguments."""
+    """Return a function that starts a daemon on some paths; a bucket or name of None is for the daemon to find."""
     started: list[Daemon] = []
 
     def start(
         *paths: object,
-        bucket: Bucket | str,
+        bucket: Bucket | str | None,
         env: Mapping[str, str] | None = None,
         args: tuple[object, ...] = (),
-        name: str = "node1",
+        name: str | None = "node1",
         state_dir: Path | None = None,
     ) -> Daemon:
-        target = bucket if isinstance(bucket, str) else bucket.target
-        reaching = {} if isinstance(bucket, str) else bucket.environ
-        state = state_dir or tmp_path / "state"
-        fixed = ["--bucket", target, "--state-dir", state, "--name", name]
-        command = [sys.executable, str(script), *map(str, ["watch", *paths, *fixed, *args])]
+        target = bucket.target if isinstance(bucket, Bucket) else bucket
+        reaching = bucket.environ if isinstance(bucket, Bucket) else {}
+        options: list[object] = ["--state-dir", state_dir or tmp_path / "state"]
+        options += ["--bucket", target] if target else []
+        options += ["--name", name] if name else []
+        command = [sys.executable, str(script), *map(str, ["watch", *paths, *options, *args])]
         log = tmp_path / f"daemon-{len(started)}.log"
         started.append(Daemon(command, clean_environ(home, {**reaching, **(env or {})}), log))
         return started[-1].start()

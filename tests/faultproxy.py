@@ -92,6 +92,12 @@ class Event:
         return {name: values[-1] for name, values in parse_qs(urlsplit(self.path).query, True).items()}
 
     @property
+    def target(self) -> str:
+        """Return what rules look at: path and query, unquoted, and the key where it stands in neither."""
+        plain = unquote(self.path)
+        return plain if self.key in plain else f"{plain} {self.key}"
+
+    @property
     def carries_content(self) -> bool:
         """Tell whether the body is an object's content or a piece of it."""
         in_one_request = self.query.get("uploadType") in {"media", "multipart"}
@@ -157,8 +163,8 @@ def assert_written_once(trace: Iterable[Event]) -> None:
 
 
 def count(trace: Iterable[Event], method: str = "", path: str = "") -> int:
-    """Return how many requests had this method and a path (with query) in which the pattern is found."""
-    return sum(method in {"", event.method} and bool(re.search(path, event.path)) for event in trace)
+    """Return how many requests a rule for this method and path would match."""
+    return sum(method in {"", event.method} and bool(re.search(path, event.target)) for event in trace)
 
 
 def bytes_sent(trace: Iterable[Event]) -> dict[str, int]:
@@ -247,6 +253,11 @@ class Peer:
             name, _, value = line.decode("latin-1").partition(":")
             headers.append((name, value.strip()))
         return Head(start.decode("latin-1").rstrip("\r\n"), headers)
+
+    def peek_metadata(self) -> bytes:
+        """Return the JSON at the start of the body that is to come; it stays unread."""
+        found = re.search(rb"\{.*?\}", self.file.peek(), re.DOTALL)
+        return found[0] if found else b""
 
     def close(self, abruptly: bool = False) -> None:
         """Close with a FIN, or with an RST."""
@@ -422,10 +433,14 @@ LOST_ACK = Drop("stored")
 
 @dataclass
 class Cut(Action):
-    """Pass on the first `size` bytes of a body, then reset the client's connection."""
+    """Pass on the first `size` bytes of a body (or all of a shorter one), then reset the client's connection."""
 
     what: Body
     size: int
+
+    def reach(self, stage: Stage, exchange: Exchange) -> None:
+        if stage == ("sent" if self.what == "request" else "replied"):
+            raise Cutoff
 
     def carry(self, what: Body, block: bytes, offset: int, exchange: Exchange) -> bytes:
         if what == self.what and offset + len(block) >= self.size:
@@ -503,7 +518,7 @@ class Rule:
 
     def applies(self, event: Event) -> bool:
         """Count the request if it matches, and tell whether the action is due."""
-        if self.method not in {"", event.method} or not self.path.search(event.path):
+        if self.method not in {"", event.method} or not self.path.search(event.target):
             return False
         self.hits += 1
         return self.hits >= self.nth and (self.count is None or self.hits < self.nth + self.count)
@@ -547,7 +562,7 @@ class FaultProxy:
             return list(self._trace)
 
     def on(self, method: str, path: str, action: Action, nth: int = 1, count: int | None = 1) -> Rule:
-        """Add a rule: "" is any method; `path` is a regular expression searched in path and query."""
+        """Add a rule: "" is any method; `path` is a regular expression, searched in the event's `target`."""
         rule = Rule(method, re.compile(path), action, nth, count)
         with self._lock:
             self._rules.append(rule)
@@ -603,9 +618,11 @@ class FaultProxy:
 
     def _exchange(self, client: Peer, head: Head) -> bool:
         method, path, _ = head.start.split(" ", 2)
+        names_inside = method == "POST" and "uploadType=" in path and head.get("content-length") != "0"
+        peeked = client.peek_metadata() if names_inside else b""
         with self._lock:
             event = Event(len(self._trace), method, path, _kept_headers(head), time.monotonic())
-            event.key = key_of(path) or self.uploads.get(event.query.get("upload_id", ""), "")
+            event.key = key_of(path, peeked) or self.uploads.get(event.query.get("upload_id", ""), "")
             self._trace.append(event)
             due = [rule for rule in self._rules if rule.applies(event)]
         action = due[0].action if due else Action()
@@ -665,7 +682,7 @@ class Exchange:
 
     def reply(self, head: Head) -> None:
         """Send the client a reply's head."""
-        self.event.status = int(head.start.split(" ")[1])
+        self.event.status = int(head.start.split(" ")[1])  # first: who has the reply may look at the trace
         self.client.sock.sendall(head.dump())
 
     def _request_body(self) -> Iterator[bytes]:

@@ -26,9 +26,7 @@ Objects = Mapping[str, bytes]
 UTC = r"\d{8}T\d{6}\.\d{6}Z"
 NAME = rf"(?P<utc>{UTC})-(?P<state>complete|incomplete|rollup)-(?P<files>\d+)-(?P<bytes>\d+)\.json"
 LISTINGS = {
-    "snapshot": re.compile(
-        rf"(?P<keyspace>[^/]+)/(?P<table>[^/]+)/snapshots/(?P<tag>[^/]+)/(?P<taking>[^/]+)/{NAME}"
-    ),
+    "snapshot": re.compile(rf"(?P<keyspace>[^/]+)/(?P<table>[^/]+)/snapshots/(?P<tag>[^/]+)/(?P<taking>[^/]+)/{NAME}"),
     "incremental": re.compile(rf"(?P<keyspace>[^/]+)/(?P<table>[^/]+)/backups/{NAME}"),
     "archive": re.compile(rf"archive/(?P<directory>[^/]+)/{NAME}"),
 }
@@ -68,15 +66,7 @@ class Listing:
     bytes: int
     of: Taking
     document: dict[str, Any] = field(repr=False)
-
-    @property
-    def entries(self) -> list[Entry]:
-        """Return every file that it names."""
-        return [
-            Entry(f"{directory}/{file['name']}", file["key"], file["size"], file["crc32"])
-            for directory, files in self.document["directories"].items()
-            for file in files
-        ]
+    entries: list[Entry] = field(repr=False)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -105,8 +95,13 @@ def listings(objects: Objects, node: str, prefix: str = "") -> list[Listing]:
 def _parse(key: str, kind: str, match: re.Match[str], body: bytes) -> Listing:
     try:
         document = json.loads(body)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        entries = [
+            Entry(f"{directory}/{file['name']}", file["key"], file["size"], file["crc32"])
+            for directory, files in document["directories"].items()
+            for file in files
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{key}: {error!r}") from error
     named = match.groupdict()
     of = Taking(
         kind,
@@ -115,16 +110,15 @@ def _parse(key: str, kind: str, match: re.Match[str], body: bytes) -> Listing:
         named.get("tag"),
         named.get("taking"),
     )
-    return Listing(key, named["utc"], named["state"], int(named["files"]), int(named["bytes"]), of, document)
+    size = (int(named["files"]), int(named["bytes"]))
+    return Listing(key, named["utc"], named["state"], *size, of, document, entries)
 
 
 def current(found: Iterable[Listing]) -> list[Listing]:
     """Leave out the incremental listings that a roll-up replaces: those that its "replaces" names by key."""
     found = list(found)
     replaced = {
-        (listing.of, os.path.basename(name))
-        for listing in found
-        for name in listing.document.get("replaces", ())
+        (listing.of, os.path.basename(name)) for listing in found for name in listing.document.get("replaces", ())
     }
     return [listing for listing in found if (listing.of, os.path.basename(listing.key)) not in replaced]
 
@@ -164,13 +158,12 @@ def problems(objects: Objects, node: str, prefix: str = "") -> list[str]:
 def _contradictions(listing: Listing) -> Iterator[str]:
     """Yield where a listing's name and its text disagree."""
     document = listing.document
-    missing = {"version", "node", "kind", "complete", "listed", "directories"} - set(document)
+    missing = {"version", "node", "kind", "complete", "listed"} - set(document)
     if missing:
         yield f"lacks {sorted(missing)}"
         return
-    entries = listing.entries
     said = (listing.files, listing.bytes)
-    meant = (len(entries), sum(entry.size for entry in entries))
+    meant = (len(listing.entries), sum(entry.size for entry in listing.entries))
     if said != meant:
         yield f"its name says {said} files and bytes, its text {meant}"
     if listing.state != "rollup" and (listing.state == "complete") != document["complete"]:
@@ -185,11 +178,9 @@ def _contradictions(listing: Listing) -> Iterator[str]:
             yield f"its name says {name} {value}, its text {document.get(name)}"
 
 
-def _absent(
-    listing: Listing, objects: Objects, place: str, contents: dict[str, tuple[int, str]]
-) -> Iterator[str]:
+def _absent(listing: Listing, objects: Objects, place: str, contents: dict[str, tuple[int, str]]) -> Iterator[str]:
     """Yield which files of a listing the bucket does not hold as listed."""
-    for entry in listing.entries if "directories" in listing.document else ():
+    for entry in listing.entries:
         key = place + entry.key
         if key not in objects:
             yield f"{entry.path}: no object {key}"

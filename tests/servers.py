@@ -171,7 +171,7 @@ class GcsBucket(Bucket):
 
 
 class FileBucket(Bucket):
-    """A `file://` store: a directory whose files are the objects."""
+    """A `file://` store: a directory whose files are the objects, but for hidden ones at the top (uploads)."""
 
     scheme = "file"
 
@@ -185,14 +185,14 @@ class FileBucket(Bucket):
 
     def tags(self) -> dict[str, str]:
         found = {}
-        for folder, _, names in os.walk(self.root):
+        for folder, folders, names in os.walk(self.root):
+            if folder == str(self.root):
+                folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # a temporary name, renamed meanwhile
                     stat = os.stat(path)
-                    found[os.path.relpath(path, self.root)] = (
-                        f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
-                    )
+                    found[os.path.relpath(path, self.root)] = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
         return found
 
     def objects(self) -> dict[str, bytes]:
@@ -263,7 +263,7 @@ class Service:
                 port = free_port()
                 self.url = f"http://127.0.0.1:{port}"
                 self._process = subprocess.Popen(
-                    self.command(port), stdout=output, stderr=output, start_new_session=True
+                    tethered(self.command(port)), stdout=output, stderr=output, start_new_session=True
                 )
                 if self._answers():
                     return self
@@ -285,6 +285,12 @@ class Service:
                     return True
             time.sleep(0.05)
         return False
+
+
+def tethered(command: list[str]) -> list[str]:
+    """Return a command that the kernel kills when the thread that started it ends, however that ends."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
 
 
 def kill_group(process: subprocess.Popen[Any]) -> None:

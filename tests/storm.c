@@ -13,8 +13,8 @@
  *     -e     with -c: clear each table's tag so long after that table is done
  *     -t T   created_at in the manifests
  *
- * COMPONENTS is a multiple of 8. Prints "links=... files=... seconds=...". storm.py runs this, and does the same
- * in Python, byte for byte, where there is no C compiler.
+ * COMPONENTS is a multiple of 8. Prints "links=... files=... seconds=...". storm.py runs this, and does the
+ * same in Python, byte for byte, where there is no C compiler.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -104,9 +104,7 @@ class Storm:
         self.root.mkdir(parents=True, exist_ok=True)
         return self._run("seed") if self.program else self._timed(self._seed_table)
 
-    def snapshot(
-        self, tag: str, clear_after_ms: int | None = None, each: bool = False, rate: int = 0
-    ) -> Gust:
+    def snapshot(self, tag: str, clear_after_ms: int | None = None, each: bool = False, rate: int = 0) -> Gust:
         """Snapshot every table, at no more than `rate` links a second.
 
         With `clear_after_ms` the tag is cleared so long after the last link; with `each`, every table's so
@@ -145,9 +143,7 @@ class Storm:
     def _run(self, command: str, options: Sequence[str] = (), *tag: str) -> Gust:
         shape = ["-i", str(self.indexes), "-b", str(self.size), "-g", str(self.first)]
         what = [command, str(self.root), str(self.tables), str(self.components), *tag]
-        done = subprocess.run(
-            [str(self.program), *what, *shape, *options], check=True, capture_output=True, text=True
-        )
+        done = subprocess.run([str(self.program), *what, *shape, *options], check=True, capture_output=True, text=True)
         said = dict(word.split("=") for word in done.stdout.split())
         return Gust(int(said["links"]), int(said["files"]), float(said["seconds"]))
 
@@ -231,9 +227,7 @@ class Storm:
             made += 1
         return made, 0
 
-    def _snapshot_in_python(
-        self, tag: str, created_at: str, clear_after_ms: int | None, each: bool, rate: int
-    ) -> Gust:
+    def _snapshot_in_python(self, tag: str, created_at: str, clear_after_ms: int | None, each: bool, rate: int) -> Gust:
         throttle = Throttle(rate)
 
         def one(number: int) -> tuple[int, int]:

@@ -111,9 +111,7 @@ def test_data_directories_share_the_sstables_and_have_one_manifest(tmp_path: Pat
     tags = [folder / "snapshots/daily" for folder in table.directories()]
     assert all(list(tag.glob("*-Data.db")) for tag in tags)
     assert [len(list(tmp_path.glob(f"*/*/*/snapshots/daily/{name}"))) for name in MARKERS] == [1, 1]
-    assert (
-        len(json.loads(next(tmp_path.glob("*/*/*/snapshots/daily/manifest.json")).read_text())["files"]) == 20
-    )
+    assert len(json.loads(next(tmp_path.glob("*/*/*/snapshots/daily/manifest.json")).read_text())["files"]) == 20
 
 
 MARKERS = ("manifest.json", "schema.cql")
@@ -151,9 +149,7 @@ def test_the_history_is_what_stands_on_disk_until_it_is_cleared(node: Node) -> N
     node.snapshot("weekly", tables=node.tables[:1])
     node.tables[1].drop()
     everything = [path for path in node.root.rglob("*") if {"snapshots", "backups"} & set(path.parts)]
-    assert {path for _, path, _ in node.history.files()} == {
-        str(path) for path in everything if path.is_file()
-    }
+    assert {path for _, path, _ in node.history.files()} == {str(path) for path in everything if path.is_file()}
     assert all(read(path) == copy for _, path, copy in node.history.files())
     node.clear("daily")
     assert not list(node.root.rglob("daily"))
@@ -325,9 +321,7 @@ def ask(faulty: FaultProxy) -> Iterator[Ask]:
 GONE = (ConnectionError, http.client.HTTPException)
 
 
-def test_the_proxy_passes_everything_on_and_traces_it(
-    upstream: Upstream, faulty: FaultProxy, ask: Ask
-) -> None:
+def test_the_proxy_passes_everything_on_and_traces_it(upstream: Upstream, faulty: FaultProxy, ask: Ask) -> None:
     assert ask("PUT", "/b/k", b"abc", x_amz_meta="1", Authorization="secret") == (200, b"")
     assert ask("GET", "/b/k") == (200, b"abc")
     assert ask("GET", "/b?list-type=2") == (404, b"no")
@@ -390,16 +384,15 @@ def test_a_rule_counts_what_it_matches(faulty: FaultProxy, ask: Ask) -> None:
         (Cut("request", 0), False),
         (Cut("request", 50_000), False),
         (Cut("request", 99_999), False),
+        (Cut("request", 1 << 30), None),  # the store has it all, and may or may not take it
     ],
     ids=repr,
 )
-def test_a_lost_request(
-    upstream: Upstream, faulty: FaultProxy, ask: Ask, action: Action, arrives: bool
-) -> None:
+def test_a_lost_request(upstream: Upstream, faulty: FaultProxy, ask: Ask, action: Action, arrives: bool | None) -> None:
     faulty.on("PUT", "", action)
     with pytest.raises(GONE):
         ask("PUT", "/b/k", b"x" * 100_000)
-    assert ("/b/k" in upstream.bodies) is arrives
+    assert arrives is None or ("/b/k" in upstream.bodies) is arrives
     event = faulty.trace[0]
     assert (event.status, event.stored) == (None, 200 if arrives else None)
     assert ask("PUT", "/b/k", b"x" * 100_000) == (200, b"")
@@ -533,6 +526,12 @@ def test_every_bucket_keeps_what_is_put_into_it(bucket: Bucket) -> None:
     assert bucket.objects() == {}
 
 
+def test_an_upload_into_a_directory_is_no_object_yet(tmp_bucket: FileBucket) -> None:
+    tmp_bucket.put("node1/.idx/a", b"x")
+    tmp_bucket.put(".unfinished/b", b"y")
+    assert tmp_bucket.objects() == {"node1/.idx/a": b"x"}
+
+
 @pytest.mark.parametrize("kind", ["rclone", "moto"])
 def test_the_s3_servers_answer_through_the_proxy(
     kind: str, request: pytest.FixtureRequest, proxy: Callable[[Bucket], FaultProxy]
@@ -554,9 +553,7 @@ def test_the_s3_servers_answer_through_the_proxy(
     assert [write[:3] for write in writes(front.trace)] == [("k", len(whole), zlib.crc32(whole))]
 
 
-def test_the_gcs_emulator_answers_through_the_proxy(
-    gcs: Bucket, proxy: Callable[[Bucket], FaultProxy]
-) -> None:
+def test_the_gcs_emulator_answers_through_the_proxy(gcs: Bucket, proxy: Callable[[Bucket], FaultProxy]) -> None:
     front = proxy(gcs)
     bucket = gcs_client(front.url).bucket(gcs.bucket)
     large = os.urandom(9 << 20)  # the client sends more than 8 MiB resumably
@@ -564,6 +561,7 @@ def test_the_gcs_emulator_answers_through_the_proxy(
     bucket.blob("a/large").upload_from_string(large)
     assert gcs.objects() == {"a/large": large, "small": b"abc"}
     written = {write.key: (write.size, write.crc32) for write in writes(front.trace)}
+    assert count(front.trace, "POST", "small$") == 1
     assert written == {"small": (3, zlib.crc32(b"abc")), "a/large": (len(large), zlib.crc32(large))}
     bucket.blob("small").upload_from_string(b"abd")
     with pytest.raises(AssertionError, match="'small'"):
@@ -696,9 +694,7 @@ def test_the_oracle_is_content_with_a_perfect_backup(small: Node) -> None:
     }
     assert oracle.complete(objects, "node1") == set(listed)
     below = {f"some/prefix/{key}": body for key, body in objects.items()}
-    assert (
-        oracle.problems(below, "node1", "some/prefix") == oracle.problems(below, "node", "some/prefix") == []
-    )
+    assert oracle.problems(below, "node1", "some/prefix") == oracle.problems(below, "node", "some/prefix") == []
     assert oracle.lost(small.history, below, "node1", "some/prefix/") == []
     assert oracle.listed_files(objects, "node") == {}
 
@@ -731,9 +727,7 @@ def test_the_oracle_sees_a_harmed_object(small: Node, harm: str) -> None:
         objects[key] = body[:-1] + (bytes([body[-1] ^ 1]) if harm == "flipped" else b"")
     (problem,) = oracle.problems(objects, "node1")
     assert key in problem
-    assert (
-        oracle.lost(small.history, objects, "node1") == []
-    )  # it is listed; that the listing lies is the problem
+    assert oracle.lost(small.history, objects, "node1") == []  # it is listed; that the listing lies is the problem
 
 
 HARMS: dict[str, Callable[[str, bytes], tuple[str, bytes]]] = {
@@ -844,8 +838,8 @@ def test_a_daemon_can_be_stopped_killed_and_started_again(
     one = daemon(tmp_path, bucket=tmp_bucket, args=("--once",), env={"X": "1"})
     one.wait_until(lambda: "argv" in one.log())
     said = json.loads(one.log())
-    assert said["argv"][:4] == ["watch", str(tmp_path), "--bucket", tmp_bucket.target]
-    assert said["argv"][-3:] == ["--name", "node1", "--once"]
+    options = ["--state-dir", str(tmp_path / "state"), "--bucket", tmp_bucket.target, "--name", "node1"]
+    assert said["argv"] == ["watch", str(tmp_path), *options, "--once"]
     assert said["environ"]["X"] == "1"
     first = one.pid
     one.kill()

@@ -68,9 +68,7 @@ class Copy(NamedTuple):
     @classmethod
     def of(cls, body: bytes) -> Copy:
         """Describe these bytes."""
-        return cls(
-            len(body), f"{zlib.crc32(body):08x}", hashlib.sha1(body, usedforsecurity=False).hexdigest()
-        )
+        return cls(len(body), f"{zlib.crc32(body):08x}", hashlib.sha1(body, usedforsecurity=False).hexdigest())
 
 
 class Unit(NamedTuple):

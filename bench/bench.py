@@ -1,0 +1,267 @@
+"""Measure what the README claims. `make bench`, or `python bench/bench.py NAME ...` for some of them.
+
+    pin       80,400 files of 200 tables at C speed: how long after the last link is the last one pinned, and how
+              many are lost when the tag is cleared; beside it, in the same run, a watcher of Tablesnap's kind
+    start     a start on 1,000,000 files that are listed already
+    pending   peak memory with 1,000,000 files pending and the store down
+    idle      CPU of a daemon that has nothing to do
+    second    a second snapshot of unchanged tables, beside the first
+
+Nothing here is a test: times on a shared machine are read side by side, not as absolutes.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(HERE), str(HERE / "tests")]
+
+import cassbackup  # noqa: E402
+from storm import Storm  # noqa: E402
+
+ENVIRON = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true", "CASSBACKUP_FREE_FLOOR": "1%"}
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def row(name: str, **figures: object) -> None:
+    """Print one result."""
+    print(f"{name:34} " + "  ".join(f"{key}={value}" for key, value in figures.items()), flush=True)
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """Return a directory beside the repository (a real disk, not a tmpfs), removed at the end."""
+    path = Path(tempfile.mkdtemp(prefix=".bench-", dir=HERE))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def wait_for(reached: Callable[[], bool], limit_s: float = 300.0) -> float:
+    """Wait until something is so, and return how long that took."""
+    began = time.monotonic()
+    while not reached() and time.monotonic() - began < limit_s:
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+@contextmanager
+def pinner(data: Path, listed: Callable[[str], dict[str, dict[str, str]]] = lambda _: {}) -> Iterator[cassbackup.Pinner]:
+    """Run the watching and pinning half alone."""
+    area, stop = cassbackup.open_area(str(data)), threading.Event()
+    clock, filters = cassbackup.Clock(), cassbackup.Filters()
+    running = cassbackup.Pinner([area], cassbackup.Watcher(), filters, clock, listed, lambda *_: None)
+    thread = threading.Thread(target=running.run, args=(stop, 3600.0))
+    thread.start()
+    try:
+        wait_for(lambda: running.looked > 0)
+        yield running
+    finally:
+        stop.set()
+        thread.join()
+        area.close()
+
+
+def watch_as_tablesnap(data: Path, seen: set[str], stop: threading.Event) -> None:
+    """Watch with pyinotify's own loop, recursively, adding watches as directories appear."""
+    import pyinotify
+
+    class Handler(pyinotify.ProcessEvent):  # type: ignore[misc]
+        def process_default(self, event: pyinotify.Event) -> None:
+            if os.path.splitext(event.pathname)[1]:  # synthetic events do not say what is a directory
+                seen.add(event.pathname)
+
+    manager = pyinotify.WatchManager()
+    notifier = pyinotify.Notifier(manager, Handler(), timeout=100)
+    manager.add_watch(str(data), pyinotify.IN_CREATE | pyinotify.IN_MOVED_TO, rec=True, auto_add=True)
+    seen.add("")
+    while not stop.is_set():
+        if notifier.check_events():
+            notifier.read_events()
+            notifier.process_events()
+    notifier.stop()
+
+
+def bench_pin() -> None:
+    """Pin a burst, twice: into new snapshot directories and into existing backups/."""
+    for kind in ("snapshot", "backups"):
+        for clear_ms in (None, 1000) if kind == "snapshot" else (None,):
+            _pin_ours(kind, clear_ms)
+            _pin_theirs(kind, clear_ms)
+
+
+def _burst(storm: Storm, kind: str, clear_ms: int | None) -> int:
+    """Let the C program make the links; nothing of it runs in this process, whose CPU is measured."""
+    if kind == "backups":
+        gust = storm._run("backups", ["-r", "0"])
+    else:
+        clear = [] if clear_ms is None else ["-c", str(clear_ms)]
+        gust = storm._run("snapshot", ["-t", "2026-11-21T20:24:38.123Z", "-r", "0", *clear], "daily")
+    return gust.links + gust.files
+
+
+def _prepared(root: Path, kind: str) -> Storm:
+    storm = Storm(root / "data", 200, 400)
+    storm.seed()
+    if kind == "snapshot":
+        return storm
+    storm.backups()
+    return storm.wave()
+
+
+def _pin_ours(kind: str, clear_ms: int | None) -> None:
+    with folder() as root:
+        storm = _prepared(root, kind)
+        with pinner(storm.root) as running:
+            wait_for(running.gate.is_set)
+            before = running.counts["found"] - running.counts["vanished"]
+            cpu = resource.getrusage(resource.RUSAGE_SELF)
+            files = _burst(storm, kind, clear_ms)
+            lag = wait_for(lambda: running.counts["found"] - running.counts["vanished"] - before >= files, 20.0)
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            lost = files - (running.counts["found"] - running.counts["vanished"] - before)
+            used = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
+            row(_title("cassbackup", kind, clear_ms), files=files, lost=lost, lag_s=f"{lag:.2f}", cpu_s=f"{used:.2f}")
+
+
+def _pin_theirs(kind: str, clear_ms: int | None) -> None:
+    with folder() as root:
+        storm = _prepared(root, kind)
+        seen: set[str] = set()
+        stop = threading.Event()
+        thread = threading.Thread(target=watch_as_tablesnap, args=(storm.root, seen, stop))
+        thread.start()
+        wait_for(lambda: "" in seen)
+        cpu = resource.getrusage(resource.RUSAGE_SELF)
+        files = _burst(storm, kind, clear_ms)
+        lag = wait_for(lambda: len(seen) - 1 >= files, 10.0)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        used = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
+        lost = files - len(seen) + 1
+        row(_title("pyinotify, as Tablesnap", kind, clear_ms), files=files, lost=lost, lag_s=f"{lag:.2f}", cpu_s=f"{used:.2f}")
+        stop.set()
+        thread.join()
+
+
+def _title(who: str, kind: str, clear_ms: int | None) -> str:
+    return f"{who}, {kind}" + (f", cleared after {clear_ms} ms" if clear_ms is not None else "")
+
+
+def million(root: Path) -> Storm:
+    """Make 1,000,000 files in the snapshots of 1,250 tables."""
+    storm = Storm(root / "data", 1250, 800)
+    storm.seed()
+    storm.snapshot("daily")
+    return storm
+
+
+def bench_start() -> None:
+    """Look at a million files that the ledger says are listed."""
+    with folder() as root:
+        storm = million(root)
+        ledger = cassbackup.Ledger(str(root / "ledger"), "bench")
+        area = cassbackup.open_area(str(storm.root))
+        since = cassbackup.utc(time.time())
+        for tag in storm.root.glob("*/*/snapshots/daily"):
+            stamps = {entry.name: cassbackup.Stamp.of(area.id, entry.stat()) for entry in os.scandir(tag)}
+            ledger.list(str(tag), since, stamps)
+        area.close()
+        began = time.monotonic()
+        with pinner(storm.root, ledger.listed) as running:
+            took = time.monotonic() - began
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            row("start on 1,002,500 listed files", seconds=f"{took:.1f}", pinned=running.counts["found"], peak_mib=peak)
+
+
+@contextmanager
+def daemon(root: Path, *options: str, bucket: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """Run the daemon as an operator would."""
+    words = ["watch", str(root / "data"), "--state-dir", str(root / "state"), "--name", "bench"]
+    words += ["--bucket", bucket or f"file://{root}/bucket", "--max-bandwidth", "0", *options]
+    with open(root / "log", "wb") as log:
+        process = subprocess.Popen([sys.executable, str(HERE / "cassbackup.py"), *words], env=ENVIRON, stderr=log)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def memory(pid: int, field: str) -> int:
+    """Return a figure of /proc/PID/status in MiB."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition(field)[2].split()[1]) // 1024
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU seconds that a process has used."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / TICK
+
+
+def bench_pending() -> None:
+    """Hold a million files for a store that is down."""
+    with folder() as root:
+        million(root)
+        keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
+        ENVIRON.update(keys)
+        with daemon(root, "--endpoint-url", "http://127.0.0.1:9", "--region", "x", bucket="s3://down") as process:
+            pins = root / ".cassbackup" / "data"
+            took = wait_for(lambda: pins.exists() and len(list(pins.iterdir())) >= 1250, 120.0)
+            time.sleep(20)
+            count = sum(len(os.listdir(path)) for path in pins.iterdir() if path.is_dir())
+            row("1,000,000 files pending", pinned=count, seconds=f"{took:.1f}", peak_mib=memory(process.pid, "VmHWM:"))
+
+
+def bench_idle() -> None:
+    """Do nothing for a minute, with 6,000 directories watched."""
+    with folder() as root:
+        storm = Storm(root / "data", 2000, 8)
+        storm.seed()
+        storm.backups()
+        with daemon(root) as process:
+            status = [sys.executable, str(HERE / "cassbackup.py"), "status", "--wait", "--state-dir", str(root / "state")]
+            wait_for((root / "state" / "status.json").exists)
+            subprocess.run(status, env=ENVIRON, stdout=subprocess.DEVNULL)
+            time.sleep(5)
+            before = cpu_s(process.pid)
+            time.sleep(60)
+            used = cpu_s(process.pid) - before
+            row("idle, 2,000 tables", cpu_percent=f"{used / 60 * 100:.3f}", rss_mib=memory(process.pid, "VmRSS:"))
+
+
+def bench_second() -> None:
+    """Back up two snapshots of the same SSTables."""
+    with folder() as root:
+        storm = Storm(root / "data", 100, 80, size=2000)
+        storm.seed()
+        with daemon(root) as process:
+            wait_for((root / "state" / "status.json").exists)
+            for tag in ("first", "second"):
+                cpu, began = cpu_s(process.pid), time.monotonic()
+                gust = storm.snapshot(tag)
+                listed = f"bench.listings/storm/*/snapshots/{tag}/*/*-complete-*.json"
+                wait_for(lambda pattern=listed: len(list((root / "bucket").glob(pattern))) >= 100)
+                files, took = gust.links + gust.files, time.monotonic() - began
+                used = (cpu_s(process.pid) - cpu) / files * 1e6
+                row(f"{tag} snapshot, file://", files=files, seconds=f"{took:.1f}", cpu_us_per_file=f"{used:.0f}")
+
+
+BENCHES = {"pin": bench_pin, "start": bench_start, "pending": bench_pending, "idle": bench_idle, "second": bench_second}
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or BENCHES:
+        BENCHES[chosen]()
