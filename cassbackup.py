@@ -54,7 +54,6 @@ Contents
     Daemon          the one loop that joins them
     Commands        watch, status, config
     Command line    options, logging, main
-
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ import argparse
 import base64
 import contextlib
 import ctypes
-import dataclasses
 import difflib
 import errno
 import fcntl
@@ -90,16 +88,17 @@ import struct
 import sys
 import threading
 import time
+import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 # ======================================================================================================
 # Facts
@@ -114,7 +113,6 @@ DONE, FAILED, MISUSED, BEHIND = 0, 1, 2, 3  # exit codes; 130 and 143 are the si
 MIB: Final = 1 << 20
 PART_BYTES: Final = 8 * MIB  # a put, or a part of a multipart upload; S3 takes no part below 5 MiB
 PART_COUNT: Final = 9_000  # S3 stops at 10,000 parts; larger files get larger parts
-LISTING_LIMIT: Final = 1 << 30  # a listing beyond this is not one of ours
 
 QUIET_S: Final = 0.3  # a file is read only when nobody has written to it for so long
 PAUSE_S: Final = 2.0  # uploads wait for the pinner, but never longer than this at a time
@@ -161,7 +159,7 @@ class Busy(Fault):
 
 
 class Denied(Fault):
-    """The store knows us and says no, or does not know us."""
+    """The store says no: it does not know us, forbids it, or has no such bucket."""
 
 
 class Missing(Fault):
@@ -223,7 +221,7 @@ class Unit:
     kind: Literal["snapshot", "incremental", "archive"]
     keyspace: str
     table: str  # the directory's name, <table>-<id>
-    tag: str  # of a snapshot; the directory below the data directory of an archive
+    tag: str  # of a snapshot; of an archive its directory
     since: str  # UTC: the taking of a snapshot, the opening of a batch
 
     @property
@@ -320,6 +318,11 @@ _PIN_DIRECTORY = re.compile(rf"(.+)~({_UTC})")
 _LISTING_NAME = re.compile(rf"({_UTC})-(complete|incomplete|rollup)-(\d+)-(\d+)\.json")
 _SSTABLE = re.compile(r"([a-z]{2}-[^-]+-[a-z]+|[^/]+-[a-z]{2}-\d+)-([^/]+)")
 _TABLE = re.compile(r"(.+)-([0-9a-f]{32})")
+_WORDS, _OPTIONAL_WORDS = ("user", "group", "crc32", "key", "etag"), ("crc32c", "seen")  # of a listing's entry
+
+
+def _percent(char: str) -> str:
+    return urllib.parse.quote(char, errors="surrogateescape")
 
 
 def quote(name: str, slash: str = "/") -> str:
@@ -328,24 +331,14 @@ def quote(name: str, slash: str = "/") -> str:
     What is not printable, what is not UTF-8 (it arrives as lone surrogates) and % become %XX, byte by byte.
     Reversible: unquote(quote(name)) == name for every name that a file system can hold.
     """
-    if _PLAIN.fullmatch(name):
-        return name if slash == "/" else name.replace("/", slash)
-    return "".join(slash if char == "/" else _quote_char(char) for char in name)
-
-
-def _quote_char(char: str) -> str:
-    if char.isprintable() and char != "%":
-        return char
-    return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogateescape"))
+    if not _PLAIN.fullmatch(name):
+        name = "".join(char if char.isprintable() and char != "%" else _percent(char) for char in name)
+    return name.replace("/", slash)
 
 
 def unquote(text: str) -> str:
     """Undo quote."""
-    if "%" not in text:
-        return text
-    raw = text.encode("utf-8", "surrogateescape")
-    raw = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes([int(match[1], 16)]), raw)
-    return raw.decode("utf-8", "surrogateescape")
+    return urllib.parse.unquote(text, errors="surrogateescape")
 
 
 def digest_name(text: str) -> str:
@@ -378,22 +371,20 @@ def table_id_of(table: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (table, "")
 
 
-def unit_of(relative: str, since: str) -> Unit:
-    """Tell what a source directory, given below its data directory, belongs to."""
-    parts = relative.split("/")
-    if len(parts) >= 4 and parts[2] == "snapshots":
-        return Unit("snapshot", parts[0], parts[1], parts[3], since)
-    if len(parts) >= 3 and parts[2] == "backups":
-        return Unit("incremental", parts[0], parts[1], "", since)
-    return Unit("archive", "", "", relative, since)
+def unit_of(root: str, relative: str, since: str) -> Unit:
+    """Tell what a source directory, given below its data directory, belongs to; an archive is its absolute path."""
+    match relative.split("/"):
+        case [keyspace, table, "snapshots", tag, *_]:
+            return Unit("snapshot", keyspace, table, tag, since)
+        case [keyspace, table, "backups", *_]:
+            return Unit("incremental", keyspace, table, "", since)
+    return Unit("archive", "", "", os.path.normpath(os.path.join(root, relative)), since)
 
 
 def pin_directory(relative: str, since: str) -> str:
     """Return the name in the pin area for a source directory: its path below the data directory, and since."""
     quoted = quote(relative or ".", slash="%2F")
-    if len(quoted.encode()) > NAME_BYTES:
-        quoted = digest_name(relative)
-    return f"{quoted}~{since}"
+    return f"{quoted if len(quoted.encode()) <= NAME_BYTES else digest_name(relative)}~{since}"
 
 
 def parse_pin_directory(name: str) -> tuple[str, str] | None:
@@ -401,7 +392,8 @@ def parse_pin_directory(name: str) -> tuple[str, str] | None:
     match = _PIN_DIRECTORY.fullmatch(name)
     if not match:
         return None
-    return ("" if match[1] == "." else match[1] if match[1].startswith("%%") else unquote(match[1])), match[2]
+    relative = match[1] if match[1].startswith("%%") else unquote(match[1])
+    return ("" if relative == "." else relative), match[2]
 
 
 def utc(seconds: float) -> str:
@@ -434,7 +426,8 @@ def later(stamp: str, than: str) -> str:
 def listings_of(node: str, unit: Unit) -> str:
     """Return the prefix of the listings of a unit; of an incremental, of all batches of its table."""
     if unit.kind == "archive":
-        return f"{node}.listings/archive/{_component(unit.tag.replace('/', '%2F') or '.')}/"
+        quoted = quote(unit.tag, slash="%2F")
+        return f"{node}.listings/archive/{quoted if len(quoted.encode()) <= NAME_BYTES else digest_name(unit.tag)}/"
     table = f"{node}.listings/{_component(unit.keyspace)}/{_component(unit.table)}/"
     if unit.kind == "incremental":
         return table + "backups/"
@@ -452,9 +445,16 @@ def parse_listing_name(key: str) -> tuple[str, str, int, int] | None:
     return (match[1], match[2], int(match[3]), int(match[4])) if match else None
 
 
+def _dump_entry(entry: Stored) -> dict[str, Any]:
+    page = {"name": quote(entry.name), "size": entry.stamp.size, "mtime_ns": entry.stamp.mtime_ns}
+    page |= {"stamp": str(entry.stamp), "mode": f"{entry.mode:04o}"}
+    page |= {word: getattr(entry, word) for word in _WORDS}
+    return page | {word: getattr(entry, word) for word in _OPTIONAL_WORDS if getattr(entry, word)}
+
+
 def dump_listing(listing: Listing) -> bytes:
     """Return a listing as JSON."""
-    unit = listing.unit
+    unit, (table, table_id) = listing.unit, table_id_of(listing.unit.table)
     directories: dict[str, list[dict[str, Any]]] = {}
     for entry in sorted(listing.files, key=lambda entry: (entry.directory, entry.name)):
         directories.setdefault(quote(entry.directory), []).append(_dump_entry(entry))
@@ -463,37 +463,31 @@ def dump_listing(listing: Listing) -> bytes:
         "node": listing.node,
         "kind": unit.kind,
         "keyspace": unit.keyspace,
-        "table": table_id_of(unit.table)[0],
-        "table_id": table_id_of(unit.table)[1],
+        "table": table,
+        "table_id": table_id,
         "tag" if unit.kind == "snapshot" else "directory": quote(unit.tag),
         "taking": unit.since,
         "complete": listing.complete,
         "taken": rfc3339(unit.since),
         "listed": rfc3339(listing.listed),
-        "missing": [quote(name) for name in listing.missing],
-        "lost": [quote(name) for name in listing.lost],
-        "replaces": list(listing.replaces),
+        "missing": list(map(quote, listing.missing)),
+        "lost": list(map(quote, listing.lost)),
+        "replaces": listing.replaces,
         "directories": directories,
     }
-    page = {key: value for key, value in page.items() if value not in ("", [])}
-    return json.dumps(page, separators=(",", ":")).encode()
+    return json.dumps(
+        {key: value for key, value in page.items() if value not in ("", [], ())}, separators=(",", ":")
+    ).encode()
 
 
-def _dump_entry(entry: Stored) -> dict[str, Any]:
-    page: dict[str, Any] = {
-        "name": quote(entry.name),
-        "size": entry.stamp.size,
-        "mtime_ns": entry.stamp.mtime_ns,
-        "stamp": str(entry.stamp),
-        "mode": f"{entry.mode:04o}",
-        "user": entry.user,
-        "group": entry.group,
-        "crc32": entry.crc32,
-        "key": entry.key,
-        "etag": entry.etag,
-    }
-    optional = {"crc32c": entry.crc32c, "seen": entry.seen}
-    return page | {key: value for key, value in optional.items() if value}
+def _load_entry(directory: str, page: dict[str, Any]) -> Stored:
+    stamp = Stamp.parse(page["stamp"])
+    words = {word: page[word] for word in _WORDS} | {word: page.get(word, "") for word in _OPTIONAL_WORDS}
+    if not all(isinstance(word, str) for word in words.values()):
+        raise TypeError(f"entry {page['name']!r} has a wrong type")
+    if page["size"] != stamp.size or not re.fullmatch("[0-9a-f]{8}", words["crc32"]):
+        raise ValueError(f"entry {page['name']!r} contradicts itself")
+    return Stored(directory, unquote(page["name"]), stamp, int(page["mode"], 8), **words)
 
 
 def load_listing(body: bytes) -> Listing:
@@ -505,26 +499,13 @@ def load_listing(body: bytes) -> Listing:
         table = page.get("table", "") + (f"-{page['table_id']}" if page.get("table_id") else "")
         tag = unquote(page.get("tag", page.get("directory", "")))
         unit = Unit(page["kind"], page.get("keyspace", ""), table, tag, page["taking"])
-        files = tuple(
-            _load_entry(unquote(directory), entry)
-            for directory, entries in page["directories"].items()
-            for entry in entries
-        )
+        files: list[Stored] = []
+        for directory, entries in page["directories"].items():
+            files += [_load_entry(unquote(directory), entry) for entry in entries]
         names = {key: tuple(map(unquote, page.get(key, ()))) for key in ("missing", "lost", "replaces")}
-        return Listing(page["node"], unit, utc_of(page["listed"]), page["complete"] is True, files, **names)
+        return Listing(page["node"], unit, utc_of(page["listed"]), page["complete"] is True, tuple(files), **names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"listing cannot be read ({error!r})", "do not delete it; `cassbackup verify` names it") from None
-
-
-def _load_entry(directory: str, page: dict[str, Any]) -> Stored:
-    stamp = Stamp.parse(page["stamp"])
-    if page["size"] != stamp.size or not re.fullmatch("[0-9a-f]{8}", page["crc32"]):
-        raise ValueError(f"entry {page['name']!r} contradicts itself")
-    mode, words = int(page["mode"], 8), [page[key] for key in ("user", "group", "crc32", "key", "etag")]
-    optional = {key: page.get(key, "") for key in ("crc32c", "seen")}
-    if not all(isinstance(word, str) for word in (*words, *optional.values())):
-        raise TypeError(f"entry {page['name']!r} has a wrong type")
-    return Stored(directory, unquote(page["name"]), stamp, mode, *words, **optional)
 
 
 def crc32_combine(first: int, second: int, length: int, polynomial: int = 0xEDB88320) -> int:
@@ -576,19 +557,21 @@ class Access:
     threads: int = 8
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
+At = TypeVar("At", int, str)  # how far a stream has come: an offset, or a key
 Body = bytes | bytearray
 
 
 class Store(Protocol):
     """A place for objects. Keys are relative to the store's prefix.
 
-    Every method may raise Unreachable (try again), Denied, or Missing where the bucket is gone. put and finish
+    Every method may raise Unreachable (try again), Denied, or Usage where the bucket is gone. put and finish
     create and never overwrite: they raise Conflict where the key is taken, if the server can tell.
     """
 
     url: str
-    ordered: bool  # parts of one upload must be put in order, one at a time
+    ordered: bool  # parts of one upload must be put in order, and the last one makes the object
 
     def put(self, key: str, body: Body, crc32: int) -> Head:
         """Store an object whole. The reply confirms size and checksum."""
@@ -597,7 +580,7 @@ class Store(Protocol):
         """Begin an upload in parts; return its id, which a later process can go on with."""
 
     def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
-        """Store part `number` (from 1), which begins at `offset`."""
+        """Store part `number` (from 1), which begins at `offset`. Raises Missing where the upload is gone."""
 
     def parts(self, key: str, upload: str, part_bytes: int) -> dict[int, Part]:
         """Tell which parts of an upload the store may have. Raises Missing where the upload is gone."""
@@ -630,52 +613,61 @@ class Store(Protocol):
         """Return the store's own time, as of its last reply."""
 
 
+def _fsync(path: str, flags: int = os.O_DIRECTORY) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class DirStore:
-    """file://: a directory, perhaps an NFS mount. Key components are file names."""
+    """file://: a directory, perhaps an NFS mount. Key components are file names.
+
+    The directory is made only for a new node. Later it must be there: below a mount point whose disk is not
+    mounted we would fill another disk, perhaps Cassandra's.
+    """
 
     ordered = False
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, new: bool) -> None:
         self.url = "file://" + root
-        self._root = root
-        self._parts = os.path.join(root, ".unfinished")
-        with self._faults():
-            os.makedirs(self._parts, exist_ok=True)
+        self._root, self._new = root, new
+        self._uploads = os.path.join(root, ".unfinished")
 
     def put(self, key: str, body: Body, crc32: int) -> Head:
-        with self._faults():
-            upload = self.begin(key, len(body))
-            try:
-                with open(upload, "wb") as file:
-                    file.write(body)
-                return self._commit(upload, key, crc32)
-            finally:
-                self.abandon(key, upload)
+        upload = self.begin(key, len(body))
+        try:
+            with self._faults(), open(upload, "wb") as file:
+                file.write(body)
+            return self._commit(key, upload, crc32)
+        finally:
+            self.abandon(key, upload)
 
     def begin(self, key: str, size: int) -> str:
+        name = f"{hashlib.sha1(key.encode()).hexdigest()}-{os.getpid()}-{random.getrandbits(48):012x}"
+        upload = os.path.join(self._uploads, name)
         with self._faults():
-            os.makedirs(self._parts, exist_ok=True)
-            name = f"{hashlib.sha1(key.encode()).hexdigest()}-{os.getpid()}-{random.getrandbits(48):012x}"
-            return os.path.join(self._parts, name)
+            if self._new:
+                os.makedirs(self._uploads, exist_ok=True)
+            elif not os.path.isdir(self._uploads):
+                raise Unreachable(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
+            open(upload, "xb").close()
+        return upload
 
     def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
-        with self._faults():
-            fd = os.open(upload, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                view = memoryview(body)
-                while view:
-                    written = os.pwrite(fd, view, offset)
-                    view, offset = view[written:], offset + written
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+        # Never O_CREAT: an upload that was swept away would come again with holes where its first parts were.
+        with self._faults(), open(upload, "r+b", buffering=0) as file:
+            view = memoryview(body)
+            while view:
+                written = os.pwrite(file.fileno(), view, offset)
+                view, offset = view[written:], offset + written
+            os.fdatasync(file.fileno())
         return Part(number, len(body), "", crc32)
 
     def parts(self, key: str, upload: str, part_bytes: int) -> dict[int, Part]:
-        try:
+        with self._faults():
             size = os.stat(upload).st_size
-        except FileNotFoundError:
-            raise Missing(f"upload of {key} is gone") from None
         return {number: Part(number, part_bytes, "") for number in range(1, -(-size // part_bytes) + 1)}
 
     def match(self, key: str, upload: str, held: Part, offset: int, body: Body, crc32: int) -> Part | None:
@@ -684,38 +676,36 @@ class DirStore:
             return Part(held.number, len(body), "", crc32) if file.read(len(body)) == body else None
 
     def finish(self, key: str, upload: str, parts: Sequence[Part], crc32: int) -> Head:
-        with self._faults():
-            if not os.path.exists(upload):
-                raise Missing(f"upload of {key} is gone")
-            head = self._commit(upload, key, crc32)
-            self.abandon(key, upload)
-            return head
+        head = self._commit(key, upload, crc32)
+        self.abandon(key, upload)
+        return head
 
     def abandon(self, key: str, upload: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(Missing), self._faults():
             os.unlink(upload)
 
     def unfinished(self, prefix: str) -> Iterator[tuple[str, str, float]]:
-        with os.scandir(self._parts) as entries:
+        with self._faults(), os.scandir(self._uploads) as entries:
             yield from ((entry.name, entry.path, entry.stat().st_mtime) for entry in entries)
 
     def get(self, key: str, start: int = 0) -> Iterator[bytes]:
-        try:
-            with open(self._path(key), "rb") as file:
-                file.seek(start)
-                yield from iter(lambda: file.read(MIB), b"")
-        except (FileNotFoundError, NotADirectoryError):
-            raise Missing(f"no object {key}") from None
+        with self._faults(), open(self._path(key), "rb") as file:
+            file.seek(start)
+            yield from iter(lambda: file.read(MIB), b"")
 
     def head(self, key: str) -> Head | None:
-        path = self._path(key)
+        path, crc32 = self._path(key), ""
         try:
-            return self._head(key, path, os.stat(path))
-        except (FileNotFoundError, NotADirectoryError):
+            with self._faults():
+                info = os.stat(path)
+        except Missing:
             return None
+        with contextlib.suppress(OSError):
+            crc32 = os.getxattr(path, "user.crc32").decode()
+        return Head(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime, crc32)
 
     def list(self, prefix: str, after: str = "") -> Iterator[Head]:
-        yield from self._walk(prefix.rpartition("/")[0], prefix, after)
+        return self._walk(prefix.rpartition("/")[0], prefix, after)
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -736,80 +726,115 @@ class DirStore:
             raise Missing(f"no object {key!r}", "a key is a relative path")
         return os.path.join(self._root, key)
 
-    def _commit(self, upload: str, key: str, crc32: int) -> Head:
+    def _commit(self, key: str, upload: str, crc32: int) -> Head:
         """Make a written file the object: durable first, visible then, the name durable last."""
-        fd = os.open(upload, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with contextlib.suppress(OSError):  # a file system without attributes: compared by reading back
-                os.setxattr(fd, "user.crc32", hex32(crc32).encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
         path = self._path(key)
-        try:
-            self._link(upload, path)
-        except FileExistsError:
-            raise Conflict(f"{key} is taken") from None
-        _fsync_directory(os.path.dirname(path))
-        return self._head(key, path, os.stat(path))
+        with self._faults():
+            with contextlib.suppress(OSError):  # a file system without attributes: compared by reading back
+                os.setxattr(upload, "user.crc32", hex32(crc32).encode())
+            _fsync(upload, 0)
+            try:
+                os.link(upload, path)  # refuses to overwrite, as rename would not
+            except FileNotFoundError:
+                self._make_folder(os.path.dirname(path))
+                os.link(upload, path)
+            _fsync(os.path.dirname(path))
+        if head := self.head(key):
+            return replace(head, crc32=hex32(crc32))
+        raise Unreachable(f"{self.url}: {key} was stored and is gone again")
 
-    def _link(self, upload: str, path: str) -> None:
-        try:
-            os.link(upload, path)  # refuses to overwrite, as rename would not
-        except FileNotFoundError:
-            folder = os.path.dirname(path)
-            os.makedirs(folder, exist_ok=True)
-            os.link(upload, path)
-            while folder != self._root:  # the directories that lead to a durable name must be durable too
-                folder = os.path.dirname(folder)
-                _fsync_directory(folder)
-
-    def _head(self, key: str, path: str, info: os.stat_result) -> Head:
-        crc32 = ""
-        with contextlib.suppress(OSError):
-            crc32 = os.getxattr(path, "user.crc32").decode()
-        return Head(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime, crc32)
+    def _make_folder(self, folder: str) -> None:
+        os.makedirs(folder, exist_ok=True)
+        while folder != self._root:  # the directories that lead to a durable name must be durable too
+            folder = os.path.dirname(folder)
+            _fsync(folder)
 
     def _walk(self, folder: str, prefix: str, after: str) -> Iterator[Head]:
         try:
-            with os.scandir(os.path.join(self._root, folder)) as scan:
-                entries = sorted((entry.name + "/" * entry.is_dir(), entry) for entry in scan)
-        except (FileNotFoundError, NotADirectoryError):
+            with self._faults(), os.scandir(os.path.join(self._root, folder)) as entries:
+                names = sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
+        except Missing:
             return
-        for name, entry in entries:
+        for name in names:
             key = f"{folder}/{name}" if folder else name
             if name == ".unfinished/" or not (key.startswith(prefix) or prefix.startswith(key)):
                 continue
             if name.endswith("/"):
                 if key > after or after.startswith(key):
                     yield from self._walk(key[:-1], prefix, after)
-            elif key > after and key.startswith(prefix):
-                with contextlib.suppress(FileNotFoundError):
-                    yield self._head(key, entry.path, entry.stat())
+            elif key > after and key.startswith(prefix) and (head := self.head(key)):
+                yield head
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
         try:
             yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise Missing(f"{self.url}: {error}") from error
+        except FileExistsError as error:
+            raise Conflict(f"{self.url}: {error}") from error
         except PermissionError as error:
-            raise Denied(f"cannot write to {self.url} ({error.strerror})", "give the user write access") from error
+            raise Denied(f"{self.url}: {error}", "give the user access to read and write") from error
         except OSError as error:
             raise Unreachable(f"{self.url}: {error}", "check the disk or the mount") from error
 
 
-def _fsync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+class _ReplyClock:
+    """A store's own time, as its last reply tells it; ours before the first."""
+
+    def __init__(self) -> None:
+        self._date = 0.0
+
+    def note(self, reply: Any, *_: Any, **__: Any) -> None:
+        if date := reply.headers.get("date"):
+            self._date = parsedate_to_datetime(date).timestamp()
+
+    def now(self) -> float:
+        return self._date or time.time()
+
+
+def _fault_of_status(status: int, what: str, hint: str) -> Fault:
+    """Return the fault that an HTTP status stands for, where the error's name says no more."""
+    if status in (401, 403):
+        return Denied(what, hint)
+    kinds: dict[int, type[Fault]] = {404: Missing, 410: Missing, 412: Conflict, 429: Throttled}
+    return kinds.get(status, Unreachable)(what)  # 5xx, 408, 409, a 400 BadDigest, and 200 with an error inside
+
+
+def _base64_crc(crc: int) -> str:
+    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def _crc32_of(chunks: Iterable[bytes]) -> int:
+    return functools.reduce(lambda crc, chunk: zlib.crc32(chunk, crc), chunks, 0)
+
+
+def _is_md5(etag: str, body: Body) -> bool:
+    return etag.strip('"') == hashlib.md5(body, usedforsecurity=False).hexdigest()
+
+
+def _add_headers(added: Mapping[str, str], params: dict[str, Any], **_: Any) -> None:
+    params["headers"].update(added)
+
+
+def _s3_encryption(access: Access) -> dict[str, Any]:
+    kms = access.sse == "aws:kms"
+    wanted = {
+        "StorageClass": access.storage_class,
+        "ServerSideEncryption": access.sse,
+        "SSEKMSKeyId": access.kms_key if kms else "",
+        "BucketKeyEnabled": kms,  # one KMS call for many objects, not one for each
+    }
+    return {name: value for name, value in wanted.items() if value}
+
+
+_S3_THROTTLED = re.compile("SlowDown|Throttl|TooManyRequests|RequestLimitExceeded")
 
 
 class S3Store:
     """s3://bucket[/prefix], through boto3. Works from boto3 1.26 on: newer headers are set by an event."""
 
     ordered = False
-    _ONCE: Final = MappingProxyType({"If-None-Match": "*"})
 
     def __init__(self, bucket: str, prefix: str, access: Access) -> None:
         try:
@@ -819,7 +844,8 @@ class S3Store:
             raise Usage(f"s3:// needs boto3 ({error})", "pip install boto3, or apt install python3-boto3") from None
 
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._bucket, self._prefix, self._date = bucket, prefix, 0.0
+        self._bucket, self._prefix = bucket, prefix
+        self._encryption = _s3_encryption(access)
         options: dict[str, Any] = {
             "retries": {"total_max_attempts": 1},  # Retrying does it, for all stores alike
             "connect_timeout": 10,
@@ -840,86 +866,70 @@ class S3Store:
             aws_secret_access_key=access.secret_key or None,
             config=Config(**options),
         )
-        self._encryption = _s3_encryption(access)
-        on = self._client.meta.events.register
-        on("before-call.s3.PutObject", lambda params, **_: params["headers"].update(self._ONCE))
-        full = {"x-amz-checksum-type": "FULL_OBJECT"}
-        on("before-call.s3.CreateMultipartUpload", lambda params, **_: params["headers"].update(full))
-        on("before-call.s3.CompleteMultipartUpload", lambda params, **_: params["headers"].update(full | self._ONCE))
-        on("after-call.s3", self._note_date)
+        self._plain = self._client.meta.endpoint_url.startswith("http:")
+        clock, events = _ReplyClock(), self._client.meta.events
+        self.now = clock.now
+        events.register("after-call.s3", lambda http_response, **_: clock.note(http_response))
+        once, full = {"If-None-Match": "*"}, {"x-amz-checksum-type": "FULL_OBJECT"}
+        headers = {"PutObject": once, "CreateMultipartUpload": full, "CompleteMultipartUpload": once | full}
+        for operation, added in headers.items():
+            events.register(f"before-call.s3.{operation}", functools.partial(_add_headers, added))
 
     def put(self, key: str, body: Body, crc32: int) -> Head:
-        sent = _base64_crc(crc32)
-        with self._faults(key):
-            reply = self._client.put_object(
-                **self._at(key),
-                Body=body,
-                ChecksumCRC32=sent,
-                Metadata={"crc32": hex32(crc32)},
-                **self._encryption,
-            )
+        sent, meta = _base64_crc(crc32), {"crc32": hex32(crc32)}
+        reply = self._call("put_object", key, Body=body, ChecksumCRC32=sent, Metadata=meta, **self._encryption)
         etag = reply.get("ETag", "")
-        if reply.get("ChecksumCRC32") == sent or etag.strip('"') == hashlib.md5(body).hexdigest():
-            return Head(key, len(body), etag, self.now(), hex32(crc32))
-        return self._confirmed(key, len(body), crc32)
+        echoed = reply.get("ChecksumCRC32") == sent
+        told = (echoed and not self._plain) or self._arrived(key, etag, body) or echoed
+        if not told and _crc32_of(self.get(key)) != crc32:  # head would only repeat our own metadata: read it back
+            raise self._damaged(key)
+        return Head(key, len(body), etag, self.now(), hex32(crc32))
 
     def begin(self, key: str, size: int) -> str:
-        with self._faults(key):
-            reply = self._client.create_multipart_upload(**self._at(key), ChecksumAlgorithm="CRC32", **self._encryption)
+        reply = self._call("create_multipart_upload", key, ChecksumAlgorithm="CRC32", **self._encryption)
         return str(reply["UploadId"])
 
     def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
-        with self._faults(key):
-            reply = self._client.upload_part(
-                **self._at(key), UploadId=upload, PartNumber=number, Body=body, ChecksumCRC32=_base64_crc(crc32)
-            )
+        sent = {"Body": body, "ChecksumCRC32": _base64_crc(crc32)}
+        reply = self._call("upload_part", key, UploadId=upload, PartNumber=number, **sent)
+        if self._plain:
+            self._arrived(key, reply["ETag"], body)
         return Part(number, len(body), reply["ETag"], crc32)
 
     def parts(self, key: str, upload: str, part_bytes: int) -> dict[int, Part]:
-        pages = self._client.get_paginator("list_parts").paginate(**self._at(key), UploadId=upload)
-        with self._faults(key):
-            parts = [part for page in pages for part in page.get("Parts", ())]
-        return {part["PartNumber"]: Part(part["PartNumber"], part["Size"], part["ETag"]) for part in parts}
+        there = self._pages("list_parts", "Parts", Key=self._prefix + key, UploadId=upload)
+        return {part["PartNumber"]: Part(part["PartNumber"], part["Size"], part["ETag"]) for part in there}
 
     def match(self, key: str, upload: str, held: Part, offset: int, body: Body, crc32: int) -> Part | None:
-        same = held.size == len(body) and held.token.strip('"') == hashlib.md5(body).hexdigest()
-        return replace(held, crc32=crc32) if same else None
+        return replace(held, crc32=crc32) if held.size == len(body) and _is_md5(held.token, body) else None
 
     def finish(self, key: str, upload: str, parts: Sequence[Part], crc32: int) -> Head:
         chosen = [
             {"PartNumber": part.number, "ETag": part.token, "ChecksumCRC32": _base64_crc(part.crc32)} for part in parts
         ]
-        with self._faults(key):
-            self._client.complete_multipart_upload(
-                **self._at(key),
-                UploadId=upload,
-                MultipartUpload={"Parts": chosen},
-                ChecksumCRC32=_base64_crc(crc32),
-            )
-        return self._confirmed(key, sum(part.size for part in parts), crc32)
+        sent = {"MultipartUpload": {"Parts": chosen}, "ChecksumCRC32": _base64_crc(crc32)}
+        self._call("complete_multipart_upload", key, UploadId=upload, **sent)
+        head, size = self.head(key), sum(part.size for part in parts)
+        if head is None or head.size != size or head.crc32 not in ("", hex32(crc32)):
+            raise self._damaged(key)
+        return replace(head, crc32=hex32(crc32))
 
     def abandon(self, key: str, upload: str) -> None:
-        with contextlib.suppress(Missing), self._faults(key):
-            self._client.abort_multipart_upload(**self._at(key), UploadId=upload)
+        with contextlib.suppress(Missing):
+            self._call("abort_multipart_upload", key, UploadId=upload)
 
     def unfinished(self, prefix: str) -> Iterator[tuple[str, str, float]]:
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix
-        )
-        with self._faults(prefix):
-            for page in pages:
-                for upload in page.get("Uploads", ()):
-                    yield upload["Key"][len(self._prefix) :], upload["UploadId"], upload["Initiated"].timestamp()
+        for upload in self._pages("list_multipart_uploads", "Uploads", Prefix=self._prefix + prefix):
+            yield upload["Key"].removeprefix(self._prefix), upload["UploadId"], upload["Initiated"].timestamp()
 
     def get(self, key: str, start: int = 0) -> Iterator[bytes]:
         wanted = {"Range": f"bytes={start}-"} if start else {}
         with self._faults(key):
-            yield from self._client.get_object(**self._at(key), **wanted)["Body"].iter_chunks(MIB)
+            yield from self._call("get_object", key, **wanted)["Body"].iter_chunks(MIB)
 
     def head(self, key: str) -> Head | None:
         try:
-            with self._faults(key):
-                reply = self._client.head_object(**self._at(key), ChecksumMode="ENABLED")
+            reply = self._call("head_object", key, ChecksumMode="ENABLED")
         except Missing:
             return None
         crc32 = next((value for name, value in reply["Metadata"].items() if name.lower() == "crc32"), "")
@@ -929,15 +939,10 @@ class S3Store:
 
     def list(self, prefix: str, after: str = "") -> Iterator[Head]:
         wanted = {"StartAfter": self._prefix + after} if after else {}
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + prefix, **wanted
-        )
-        with self._faults(prefix):
-            for page in pages:
-                for item in page.get("Contents", ()):
-                    key = item["Key"][len(self._prefix) :]
-                    if key > after:  # not every server knows StartAfter
-                        yield Head(key, item["Size"], item["ETag"], item["LastModified"].timestamp())
+        for item in self._pages("list_objects_v2", "Contents", Prefix=self._prefix + prefix, **wanted):
+            key = item["Key"].removeprefix(self._prefix)
+            if key > after:  # not every server knows StartAfter
+                yield Head(key, item["Size"], item["ETag"], item["LastModified"].timestamp())
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -946,94 +951,72 @@ class S3Store:
             with self._faults(keys[first]):
                 reply = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
             for error in reply.get("Errors", ()):
-                why[error["Key"][len(self._prefix) :]] = f"{error['Code']}: {error.get('Message', '')}"
+                why[error["Key"].removeprefix(self._prefix)] = f"{error['Code']}: {error.get('Message', '')}"
         return why
 
-    def now(self) -> float:
-        return self._date or time.time()
+    def _arrived(self, key: str, etag: str, body: Body) -> bool:
+        """Tell whether the ETag proves the bytes. Without TLS it must, if it is an MD5: some servers only echo CRCs."""
+        if _is_md5(etag, body):
+            return True
+        if self._plain and not self._encryption and re.fullmatch('"?[0-9a-f]{32}"?', etag):
+            raise self._damaged(key)
+        return False
 
-    def _at(self, key: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + key}
+    def _damaged(self, key: str) -> Corrupt:
+        return Corrupt(f"{key} did not arrive as it was sent", "the server or the way to it is broken")
 
-    def _note_date(self, http_response: Any, **_: Any) -> None:
-        if date := http_response.headers.get("date"):
-            self._date = parsedate_to_datetime(date).timestamp()
+    def _call(self, operation: str, key: str, **more: Any) -> Any:
+        with self._faults(key):
+            return getattr(self._client, operation)(Bucket=self._bucket, Key=self._prefix + key, **more)
 
-    def _confirmed(self, key: str, size: int, crc32: int) -> Head:
-        head = self.head(key)
-        if not head or head.size != size or head.crc32 not in ("", hex32(crc32)):
-            raise Corrupt(f"{key} did not arrive as it was sent ({head})", "the server or the way to it is broken")
-        return replace(head, crc32=hex32(crc32))
+    def _pages(self, operation: str, items: str, **more: Any) -> Iterator[Any]:
+        with self._faults(more.get("Key") or more["Prefix"]):
+            for page in self._client.get_paginator(operation).paginate(Bucket=self._bucket, **more):
+                yield from page.get(items, ())
 
     @contextlib.contextmanager
     def _faults(self, key: str) -> Iterator[None]:
-        from botocore import exceptions
+        from botocore import exceptions as aws
 
-        denied = (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.NoAuthTokenError)
-        wrong = (exceptions.ParamValidationError, exceptions.InvalidConfigError, exceptions.NoRegionError)
         try:
             yield
-        except exceptions.ClientError as error:
+        except aws.ClientError as error:
             raise self._fault(key, error.response) from error
-        except denied as error:
+        except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.NoAuthTokenError) as error:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
             raise Denied(f"no credentials for {self.url} ({error})", hint) from error
-        except wrong as error:
+        except (aws.ParamValidationError, aws.InvalidConfigError, aws.NoRegionError) as error:
             raise Usage(f"{self.url}: {error}", "see REGION and --endpoint-url") from error
-        except exceptions.BotoCoreError as error:
+        except aws.BotoCoreError as error:
             raise Unreachable(f"{self.url}: {error}", "check the network, REGION and --endpoint-url") from error
 
     def _fault(self, key: str, response: dict[str, Any]) -> Fault:
-        code = str(response["Error"].get("Code", ""))
+        code, message = str(response["Error"].get("Code", "")), response["Error"].get("Message", "")
         status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        what = f"{self.url}: {code} for {key} ({response['Error'].get('Message', '')})"
+        what = f"{self.url}: {code} for {key} ({message})"
         if code == "NoSuchBucket":
-            return Usage(f"bucket {self._bucket} does not exist", "create it, or correct BUCKET_NAME and REGION")
+            return Denied(f"bucket {self._bucket} does not exist", "create it, or correct BUCKET_NAME and REGION")
         if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
             where = response["Error"].get("Region") or response["Error"].get("Endpoint") or "another region"
-            return Usage(f"bucket {self._bucket} is in {where}", "set REGION")
+            return Denied(f"bucket {self._bucket} is in {where}", "set REGION")
         if code == "RequestTimeTooSkewed":
             return Denied(what, "set the clock of this machine")
-        if _S3_THROTTLED.search(code) or status in (429, 503):
+        if _S3_THROTTLED.search(code) or status == 503:
             return Throttled(what)
-        return _fault_of_status(status, key, what, "check the keys and the IAM policy (README)")
+        return _fault_of_status(status, what, "check the keys and the IAM policy (README)")
 
 
-_S3_THROTTLED = re.compile("SlowDown|Throttl|TooManyRequests|RequestLimitExceeded")
+def _crc32c(body: Body) -> str:
+    import google_crc32c
 
-
-def _fault_of_status(status: int, key: str, what: str, hint: str) -> Fault:
-    """Return the fault that an HTTP status stands for, where the error's name says no more."""
-    if status in (404, 410):
-        return Missing(what)
-    if status == 412:
-        return Conflict(f"{key} is taken")
-    if status == 429:
-        return Throttled(what)
-    if status in (401, 403):
-        return Denied(what, hint)
-    return Unreachable(what)  # 5xx, 408, 409, a 400 BadDigest, and 200 with an error inside
-
-
-def _s3_encryption(access: Access) -> dict[str, Any]:
-    wanted: dict[str, Any] = {"StorageClass": access.storage_class} if access.storage_class else {}
-    if access.sse:
-        wanted["ServerSideEncryption"] = access.sse
-    if access.sse == "aws:kms":
-        wanted["BucketKeyEnabled"] = True  # one KMS call for many objects, not one for each
-        if access.kms_key:
-            wanted["SSEKMSKeyId"] = access.kms_key
-    return wanted
-
-
-def _base64_crc(crc: int) -> str:
-    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+    return hex32(google_crc32c.value(bytes(body)))
 
 
 class GCSStore:
     """gs://bucket[/prefix], through google-cloud-storage. Large files travel in resumable sessions, part by part."""
 
     ordered = True
+    _CALL: Final = MappingProxyType({"timeout": (10, 60), "retry": None})
 
     def __init__(self, bucket: str, prefix: str, access: Access) -> None:
         try:
@@ -1041,8 +1024,9 @@ class GCSStore:
         except ImportError as error:
             hint = "pip install google-cloud-storage, or install the package cassbackup-gcs"
             raise Usage(f"gs:// needs Google's client ({error})", hint) from None
+
         self.url = f"gs://{bucket}/{prefix}".rstrip("/")
-        self._prefix, self._access, self._date = prefix, access, 0.0
+        self._prefix, self._access = prefix, access
         options = {"api_endpoint": access.endpoint_url} if access.endpoint_url else None
         with self._faults(""):
             self._client: Any = storage.Client(client_options=options)
@@ -1050,49 +1034,42 @@ class GCSStore:
         self._http: Any = self._client._http  # requests.Session; resumable sessions have no public door for parts
         if access.ca_file:
             self._http.verify = access.ca_file
-        self._http.hooks["response"].append(self._note_date)
+        clock = _ReplyClock()
+        self.now = clock.now
+        self._http.hooks["response"].append(clock.note)
 
     def put(self, key: str, body: Body, crc32: int) -> Head:
-        blob = self._new(key)
+        blob = self._blob(key)
         blob.metadata = {"crc32": hex32(crc32)}
-        with self._faults(key):
+        with self._faults(key, no_object=False):
             blob.upload_from_string(
                 bytes(body), "application/octet-stream", if_generation_match=0, checksum="crc32c", **self._CALL
             )
-        return self._head(key, blob)
+        return replace(self._head(blob), crc32=hex32(crc32))
 
     def begin(self, key: str, size: int) -> str:
-        with self._faults(key):
-            url = self._new(key).create_resumable_upload_session(
+        with self._faults(key, no_object=False):
+            url = self._blob(key).create_resumable_upload_session(
                 "application/octet-stream", size, if_generation_match=0, checksum=None, **self._CALL
             )
         return f"{size} {url}"
 
     def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
-        size, url = upload.split(" ", 1)
-        headers = {"Content-Range": f"bytes {offset}-{offset + len(body) - 1}/{size}"}
-        with self._faults(key):
-            reply = self._http.put(url, data=bytes(body), headers=headers, timeout=(10, 60))
-            self._check(key, reply, (200, 201, 308))
-        if reply.status_code == 308 and _resumed_at(reply) < offset + len(body):
+        end = offset + len(body)
+        if self._session(key, upload, f"{offset}-{end - 1}", bytes(body)) < end:
             raise Unreachable(f"{self.url}: only a part of part {number} of {key} was taken")
         return Part(number, len(body), _crc32c(body), crc32)
 
     def parts(self, key: str, upload: str, part_bytes: int) -> dict[int, Part]:
-        size, url = upload.split(" ", 1)
-        with self._faults(key):
-            reply = self._http.put(url, headers={"Content-Range": f"bytes */{size}"}, timeout=(10, 60))
-            self._check(key, reply, (200, 201, 308))
-        there = int(size) if reply.status_code != 308 else _resumed_at(reply)
-        whole = there // part_bytes if there < int(size) else -(-there // part_bytes)
+        there, size = self._session(key, upload, "*", b""), int(upload.split(" ")[0])
+        whole = there // part_bytes if there < size else -(-there // part_bytes)
         return {number: Part(number, part_bytes, "") for number in range(1, whole + 1)}
 
     def match(self, key: str, upload: str, held: Part, offset: int, body: Body, crc32: int) -> Part | None:
         return Part(held.number, len(body), _crc32c(body), crc32)  # finish compares the whole object's CRC-32C
 
     def finish(self, key: str, upload: str, parts: Sequence[Part], crc32: int) -> Head:
-        head = self.head(key)
-        whole = 0
+        head, whole = self.head(key), 0
         for part in parts:
             whole = crc32_combine(whole, int(part.token, 16), part.size, 0x82F63B78)
         if head is None:
@@ -1116,15 +1093,13 @@ class GCSStore:
     def head(self, key: str) -> Head | None:
         with self._faults(key):
             blob = self._bucket.get_blob(self._prefix + key, **self._CALL)
-        return self._head(key, blob) if blob else None
+        return self._head(blob) if blob else None
 
     def list(self, prefix: str, after: str = "") -> Iterator[Head]:
         wanted = {"start_offset": self._prefix + after} if after else {}
-        with self._faults(prefix):
-            for blob in self._client.list_blobs(self._bucket, prefix=self._prefix + prefix, **wanted, **self._CALL):
-                key = blob.name[len(self._prefix) :]
-                if key > after:
-                    yield self._head(key, blob)
+        with self._faults(prefix, no_object=False):
+            blobs = self._client.list_blobs(self._bucket, prefix=self._prefix + prefix, **wanted, **self._CALL)
+            yield from (head for head in map(self._head, blobs) if head.key > after)
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -1136,65 +1111,53 @@ class GCSStore:
                 why[key] = fault.what
         return why
 
-    def now(self) -> float:
-        return self._date or time.time()
-
-    _CALL: Final = MappingProxyType({"timeout": (10, 60), "retry": None})
-
     def _blob(self, key: str) -> Any:
-        return self._bucket.blob(self._prefix + key)
-
-    def _new(self, key: str) -> Any:
         blob = self._bucket.blob(self._prefix + key, kms_key_name=self._access.kms_key or None)
         if self._access.storage_class:
             blob.storage_class = self._access.storage_class
         return blob
 
-    def _head(self, key: str, blob: Any) -> Head:
-        crc32 = (blob.metadata or {}).get("crc32", "")
+    def _head(self, blob: Any) -> Head:
+        key, crc32 = blob.name.removeprefix(self._prefix), (blob.metadata or {}).get("crc32", "")
         modified = blob.updated.timestamp() if blob.updated else self.now()
         return Head(key, int(blob.size or 0), str(blob.generation), modified, crc32, blob.crc32c or "")
 
-    def _note_date(self, reply: Any, *_: Any, **__: Any) -> None:
-        if date := reply.headers.get("date"):
-            self._date = parsedate_to_datetime(date).timestamp()
-
-    def _check(self, key: str, reply: Any, good: tuple[int, ...]) -> None:
-        if reply.status_code not in good:
+    def _session(self, key: str, upload: str, span: str, body: bytes) -> int:
+        """Send a span of a resumable session, * for none; return how many bytes the session has by now."""
+        size, url = upload.split(" ", 1)
+        headers = {"Content-Range": f"bytes {span}/{size}"}
+        with self._faults(key):
+            reply = self._http.put(url, data=body, headers=headers, timeout=(10, 60))
+        if reply.status_code in (200, 201):
+            return int(size)
+        if reply.status_code != 308:
             raise self._fault(key, reply.status_code, reply.text[:200])
+        there = reply.headers.get("Range", "")  # bytes=0-524287, or none at all
+        return int(there.rpartition("-")[2]) + 1 if there else 0
 
     @contextlib.contextmanager
-    def _faults(self, key: str) -> Iterator[None]:
+    def _faults(self, key: str, no_object: bool = True) -> Iterator[None]:
+        """Translate; with no_object=False a 404 can only mean that there is no bucket."""
         from google.api_core.exceptions import GoogleAPICallError
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
+        from google.auth.exceptions import GoogleAuthError, TransportError
         from requests import RequestException
 
         try:
             yield
         except GoogleAPICallError as error:
-            raise self._fault(key, int(error.code or 500), error.message) from error
+            raise self._fault(key, int(error.code or 500), error.message, no_object) from error
         except (RequestException, TransportError) as error:
             raise Unreachable(f"{self.url}: {error}", "check the network and --endpoint-url") from error
-        except (DefaultCredentialsError, GoogleAuthError) as error:
+        except GoogleAuthError as error:
             hint = "set GOOGLE_APPLICATION_CREDENTIALS, or give the instance a service account"
             raise Denied(f"no credentials for {self.url} ({error})", hint) from error
 
-    def _fault(self, key: str, status: int, message: str) -> Fault:
+    def _fault(self, key: str, status: int, message: str, no_object: bool = True) -> Fault:
+        # The word "bucket" alone says nothing: an absent object's message has the bucket's name in it.
+        if status == 404 and (not no_object or "bucket does not exist" in message.lower()):
+            return Denied(f"bucket {self._bucket.name} does not exist", "create it, or correct BUCKET_NAME")
         what = f"{self.url}: {status} for {key} ({message})"
-        if status == 404 and "bucket" in message.lower():
-            return Usage(f"bucket {self._bucket.name} does not exist", "create it, or correct BUCKET_NAME")
-        return _fault_of_status(status, key, what, "check the service account, its roles (README) and access scopes")
-
-
-def _resumed_at(reply: Any) -> int:
-    """Return how many bytes a resumable session has: Range: bytes=0-524287, or none at all."""
-    return int(reply.headers["Range"].rpartition("-")[2]) + 1 if "Range" in reply.headers else 0
-
-
-def _crc32c(body: Body) -> str:
-    import google_crc32c
-
-    return hex32(google_crc32c.value(bytes(body)))
+        return _fault_of_status(status, what, "check the service account, its roles (README) and access scopes")
 
 
 class Budget:
@@ -1220,117 +1183,78 @@ class Retrying:
     retries Denied as well, since rights can be given without a restart.
 
     A lost reply looks like a taken key, and some servers take no notice of If-None-Match. So "taken" means: ask
-    and compare; and the first put is sent twice, which tells whether the server refuses the second.
+    and compare; and the first put is sent twice, which tells whether the server refuses the second. put and finish
+    raise Conflict only where the key has other content.
     """
 
     def __init__(self, store: Store, wait: Callable[[float], bool], patience: float | None, budget: Budget) -> None:
         self._store, self._wait, self._patience, self._budget = store, wait, patience, budget
         self._slow_until = 0.0
         self._refuses: bool | None = None  # does the server refuse to overwrite?
-        self.url, self.ordered, self.now = store.url, store.ordered, store.now
         self.trouble = ""  # what is wrong now, for status
-
-    def put(self, key: str, body: Body, crc32: int) -> Head:
-        """Store an object, or find that it is there. Raises Conflict where the key has other content."""
-        return self._try(self._put, key, body, crc32)
+        self.url, self.ordered, self.now = store.url, store.ordered, store.now
+        self.begin = self._retried(store.begin)
+        self.parts = self._retried(store.parts)
+        self.match = self._retried(store.match)
+        self.abandon = self._retried(store.abandon)
+        self.head = self._retried(store.head)
+        self.put = self._retried(self.put_now)
+        self.put_part = self._retried(self._put_part)
+        self.finish = self._retried(self._finish)
+        self.delete = self._retried(self._delete)
 
     def put_now(self, key: str, body: Body, crc32: int) -> Head:
         """Put in one attempt: whoever writes a listing must look around before the next."""
-        return self._put(key, body, crc32)
-
-    def pause(self, fault: Fault, tries: int) -> None:
-        """Wait before another attempt at what failed so often, or raise the fault if that is too long."""
-        self._bear(fault, tries, 2.0**tries)
-
-    def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
-        """See Store."""
-        put = self._store.put_part
-        return self._try(lambda: self._charged(len(body), put, key, upload, number, offset, body, crc32))
-
-    def finish(self, key: str, upload: str, parts: Sequence[Part], crc32: int) -> Head:
-        """Make the parts an object, or find that it is there. Raises Conflict where the key has other content."""
-        return self._try(self._finish, key, upload, parts, crc32)
-
-    def same(self, key: str, size: int, crc32: int) -> Head | None:
-        """Return the object if there is one. Raises Conflict if it has other content: never size alone."""
-        head = self.head(key)
-        if head is None:
-            return None
-        if head.size == size and not head.crc32:
-            head = replace(
-                head, crc32=hex32(functools.reduce(lambda crc, chunk: zlib.crc32(chunk, crc), self.get(key), 0))
-            )
-        if (head.size, head.crc32) != (size, hex32(crc32)):
-            raise Conflict(f"{key} is taken by other content")
-        return head
-
-    def begin(self, key: str, size: int) -> str:
-        """See Store."""
-        return self._try(self._store.begin, key, size)
-
-    def parts(self, key: str, upload: str, part_bytes: int) -> dict[int, Part]:
-        """See Store."""
-        return self._try(self._store.parts, key, upload, part_bytes)
-
-    def match(self, key: str, upload: str, held: Part, offset: int, body: Body, crc32: int) -> Part | None:
-        """See Store."""
-        return self._try(self._store.match, key, upload, held, offset, body, crc32)
-
-    def abandon(self, key: str, upload: str) -> None:
-        """See Store."""
-        return self._try(self._store.abandon, key, upload)
-
-    def unfinished(self, prefix: str) -> Iterator[tuple[str, str, float]]:
-        """See Store. Without the right to ask there are none."""
-        with contextlib.suppress(Denied, Missing):  # Missing: how rclone says that there are none
-            yield from self._store.unfinished(prefix)
-
-    def get(self, key: str, start: int = 0) -> Iterator[bytes]:
-        """See Store. Goes on where it broke off."""
-        for chunk in self._stream(lambda: self._store.get(key, start)):
-            start += len(chunk)
-            yield chunk
-
-    def head(self, key: str) -> Head | None:
-        """See Store."""
-        return self._try(self._store.head, key)
-
-    def list(self, prefix: str, after: str = "") -> Iterator[Head]:
-        """See Store. Goes on where it broke off."""
-        for head in self._stream(lambda: self._store.list(prefix, after)):
-            after = head.key
-            yield head
-
-    def delete(self, keys: Sequence[str]) -> dict[str, str]:
-        """See Store. Without the right to delete all stay."""
-
-        def attempt() -> dict[str, str]:
-            try:
-                return self._store.delete(keys)
-            except Denied as fault:
-                return dict.fromkeys(keys, fault.what)
-
-        return self._try(attempt)
-
-    def _put(self, key: str, body: Body, crc32: int) -> Head:
         if self._refuses is False and (head := self.same(key, len(body), crc32)):
             return head
+        self._charge(body)
         try:
-            head = self._charged(len(body), self._store.put, key, body, crc32)
+            head = self._store.put(key, body, crc32)
             if self._refuses is None:
                 self._refuses = False
                 self._store.put(key, body, crc32)  # the same bytes, so no harm is done if it is taken
                 log.warning("store=%s overwrites: it ignores If-None-Match, so each key is looked up first", self.url)
+            return head
         except Conflict:
             self._refuses = True
             if there := self.same(key, len(body), crc32):
                 return there
             raise Unreachable(f"{key} was taken and is gone again") from None
+
+    def pause(self, fault: Fault, tries: int) -> None:
+        """Wait before another attempt at what failed so often, or raise the fault if that is too long."""
+        self._bear(fault, tries, 2.0 ** min(tries, 30))
+
+    def same(self, key: str, size: int, crc32: int) -> Head | None:
+        """Return the object if there is one. Raises Conflict if it has other content: never size alone."""
+        head = self.head(key)
+        if head and head.size == size and not head.crc32:
+            head = replace(head, crc32=hex32(_crc32_of(self.get(key))))
+        if head and (head.size, head.crc32) != (size, hex32(crc32)):
+            raise Conflict(f"{key} is taken by other content")
         return head
+
+    def unfinished(self, prefix: str) -> Iterator[tuple[str, str, float]]:
+        """Yield uploads that were never finished. Without the right to ask there are none."""
+        with contextlib.suppress(Denied, Missing):  # Missing: how rclone says that there are none
+            yield from self._store.unfinished(prefix)
+
+    def get(self, key: str, start: int = 0) -> Iterator[bytes]:
+        """Yield an object's bytes from an offset on, going on where it broke off."""
+        return self._stream(functools.partial(self._store.get, key), start, lambda at, chunk: at + len(chunk))
+
+    def list(self, prefix: str, after: str = "") -> Iterator[Head]:
+        """Yield the objects under a prefix, going on where it broke off."""
+        return self._stream(functools.partial(self._store.list, prefix), after, lambda _, head: head.key)
+
+    def _put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
+        self._charge(body)
+        return self._store.put_part(key, upload, number, offset, body, crc32)
 
     def _finish(self, key: str, upload: str, parts: Sequence[Part], crc32: int) -> Head:
         size = sum(part.size for part in parts)
-        if not self._refuses and (head := self.same(key, size, crc32)):
+        # Ask first, even a server that refuses a second put: radosgw's CompleteMultipartUpload overwrites all the same.
+        if not self.ordered and (head := self.same(key, size, crc32)):
             return head
         try:
             return self._store.finish(key, upload, parts, crc32)
@@ -1339,60 +1263,75 @@ class Retrying:
                 return head
             raise
 
-    def _charged(self, size: int, call: Callable[..., T], *args: Any) -> T:
-        if (delay := self._budget.delay(size)) > 0 and self._wait(delay):
-            raise Stopped("stopped")
-        return call(*args)
+    def _delete(self, keys: Sequence[str]) -> dict[str, str]:
+        try:
+            return self._store.delete(keys)
+        except Denied as fault:  # without the right to delete all stay
+            return dict.fromkeys(keys, fault.what)
 
-    def _stream(self, restart: Callable[[], Iterator[T]]) -> Iterator[T]:
-        items = restart()
+    def _stream(self, begin: Callable[[At], Iterator[T]], at: At, beyond: Callable[[At, T], At]) -> Iterator[T]:
+        items = begin(at)
 
         def advance() -> T | None:
             nonlocal items
             try:
                 return next(items, None)
             except Fault:
-                items = restart()
+                items = begin(at)
                 raise
 
-        while (item := self._try(advance)) is not None:
+        advance_or_wait = self._retried(advance)
+        while (item := advance_or_wait()) is not None:
+            at = beyond(at, item)
             yield item
 
-    def _try(self, call: Callable[..., T], *args: Any) -> T:
-        began = time.monotonic()
-        for attempt in itertools.count():
-            if (slow := self._slow_until - time.monotonic()) > 0 and self._wait(slow):
-                raise Stopped("stopped")
-            try:
-                result = call(*args)
-                self.trouble = ""
-                return result
-            except (Unreachable, Denied) as fault:
-                self._bear(fault, attempt, time.monotonic() - began)
-        raise AssertionError("unreachable")
+    def _retried(self, call: Callable[P, T]) -> Callable[P, T]:
+        def retried(*args: P.args, **kwargs: P.kwargs) -> T:
+            began, attempt = time.monotonic(), 0
+            while True:
+                self._sleep(self._slow_until - time.monotonic())
+                try:
+                    result = call(*args, **kwargs)
+                    self.trouble = ""
+                    return result
+                except (Unreachable, Denied) as fault:
+                    self._bear(fault, attempt, time.monotonic() - began)
+                attempt += 1
+
+        return retried
 
     def _bear(self, fault: Fault, attempt: int, elapsed: float) -> None:
         """Wait before the next attempt, or raise the fault when patience has ended."""
-        patience = self._patience if not isinstance(fault, Denied) or self._patience is None else 0.0
-        delay = min(60.0, 0.25 * 2**attempt if isinstance(fault, Unreachable) else 60.0) * random.uniform(0.5, 1.0)
-        if patience is not None and elapsed + delay > patience:
+        denied = isinstance(fault, Denied)
+        longest = 60.0 if denied else min(60.0, 0.25 * 2 ** min(attempt, 8))  # 2 ** 1024 would not fit a float
+        delay = longest * random.uniform(0.5, 1.0)
+        if self._patience is not None and (denied or elapsed + delay > self._patience):
             raise fault
         if str(fault) != self.trouble:
             log.warning("store failed, trying again error=%s", quote(str(fault)))
         self.trouble = str(fault)
         if isinstance(fault, Throttled):  # all threads ask the same store: all of them slow down
             self._slow_until = max(self._slow_until, time.monotonic() + delay)
-        if self._wait(delay):
-            raise Stopped("stopped") from fault
+        self._sleep(delay)
+
+    def _charge(self, body: Body) -> None:
+        self._sleep(self._budget.delay(len(body)))
+
+    def _sleep(self, seconds: float) -> None:
+        if seconds > 0 and self._wait(seconds):
+            raise Stopped("stopped")
 
 
-def open_store(url: str, access: Access = Access()) -> Store:  # noqa: B008 - frozen
-    """Open s3://bucket[/prefix], gs://bucket[/prefix] or file:///directory. SDKs are imported here, not before."""
+def open_store(url: str, access: Access = Access(), new: bool = True) -> Store:
+    """Open s3://bucket[/prefix], gs://bucket[/prefix] or file:///directory. SDKs are imported here, not before.
+
+    A directory is made if `new`: nothing of ours has been there yet.
+    """
     scheme, _, rest = url.partition("://")
     if scheme == "file":
         if not rest.startswith("/"):
             raise Usage(f"bucket {url} is not absolute", "write file:///directory")
-        return DirStore(os.path.normpath(rest))
+        return DirStore(os.path.normpath(rest), new)
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
     if scheme not in ("s3", "gs") or not bucket:
@@ -1414,21 +1353,58 @@ class Cloud:
     region: str
 
 
+def _ask(url: str, headers: Mapping[str, str], method: str = "GET", marked: Mapping[str, str] | None = None) -> str:
+    """Return a short answer, "" where there is none; `marked` are headers that it must have."""
+    import requests
+
+    headers = {**headers, "Accept-Encoding": "identity"}
+    with requests.Session() as session:
+        session.trust_env = False  # a proxy would answer for its own machine
+        reply = session.request(method, url, headers=headers, timeout=(1, 2), allow_redirects=False, stream=True)
+        if reply.status_code != 200 or any(reply.headers.get(name) != value for name, value in (marked or {}).items()):
+            return ""
+        text = reply.raw.read(65536).decode("ascii", "replace").strip()
+    return text if re.fullmatch(r"[A-Za-z0-9+/=_.:-]{1,1000}", text) else ""
+
+
+def _ask_aws(environ: Mapping[str, str]) -> Cloud | None:
+    host = environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
+    base = host.rstrip("/") + "/latest/"
+    token = _ask(base + "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "300"}, "PUT")
+    headers = {"X-aws-ec2-metadata-token": token}
+    instance = _ask(base + "meta-data/instance-id", headers) if token else ""
+    return Cloud("s3", instance, _ask(base + "meta-data/placement/region", headers)) if instance else None
+
+
+def _ask_gce(environ: Mapping[str, str]) -> Cloud | None:
+    base = f"http://{environ.get('GCE_METADATA_HOST') or '169.254.169.254'}/computeMetadata/v1/instance/"
+    headers = {"Metadata-Flavor": "Google"}  # also in the answer: anybody may listen at that address
+    instance = _ask(base + "id", headers, marked=headers)
+    zone = _ask(base + "zone", headers, marked=headers) if instance else ""  # projects/123/zones/europe-west1-b
+    return Cloud("gs", instance, zone.rpartition("/")[2].rpartition("-")[0]) if instance else None
+
+
+def _may_be_cloud() -> bool:
+    """Read the machine's maker; absent (a container, Firecracker) means unknown, not no."""
+    try:
+        with open("/sys/class/dmi/id/sys_vendor", errors="replace") as file:
+            return bool(re.search("amazon|xen|google|qemu|^$", file.read().strip().lower()))
+    except OSError:
+        return True
+
+
 def detect_cloud(environ: Mapping[str, str], limit_s: float = 5.0) -> Cloud | None:
     """Ask the metadata services of AWS (IMDSv2) and GCE at once; None if neither answers within the limit.
 
-    They are asked directly (a proxy would answer for its own machine), without following redirects and reading
-    64 KiB at most. Their usual switches are honoured: AWS_EC2_METADATA_DISABLED, NO_GCE_CHECK, and the addresses
+    Their usual switches are honoured: AWS_EC2_METADATA_DISABLED, NO_GCE_CHECK, and the addresses
     AWS_EC2_METADATA_SERVICE_ENDPOINT and GCE_METADATA_HOST. Where DMI names a maker of real machines, nothing is sent.
     """
+    switches = ((_ask_aws, "AWS_EC2_METADATA_DISABLED"), (_ask_gce, "NO_GCE_CHECK"))
+    asked = [ask for ask, switch in switches if environ.get(switch, "").lower() != "true"]
+    addresses = ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "GCE_METADATA_HOST")
+    if not any(environ.get(name) for name in addresses) and not _may_be_cloud():
+        return None
     answers: queue.SimpleQueue[Cloud | None] = queue.SimpleQueue()
-    asked = [
-        ask
-        for ask, switch in ((_ask_aws, "AWS_EC2_METADATA_DISABLED"), (_ask_gce, "NO_GCE_CHECK"))
-        if environ.get(switch, "").lower() != "true"
-    ]
-    if not any(name in environ for name in ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "GCE_METADATA_HOST")):
-        asked = asked if _may_be_cloud() else []
 
     def answer(ask: Callable[[Mapping[str, str]], Cloud | None]) -> None:
         try:
@@ -1447,62 +1423,22 @@ def detect_cloud(environ: Mapping[str, str], limit_s: float = 5.0) -> Cloud | No
     return None
 
 
-def _may_be_cloud() -> bool:
-    """Read the machine's maker; absent (a container, Firecracker) means unknown, not no."""
-    try:
-        with open("/sys/class/dmi/id/sys_vendor") as file:
-            return bool(re.search("amazon|xen|google|qemu|^$", file.read().strip().lower()))
-    except OSError:
-        return True
-
-
-def _ask_aws(environ: Mapping[str, str]) -> Cloud | None:
-    base = environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/") + "/latest/"
-    token = _ask(base + "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "300"}, "PUT")
-    if not token:
-        return None
-    headers = {"X-aws-ec2-metadata-token": token}
-    instance = _ask(base + "meta-data/instance-id", headers)
-    region = _ask(base + "meta-data/placement/region", headers)
-    return Cloud("s3", instance, region) if instance else None
-
-
-def _ask_gce(environ: Mapping[str, str]) -> Cloud | None:
-    base = f"http://{environ.get('GCE_METADATA_HOST', '169.254.169.254')}/computeMetadata/v1/instance/"
-    headers = {"Metadata-Flavor": "Google"}  # also in the answer: anybody may listen at that address
-    instance = _ask(base + "id", headers, marked=headers)
-    zone = _ask(base + "zone", headers, marked=headers)  # projects/123/zones/europe-west1-b
-    return Cloud("gs", instance, zone.rpartition("/")[2].rpartition("-")[0]) if instance else None
-
-
-def _ask(url: str, headers: Mapping[str, str], method: str = "GET", marked: Mapping[str, str] | None = None) -> str:
-    import requests
-
-    with requests.Session() as session:
-        session.trust_env = False
-        reply = session.request(method, url, headers=headers, timeout=(1, 2), allow_redirects=False, stream=True)
-        if reply.status_code != 200 or any(reply.headers.get(name) != value for name, value in (marked or {}).items()):
-            return ""
-        text = reply.raw.read(65536, decode_content=True).decode("ascii", "replace").strip()
-    return text if re.fullmatch(r"[A-Za-z0-9+/=_.:-]{1,1000}", text) else ""
+def check_node(name: str) -> str:
+    """Return a node's name if it can be one component of a key. Raises Usage."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}", name) or name.endswith((".listings", ".condemned")):
+        raise Usage(f"node name {name!r} cannot be used in keys", "use letters, digits, - _ + and . (at most 200)")
+    return name
 
 
 def name_node(cloud: Cloud | None, host: str, machine_id: str) -> str:
     """Return <hostname>-<instance_id>; off cloud the first 12 digits of the machine id. Raises Usage."""
     host = host.strip().rstrip(".")
-    if host in ("", "localhost", "localhost.localdomain") or host.startswith("-"):
+    if host in ("", "localhost", "localhost.localdomain"):
         raise Usage(f"host name {host!r} names no node", "set the host's name, or pass --name")
     instance = cloud.instance if cloud else machine_id[:12]
     if not instance:
         raise Usage("neither an instance id nor /etc/machine-id is to be had", "pass --name")
     return check_node(f"{host}-{instance}")
-
-
-def check_node(name: str) -> str:
-    """Return a node's name if it can be one component of a key. Raises Usage."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}", name) or re.search(r"\.(listings|condemned)$", name):
-        raise Usage(f"node name {name!r} cannot be used in keys", "use letters, digits, - _ + and . (at most 200)")
-    return name
 
 
 # ======================================================================================================
@@ -1545,28 +1481,31 @@ class Ledger:
         db.execute("SELECT count(*) FROM facts").fetchone()
         return db
 
-    def _sum(self, *row: str) -> int:
+    def _sum(self, row: Sequence[str]) -> int:
         return zlib.crc32("\0".join((self._scope, *row)).encode())
 
-    def _read(self, sql: str, *args: str) -> list[tuple[str, ...]]:
+    def _read(self, table: str, where: str, *args: str) -> list[tuple[str, ...]]:
         """Return the rows that check, without their checksums."""
         with self._lock:
             try:
-                rows = self._db.execute(sql, args).fetchall()
+                rows = self._db.execute(f"SELECT * FROM {table} WHERE {where}", args).fetchall()
             except (sqlite3.Error, UnicodeDecodeError) as error:
                 self._complain(error)
                 return []
-        return [row[:-1] for row in rows if self._checks(args, row)]
+        texts = [row for row in rows if all(isinstance(word, str) for word in row[:-1])]
+        return [row[:-1] for row in texts if row[-1] == self._sum(row[:-1])]
 
-    def _checks(self, args: tuple[str, ...], row: tuple[Any, ...]) -> bool:
-        return all(isinstance(word, str) for word in row[:-1]) and row[-1] == self._sum(*args, *row[:-1])
-
-    def _write(self, sql: str, rows: Iterable[tuple[str, ...]]) -> None:
-        """Run the statement for each row, with its checksum, in one transaction."""
+    def _write(self, table: str, rows: Iterable[tuple[str, ...]]) -> None:
+        """Write rows, each with its checksum, in one transaction."""
+        summed = [(*row, self._sum(row)) for row in rows]
+        if not summed:
+            return
         with self._lock:
             try:
                 self._db.execute("BEGIN")
-                self._db.executemany(sql, [(*row, self._sum(*row)) for row in rows])
+                self._db.executemany(
+                    f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(summed[0]))})", summed
+                )
                 self._db.execute("COMMIT")
                 self.broken = ""
             except sqlite3.Error as error:
@@ -1581,48 +1520,43 @@ class Ledger:
 
     def knows(self, place: str, name: str, stamp: Stamp) -> tuple[str, ...] | None:
         """Return (key, etag, crc32, crc32c, run, checked) for bytes that were stored, else None."""
-        sql = "SELECT found, sum FROM stored WHERE place = ? AND name = ? AND stamp = ?"
-        rows = self._read(sql, place, quote(name), str(stamp))
-        return tuple(json.loads(rows[0][0])) if rows else None
+        rows = self._read("stored", "place = ? AND name = ? AND stamp = ?", place, quote(name), str(stamp))
+        return tuple(json.loads(rows[0][3])) if rows else None
 
     def record(self, entries: Iterable[tuple[str, Stored]], run: str) -> None:
         """Remember what was stored or confirmed just now: (place, entry)."""
-        now = f"{time.time():.0f}"
-        rows = (
-            (place, quote(e.name), str(e.stamp), json.dumps((e.key, e.etag, e.crc32, e.crc32c, run, now)))
-            for place, e in entries
-        )
-        self._write("INSERT OR REPLACE INTO stored VALUES (?, ?, ?, ?, ?)", rows)
+        now, rows = f"{time.time():.0f}", []
+        for place, e in entries:
+            found = json.dumps((e.key, e.etag, e.crc32, e.crc32c, run, now))
+            rows.append((place, quote(e.name), str(e.stamp), found))
+        self._write("stored", rows)
 
     def listed(self, directory: str) -> dict[str, dict[str, str]]:
         """Return what is listed of a directory: {taking or batch: {name: stamp}}."""
-        rows = self._read("SELECT since, names, sum FROM listed WHERE directory = ?", quote(directory))
-        split = (tuple(line.split("\t") for line in names.split("\n")) for _, names in rows)
-        return {row[0]: {unquote(name): stamp for name, stamp in lines} for row, lines in zip(rows, split, strict=True)}
+        listed: dict[str, dict[str, str]] = {}
+        for _, since, names in self._read("listed", "directory = ?", quote(directory)):
+            pairs = (line.split("\t") for line in names.split("\n") if line)
+            listed[since] = {unquote(name): stamp for name, stamp in pairs}
+        return listed
 
     def list(self, directory: str, since: str, names: Mapping[str, Stamp]) -> None:
         """Remember what a directory has in the bucket's listings."""
         lines = "\n".join(f"{quote(name)}\t{stamp}" for name, stamp in names.items())
-        self._write("INSERT OR REPLACE INTO listed VALUES (?, ?, ?, ?)", [(quote(directory), since, lines)])
+        self._write("listed", [(quote(directory), since, lines)])
 
     def fact(self, name: str) -> str:
         """Return a remembered value, "" if there is none."""
-        rows = self._read("SELECT value, sum FROM facts WHERE name = ?", name)
-        return rows[0][0] if rows else ""
+        rows = self._read("facts", "name = ?", quote(name))
+        return unquote(rows[0][1]) if rows else ""
 
     def remember(self, name: str, value: str) -> None:
         """Remember a value."""
-        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", [(name, value)])
+        self._write("facts", [(quote(name), quote(value))])
 
     def facts(self, prefix: str) -> dict[str, str]:
         """Return the remembered values whose names begin with a prefix, by the rest of the name."""
-        with self._lock:
-            try:
-                rows = self._db.execute("SELECT * FROM facts WHERE name GLOB ?", (prefix + "*",)).fetchall()
-            except sqlite3.Error as error:
-                self._complain(error)
-                return {}
-        return {name[len(prefix) :]: value for name, value, checksum in rows if checksum == self._sum(name, value)}
+        rows = self._read("facts", "name GLOB ?", quote(prefix) + "*")
+        return {unquote(name)[len(prefix) :]: unquote(value) for name, value in rows}
 
     def forget(self, directory: str = "") -> None:
         """Forget a directory's listed names; without one, everything."""
@@ -1630,8 +1564,7 @@ class Ledger:
             if directory:
                 self._db.execute("DELETE FROM listed WHERE directory = ?", (quote(directory),))
             else:
-                for table in ("stored", "listed", "facts"):
-                    self._db.execute(f"DELETE FROM {table}")
+                self._db.executescript("DELETE FROM stored; DELETE FROM listed; DELETE FROM facts;")
 
     def close(self) -> None:
         """Close the file."""
@@ -1655,9 +1588,9 @@ class Watcher:
     File directories are armed once (IN_ONESHOT): one event, then silence until they are armed again, which is done
     before each look. So a burst of 80,000 links is some hundred events, and the kernel's queue does not overflow.
 
-    Two races would lose a hint for ever. An event can arrive before add_watch has returned its descriptor: so both
-    sides hold one lock, and the reader looks again under it. And a watch armed between a one-shot's event and its
-    end dies with the old one: so IN_IGNORED is a hint too.
+    Two races would lose a hint for ever. An event can arrive before add_watch has returned its descriptor: so arming
+    and reading hold one lock. And a watch armed between a one-shot's event and its end dies with the old one: so
+    IN_IGNORED is a hint too.
     """
 
     def __init__(self) -> None:
@@ -1673,8 +1606,7 @@ class Watcher:
         self._all = False
         self._full = False
         self._stopped: str | None = None
-        self._lock = threading.Lock()  # watches
-        self._news = threading.Condition()  # hints
+        self._news = threading.Condition()  # over watches and hints
         self._wake = os.pipe()
         self._thread = threading.Thread(target=self._read_forever, name="watch", daemon=True)
         self._thread.start()
@@ -1686,28 +1618,28 @@ class Watcher:
         if files:
             mask |= names.IN_CLOSE_WRITE | names.IN_ONESHOT
         path = f"/proc/self/fd/{fd}"  # the very directory that is looked into; and pyinotify cannot spell every name
-        with self._lock:
+        with self._news:
             wd = self._manager.add_watch(path, mask)[path]
             if wd >= 0:
                 self._watched[wd] = (token, files)
-                self._full = False
-                return True
-        if not self._full:
+        if wd < 0 and not self._full:
             hint = "raise it: sysctl fs.inotify.max_user_watches=1048576"
             log.warning("watch table is full, unwatched directories are looked at every few seconds hint=%s", hint)
-        self._full = True
-        return False
+        self._full = wd < 0
+        return not self._full
 
     def hint(self, token: Any) -> None:
         """Give a hint ourselves."""
-        with self._news:
-            self._dirty[token] = None
-            self._news.notify()
+        self._tell({token: None})
 
     def hint_all(self) -> None:
         """Say that anything may have changed."""
+        self._tell({}, everything=True)
+
+    def _tell(self, dirty: Mapping[Any, None], everything: bool = False) -> None:
         with self._news:
-            self._all = True
+            self._dirty.update(dirty)
+            self._all |= everything
             self._news.notify()
 
     def hints(self, timeout: float) -> tuple[list[Any], bool]:
@@ -1739,7 +1671,9 @@ class Watcher:
             poll.register(fd, select.POLLIN)
             poll.register(self._wake[0], select.POLLIN)
             while not any(ready == self._wake[0] for ready, _ in poll.poll()):
-                self._take(os.read(fd, 256 * 1024))
+                events = os.read(fd, 256 * 1024)
+                with self._news:
+                    self._take(events)
         except Exception as error:
             log.exception("reading inotify failed")
             why = repr(error)
@@ -1748,35 +1682,24 @@ class Watcher:
             self._news.notify()
 
     def _take(self, events: bytes) -> None:
-        names, offset, everything = self._names, 0, False
-        dirty: dict[Any, None] = {}
+        """Turn events into hints. The caller holds the lock."""
+        names, offset = self._names, 0
         while offset < len(events):
             wd, mask, _, length = _EVENT.unpack_from(events, offset)
             offset += _EVENT.size + length
             if mask & names.IN_Q_OVERFLOW:
                 log.warning("inotify queue overflowed, looking everywhere hint=raise fs.inotify.max_queued_events")
-                everything = True
+                self._all = True
                 continue
-            token, files = self._watched.get(wd) or self._look_again(wd)
+            token, files = self._watched.get(wd, (None, False))
             if mask & names.IN_IGNORED:
-                self._drop(wd)
+                if self._watched.pop(wd, None):
+                    self._manager.del_watch(wd)
             elif not files and not mask & names.IN_ISDIR:
                 continue  # a flush or a compaction in a live table's directory
             if token is not None:
-                dirty[token] = None
-        with self._news:
-            self._dirty.update(dirty)
-            self._all |= everything
-            self._news.notify()
-
-    def _look_again(self, wd: int) -> tuple[Any, bool]:
-        with self._lock:
-            return self._watched.get(wd, (None, False))
-
-    def _drop(self, wd: int) -> None:
-        with self._lock:
-            if self._watched.pop(wd, None):
-                self._manager.del_watch(wd)
+                self._dirty[token] = None
+        self._news.notify()
 
 
 # ======================================================================================================
@@ -1789,6 +1712,10 @@ _GET_VERSION: Final = 0x80087601  # FS_IOC_GETVERSION, ioctl_iflags(2): differs 
 _WARM_NAMES: Final = 200_000  # names kept in memory of directories looked into lately
 _HELD_FILES: Final = 256
 _LINK, _BY_PATH, _LOST = "", "@", "!"  # what stands behind the ~ of a name in the pin area
+
+
+def _any_glob(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1820,142 +1747,6 @@ class Filters:
         return bool(self.include and self.include.search(path) and not (self.exclude and self.exclude.search(path)))
 
 
-def _any_glob(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
-
-
-class Area:
-    """The pin area of one data directory: hard links that mirror where they came from.
-
-    <area>/ks1%2Fusers-5a1c%2Fsnapshots%2Fdaily~<taking>/nb-1-big-Data.db~ is the queue and its only record. A file
-    that could not be linked is <name>~@<inode>, an empty file: it is read where it is. One that was given up is
-    <name>~!<inode>. Names too long to mark stand under their hash, with a file <hash>.name beside them.
-    """
-
-    def __init__(self, root: str, path: str) -> None:
-        self.root, self.path = root, path
-        self.full = False  # beyond --max-pinned or the free-space floor: nothing more is linked
-        self.held: dict[tuple[str, str], int] = {}  # descriptors instead of links
-        self.pending: dict[str, set[str]] = {}  # source directory: since of its pin directories
-        self.by_since: dict[str, set[str]] = {}  # the other way round
-        os.makedirs(os.path.join(path, ".released~"), 0o755, exist_ok=True)
-        self._lock = lock_file(os.path.join(path, "lock"))
-        self.id = self._remembered("id", f"{random.getrandbits(48):012x}")
-        for name in os.listdir(path):
-            if parsed := self.parse(name):
-                self._note(*parsed)
-
-    def _note(self, relative: str, since: str) -> None:
-        self.pending.setdefault(relative, set()).add(since)
-        self.by_since.setdefault(since, set()).add(relative)
-
-    def _remembered(self, name: str, new: str) -> str:
-        path = os.path.join(self.path, name)
-        if not os.path.exists(path):
-            write_whole(path, new.encode())
-        with open(path) as file:
-            return file.read()
-
-    def parse(self, name: str) -> tuple[str, str] | None:
-        """Return (source directory below the data directory, since) of a directory of the area."""
-        parsed = parse_pin_directory(name)
-        return (self._true_name(self.path, parsed[0]), parsed[1]) if parsed else None
-
-    def _true_name(self, directory: str, name: str) -> str:
-        if not name.startswith("%%"):
-            return name
-        with open(os.path.join(directory, name + ".name"), "rb") as file:
-            return os.fsdecode(file.read())
-
-    def make(self, relative: str, since: str) -> int:
-        """Make the directory for the pins of a source directory, and open it."""
-        name = pin_directory(relative, since)
-        path = os.path.join(self.path, name)
-        if since not in self.pending.get(relative, ()):
-            if name.startswith("%%"):
-                write_whole(os.path.join(self.path, name.rpartition("~")[0] + ".name"), os.fsencode(relative))
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o755)
-            self._note(relative, since)
-        return os.open(path, _OPEN_DIRECTORY)
-
-    def mark(self, name: str, how: str, fd: int) -> str:
-        """Return a file's name in the pin directory open at fd; beyond NAME_MAX it is written down beside it."""
-        if len(os.fsencode(name)) <= 230 and not name.startswith("%%"):
-            return f"{name}~{how}"
-        short = digest_name(name)
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(short + ".name", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=fd))
-        write_whole(f"/proc/self/fd/{fd}/{short}.name", os.fsencode(name))
-        return f"{short}~{how}"
-
-    def marks(self, relative: str, since: str) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
-        """Yield (name, how, entry) of a source directory's pins."""
-        path = os.path.join(self.path, pin_directory(relative, since))
-        with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
-            for entry in entries:
-                head, tilde, how = entry.name.rpartition("~")
-                if tilde:
-                    yield self._true_name(path, head), how, entry
-
-    def inodes(self, relative: str, sinces: Iterable[str]) -> dict[str, int]:
-        """Return the inode of each name that is pinned. A pin keeps its number from being used again."""
-        return {
-            name: int(how[1:], 16) if how else entry.inode()
-            for since in sinces
-            for name, how, entry in self.marks(relative, since)
-        }
-
-    def read(self, relative: str, since: str) -> tuple[list[Pinned], list[str]]:
-        """Return the pins of a source directory, and the names that are lost."""
-        directory = os.path.normpath(os.path.join(self.root, relative))
-        pins, lost = [], []
-        for name, how, entry in self.marks(relative, since):
-            path, held = entry.path, -1
-            if how:
-                path, held = os.path.join(directory, name), self.held.get((entry.path.rpartition("/")[0], name), -1)
-            try:
-                info = os.fstat(held) if held >= 0 else os.lstat(path)
-            except FileNotFoundError:
-                info = None
-            if info is None or how.startswith(_LOST) or (how and f"{info.st_ino:x}" != how[1:]):
-                lost.append(name)
-                continue
-            who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
-            pins.append(Pinned(directory, name, path, Stamp.of(self.id, info), *who, held))
-        return pins, lost
-
-    def release(self, relative: str, since: str, listed: Mapping[str, Stamp | None]) -> bool:
-        """Let go of a source directory's pins, by one rename; False if one of them is not what was listed.
-
-        `listed` gives the stamp of each name, None where any will do. The caller holds the pinning lock.
-        """
-        for name, how, entry in self.marks(relative, since):
-            stamp = listed.get(name, False)
-            if stamp is False or (stamp and not how and Stamp.of(self.id, entry.stat()) != stamp):
-                return False
-        name = pin_directory(relative, since)
-        for key in [key for key in self.held if key[0] == os.path.join(self.path, name)]:
-            os.close(self.held.pop(key))
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(os.path.join(self.path, name), os.path.join(self.path, ".released~", f"{name}.{time.time_ns()}"))
-        for index, one, other in ((self.pending, relative, since), (self.by_since, since, relative)):
-            index[one].discard(other)
-            if not index[one]:
-                del index[one]
-        return True
-
-    def sweep(self) -> None:
-        """Unlink what was released."""
-        released = os.path.join(self.path, ".released~")
-        for name in os.listdir(released):
-            shutil.rmtree(os.path.join(released, name), ignore_errors=True)
-
-    def close(self) -> None:
-        """Let the lock go."""
-        os.close(self._lock)
-
-
 def lock_file(path: str) -> int:
     """Take the lock and write our pid into it; the lock goes with the process. Raises Busy with the holder's pid."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -1972,41 +1763,141 @@ def lock_file(path: str) -> int:
 
 def write_whole(path: str, body: bytes, durable: bool = True) -> None:
     """Write a small file so that it is there whole or not at all."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
+    with open(f"{path}.tmp", "wb") as file:
         file.write(body)
         file.flush()
         if durable:
             os.fsync(file.fileno())
-    os.rename(temporary, path)
+    os.rename(f"{path}.tmp", path)
 
 
-def open_area(root: str, pin_dir: str = "") -> Area:
-    """Open a data directory's pin area: beside it, else inside, where link(2) works. Raises Usage, Busy."""
-    real = os.path.realpath(root)
-    candidates = [
-        os.path.join(os.path.dirname(real), ".cassbackup", os.path.basename(real)),
-        os.path.join(real, ".cassbackup", "backups"),  # Cassandra's own walks skip a directory of this name
-    ]
-    if pin_dir:
-        candidates = [os.path.join(os.path.abspath(pin_dir), quote(real, slash="%2F"))]
-    problems = []
-    for path in candidates:
+def _true_name(directory: str, name: str) -> str:
+    if not name.startswith("%%"):
+        return name
+    with open(os.path.join(directory, name + ".name"), "rb") as file:
+        return os.fsdecode(file.read())
+
+
+class Area:
+    """The pin area of one data directory: hard links that mirror where they came from.
+
+    <area>/ks1%2Fusers-5a1c%2Fsnapshots%2Fdaily~<taking>/nb-1-big-Data.db~ is the queue and its only record. A file
+    that could not be linked is <name>~@<inode>, an empty file: it is read where it is. One that was given up is
+    <name>~!<inode>. Names too long to mark stand under their hash, with a file <hash>.name beside them.
+    """
+
+    def __init__(self, root: str, path: str) -> None:
+        self.root, self.path = root, path
+        self.full = False  # beyond --max-pinned or the free-space floor: nothing more is linked
+        self.held: dict[tuple[str, str, str], int] = {}  # (source directory, since, name): descriptor held for a link
+        self.pending: dict[str, set[str]] = {}  # source directory: since of its pin directories
+        self.by_since: dict[str, set[str]] = {}  # the other way round
+        self._released, identity = os.path.join(path, ".released~"), os.path.join(path, "id")
+        os.makedirs(self._released, 0o755, exist_ok=True)
+        self._lock = lock_file(os.path.join(path, "lock"))
+        if not os.path.exists(identity):
+            write_whole(identity, f"{random.getrandbits(48):012x}".encode())
+        with open(identity) as file:
+            self.id = file.read()
+        for parsed in filter(None, map(parse_pin_directory, os.listdir(path))):
+            self._note(_true_name(path, parsed[0]), parsed[1])
+
+    def _note(self, relative: str, since: str) -> None:
+        self.pending.setdefault(relative, set()).add(since)
+        self.by_since.setdefault(since, set()).add(relative)
+
+    def source(self, relative: str) -> str:
+        """Return the path of a source directory."""
+        return os.path.normpath(os.path.join(self.root, relative))
+
+    def make(self, relative: str, since: str) -> int:
+        """Make the directory for the pins of a source directory, and open it."""
+        name = pin_directory(relative, since)
+        path = os.path.join(self.path, name)
+        if name.startswith("%%") and since not in self.pending.get(relative, ()):
+            write_whole(os.path.join(self.path, name.rpartition("~")[0] + ".name"), os.fsencode(relative))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o755)
+        self._note(relative, since)
+        return os.open(path, _OPEN_DIRECTORY)
+
+    def mark(self, name: str, how: str, fd: int) -> str:
+        """Return a file's name in the pin directory open at fd; beyond NAME_MAX it is written down beside it."""
+        if len(os.fsencode(name)) <= 230 and not name.startswith("%%"):
+            return f"{name}~{how}"
+        short = digest_name(name)
+        write_whole(f"/proc/self/fd/{fd}/{short}.name", os.fsencode(name))
+        return f"{short}~{how}"
+
+    def marks(self, relative: str, since: str) -> Iterator[tuple[str, str, os.DirEntry[str]]]:
+        """Yield (name, how, entry) of a source directory's pins."""
+        path = os.path.join(self.path, pin_directory(relative, since))
         try:
-            os.makedirs(path, 0o755, exist_ok=True)
-            problem = why_no_link(real, path)
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
-            continue
-        if not problem:
-            return Area(root, path)
-        problems.append(f"{path}: {problem}")
-    usable = [path for path in candidates if os.access(path, os.W_OK)]
-    hint = "run as the owner of the data, with the pin area under the same mount, or pass --pin-dir"
-    if not usable:
-        raise Usage(f"no pin area for {root} ({'; '.join(problems)})", hint)
-    log.error("cannot link, will hold open files or read in place problem=%s hint=%s", quote("; ".join(problems)), hint)
-    return Area(root, usable[0])
+            entries = os.scandir(path)
+        except FileNotFoundError:
+            return
+        with entries:
+            for entry in entries:
+                head, tilde, how = entry.name.rpartition("~")
+                if tilde:
+                    yield _true_name(path, head), how, entry
+
+    def inodes(self, relative: str, sinces: Iterable[str]) -> dict[str, int]:
+        """Return the inode of each name that is pinned. A pin keeps its number from being used again."""
+        inodes = {}
+        for since in sorted(sinces):
+            for name, how, entry in self.marks(relative, since):
+                number = int(how[1:], 16) if how else entry.inode()
+                inodes[name] = 0 if how.startswith(_LOST) else number  # what was given up holds no number
+        return inodes
+
+    def read(self, relative: str, since: str) -> tuple[list[Pinned], list[str]]:
+        """Return the pins of a source directory, and the names that are lost."""
+        directory = self.source(relative)
+        pins, lost = [], []
+        for name, how, entry in self.marks(relative, since):
+            path, held = entry.path, -1
+            if how:
+                path, held = os.path.join(directory, name), self.held.get((relative, since, name), -1)
+            try:
+                info = os.fstat(held) if held >= 0 else os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                info = None
+            if info is None or how.startswith(_LOST) or (how and f"{info.st_ino:x}" != how[1:]):
+                lost.append(name)
+                continue
+            who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
+            pins.append(Pinned(directory, name, path, Stamp.of(self.id, info), *who, held))
+        return pins, lost
+
+    def release(self, relative: str, since: str, listed: Mapping[str, Stamp | None]) -> bool:
+        """Let go of a source directory's pins, by one rename; False if one of them is not what was listed.
+
+        `listed` gives the stamp of each name, None where any will do. The caller holds the pinning lock.
+        """
+        for name, how, entry in self.marks(relative, since):
+            stamp = listed.get(name, False)
+            if stamp is False or (stamp and not how and Stamp.of(self.id, entry.stat(follow_symlinks=False)) != stamp):
+                return False
+        name = pin_directory(relative, since)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(os.path.join(self.path, name), os.path.join(self._released, f"{name}.{time.time_ns()}"))
+        for key in [key for key in self.held if key[:2] == (relative, since)]:
+            os.close(self.held.pop(key))
+        for index, one, other in ((self.pending, relative, since), (self.by_since, since, relative)):
+            index[one].discard(other)
+            if not index[one]:
+                del index[one]
+        return True
+
+    def sweep(self) -> None:
+        """Unlink what was released."""
+        for name in os.listdir(self._released):
+            shutil.rmtree(os.path.join(self._released, name), ignore_errors=True)
+
+    def close(self) -> None:
+        """Let the lock go."""
+        os.close(self._lock)
 
 
 def why_no_link(root: str, path: str) -> str:
@@ -2025,45 +1916,74 @@ def why_no_link(root: str, path: str) -> str:
     return "" if os.stat(root).st_dev == os.stat(path).st_dev else "another file system"
 
 
+def open_area(root: str, pin_dir: str = "") -> Area:
+    """Open a data directory's pin area: beside it, else inside, where link(2) works. Raises Usage, Busy."""
+    real = os.path.realpath(root)
+    candidates = [
+        os.path.join(os.path.dirname(real), ".cassbackup", os.path.basename(real)),
+        os.path.join(real, ".cassbackup", "backups"),  # Cassandra's own walks skip a directory of this name
+    ]
+    if pin_dir:
+        candidates = [os.path.join(os.path.abspath(pin_dir), quote(real, slash="%2F"))]
+    problems = []
+    for path in candidates:
+        try:
+            os.makedirs(path, 0o755, exist_ok=True)
+            problem = why_no_link(real, path)
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if not problem:
+            return Area(root, path)
+        problems.append(f"{path}: {problem}")
+    usable = [path for path in candidates if os.access(path, os.W_OK)]
+    hint = "run as the owner of the data, with the pin area under the same mount, or pass --pin-dir"
+    if not usable:
+        raise Usage(f"no pin area for {root} ({'; '.join(problems)})", hint)
+    log.error("cannot link, will hold open files or read in place problem=%s hint=%s", quote("; ".join(problems)), hint)
+    return Area(root, usable[0])
+
+
+@dataclass(slots=True, eq=False)
 class Place:
     """A directory that is looked into, and what is known of it."""
 
-    __slots__ = (
-        "area",
-        "relative",
-        "path",
-        "tag",
-        "files",
-        "life",
-        "mtime_ns",
-        "since",
-        "pinned",
-        "listed",
-        "armed",
-        "ready",
-    )
+    area: Area
+    relative: str
+    archive: bool  # are files outside snapshots/ and backups/ wanted at all
+    path: str = ""
+    tag: tuple[str, ...] = ()  # keyspace, table, "snapshots", tag
+    files: bool = False
+    batch: tuple[str, str] = ("", "")  # what shares a batch: backups/ and its .idx
+    life: tuple[int, int] | None = None  # inode and its generation
+    mtime_ns: int = 0  # as of the last look; 0: look again
+    since: str = ""
+    pinned: dict[str, int] | None = None  # inode by name; None: not in memory
+    listed: dict[str, str] | None = None  # stamp by name
+    armed: bool = False
+    ready: float = 0.0  # not to be looked into again before this (monotonic)
 
-    def __init__(self, area: Area, relative: str, archive: bool) -> None:
-        parts = relative.split("/") if relative else []
-        self.area, self.relative = area, relative
-        self.path = os.path.normpath(os.path.join(area.root, relative))
-        snapshot = len(parts) >= 4 and parts[2] == "snapshots"
-        self.tag = tuple(parts[:4]) if snapshot else ()  # keyspace, table, "snapshots", tag
-        self.files = snapshot or (len(parts) >= 3 and parts[2] == "backups") or (archive and parts[2:] != ["snapshots"])
-        self.life: tuple[int, int] | None = None  # inode and its generation
-        self.mtime_ns = 0
-        self.since = ""
-        self.pinned: dict[str, int] | None = None  # inode by name; None: not in memory
-        self.listed: dict[str, str] | None = None  # stamp by name
-        self.armed = False
-        self.ready = 0.0  # not to be looked into again before this (monotonic)
+    def __post_init__(self) -> None:
+        parts = self.relative.split("/")
+        snapshot, backups = parts[2:3] == ["snapshots"], parts[2:3] == ["backups"]
+        self.path = self.area.source(self.relative)
+        self.tag = tuple(parts[:4]) if snapshot and len(parts) >= 4 else ()
+        self.files = bool(self.tag) or backups or (self.archive and not snapshot)
+        self.batch = (self.area.root, "/".join(parts[:3]) if backups else self.relative)
+
+
+def _generation(fd: int) -> int:
+    """Return what tells two lives of one inode number apart; 0 where the file system does not say."""
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, _GET_VERSION, bytes(8))[:4], sys.byteorder)
+    except OSError:
+        return 0
 
 
 class Pinner:
     """The one thread that arms, looks and links, and does nothing else.
 
-    `listed(directory)` tells what the bucket lists of it, {since: {name: stamp}}; `touched(unit, files, delay)` is called
-    when a unit has new pins. `gate` is closed while a directory is dirty.
+    `listed(directory)` tells what the bucket lists of it, {since: {name: stamp}}; `touched(unit, files, delay)` is
+    called when a unit has new pins. `gate` is closed while a directory is dirty.
     """
 
     def __init__(
@@ -2087,27 +2007,33 @@ class Pinner:
         self._ended: set[tuple[str, ...]] = set()
         self._batches: dict[tuple[str, str], str] = {}
         self._warm: OrderedDict[Place, int] = OrderedDict()
+        self._warm_names = 0  # the sum of them
         self._later: dict[Place, None] = {}
         self._refused: set[str] = set()
+        self._unarmed = False  # some place has no watch: only looking again and again finds what is new there
+        self._over = False
 
     def run(self, stop: threading.Event, reconcile_s: float) -> None:
         """Look wherever a hint points, until asked to stop. Raises Fault when the watcher has died."""
-        self.look_everywhere()
-        due = time.monotonic() + reconcile_s
-        while not stop.is_set():
-            busy = self._later or not self.gate.is_set()
-            dirty, everything = self._watcher.hints(0.02 if busy else max(0.0, min(30.0, due - time.monotonic())))
-            if dirty or everything or self._later:
-                self.gate.clear()
-            else:
-                self.gate.set()
-            if everything:
-                self.look_everywhere()
-            self._follow([*self._later, *dirty])
-            if time.monotonic() >= due:
-                self.reconcile()
-                unarmed = any(not place.armed for place in self._places.values())
-                due = time.monotonic() + (min(2.0, reconcile_s) if unarmed else reconcile_s)
+        try:
+            self.look_everywhere()
+            looked = time.monotonic()
+            while not stop.is_set():
+                due = looked + (min(2.0, reconcile_s) if self._unarmed else reconcile_s)
+                busy = self._later or not self.gate.is_set()
+                dirty, everything = self._watcher.hints(0.02 if busy else max(0.0, min(30.0, due - time.monotonic())))
+                if dirty or everything or self._later:
+                    self.gate.clear()
+                else:
+                    self.gate.set()
+                if everything:
+                    self.look_everywhere()
+                self._follow([*self._later, *dirty])
+                if time.monotonic() >= due:
+                    self.reconcile()
+                    looked = time.monotonic()
+        finally:
+            self._over = True
 
     def _follow(self, hints: Iterable[Any]) -> None:
         """Look into each place that is hinted at, a little later where it has just been looked into."""
@@ -2142,27 +2068,40 @@ class Pinner:
                 before = self.counts["found"]
                 self.look(place)
                 self.counts["found_by_rescan"] += self.counts["found"] - before
+        self._unarmed = any(not place.armed for place in self._places.values())
         self.looked = began
 
     def confirm(self, unit: Unit) -> bool:
         """Look afresh, in every data directory, at the path of a snapshot; False if a name vanished meanwhile.
 
-        Called from other threads; the looking is done by the pinning thread. A data directory that never had this
-        tag counts as looked at. One that had it and has it no more does not: we cannot know what we missed.
+        Called from other threads; the looking is done by the pinning thread. Raises Stopped when that has ended.
         """
-        answer: Future[bool] = Future()
+        answers: list[bool] = []
+        answered = threading.Event()
 
         def look() -> None:
-            tag = (unit.keyspace, unit.table, "snapshots", unit.tag)
-            places = list(self._tags.get(tag, ()))
-            sure = all([self.look(place) for place in places])
-            gone = any(self._places.get(place.path) is not place for place in places)
-            held = {area for area in self.areas if unit.since in area.by_since}
-            seen = {place.area for place in places}
-            answer.set_result(sure and not gone and held <= seen and self._takings.get(tag) == unit.since)
+            answers.append(self._sees_all_of(unit))
+            answered.set()
 
         self._watcher.hint(look)
-        return answer.result(timeout=600)
+        while not answered.wait(1.0):
+            if self._over:
+                raise Stopped("the pinning thread has ended")
+        return answers[0]
+
+    def _sees_all_of(self, unit: Unit) -> bool:
+        """Look at every place of a taking.
+
+        A data directory that never had this tag counts as looked at. One that had it and has it no more does not:
+        we cannot know what we missed.
+        """
+        tag = (unit.keyspace, unit.table, "snapshots", unit.tag)
+        places = list(self._tags.get(tag, ()))
+        looks = [self.look(place) for place in places]  # all of them, also after one that failed
+        gone = any(self._places.get(place.path) is not place for place in places)
+        held = {area for area in self.areas if unit.since in area.by_since}
+        missed = gone or not held <= {place.area for place in places}
+        return all(looks) and not missed and self._takings.get(tag) == unit.since
 
     def close_batch(self, unit: Unit) -> None:
         """Let new files go to the next batch. The caller holds the lock."""
@@ -2171,20 +2110,24 @@ class Pinner:
 
     def postpone(self, area: Area, relative: str, since: str, names: Iterable[str], delay: float) -> None:
         """Move pins on to the next batch of their directory."""
-        with self.lock:
-            place = self._places.get(os.path.normpath(os.path.join(area.root, relative))) or Place(area, relative, True)
+        moved = set(names)
+        with self.lock, contextlib.ExitStack() as stack:
+            place = self._places.get(area.source(relative)) or Place(area, relative, True)
             following = self._since(place)
+            if moved & area.inodes(relative, [following]).keys():
+                following = self._since(place, apart=True)
             source = os.open(os.path.join(area.path, pin_directory(relative, since)), _OPEN_DIRECTORY)
+            stack.callback(os.close, source)
             target = area.make(relative, following)
-            try:
-                moved = set(names)
-                for name, how, entry in area.marks(relative, since):
-                    if name in moved:
-                        os.rename(entry.name, area.mark(name, how, target), src_dir_fd=source, dst_dir_fd=target)
-            finally:
-                os.close(source)
-                os.close(target)
-        self._touched(unit_of(relative, following), len(moved), delay)
+            stack.callback(os.close, target)
+            stack.callback(
+                self._touched, unit_of(area.root, relative, following), len(moved), delay
+            )  # however far we get
+            for name, how, entry in area.marks(relative, since):
+                if name in moved:
+                    os.rename(entry.name, area.mark(name, how, target), src_dir_fd=source, dst_dir_fd=target)
+                    if held := area.held.pop((relative, since, name), None):
+                        area.held[relative, following, name] = held
 
     def tables(self) -> list[str]:
         """Return the tables that have directories, as keyspace/table-id."""
@@ -2199,30 +2142,35 @@ class Pinner:
 
     def released(self, area: Area, relative: str) -> None:
         """Note that pins of a source directory are gone. The caller holds the lock."""
-        if place := self._places.get(os.path.normpath(os.path.join(area.root, relative))):
+        if place := self._places.get(area.source(relative)):
             place.pinned = place.listed = None
 
     def look(self, place: Place) -> bool:
-        """Arm a place, look into it, pin what is new; False if something vanished before it was pinned."""
-        try:
-            fd = os.open(place.path, _OPEN_DIRECTORY)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                self._leave(place)
-            else:
-                self._refuse(place.path, error)
-            return False
-        try:
-            with self.lock:
-                before = self.counts["vanished"]
+        """Arm a place, look into it, pin what is new; False if something in it could not be pinned."""
+        with self.lock:
+            before = self.counts["vanished"] + self.counts["refused"]
+            try:
+                # The data directory itself may be a link.
+                fd = os.open(place.path, _OPEN_DIRECTORY if place.relative else _OPEN_DIRECTORY & ~os.O_NOFOLLOW)
+            except OSError as error:
+                if place.relative and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    self._leave(place)
+                else:
+                    place.armed, self._unarmed = False, True  # it may be back, or open to us, before the next hint
+                    self._refuse(place, error)
+                return False
+            try:
                 self._look_at(place, fd)
-                return self.counts["vanished"] == before
-        finally:
-            os.close(fd)
+            except OSError as error:
+                self._refuse(place, error)
+            finally:
+                os.close(fd)
+            return self.counts["vanished"] + self.counts["refused"] == before
 
     def _look_at(self, place: Place, fd: int) -> None:
         began, info = time.monotonic(), os.fstat(fd)
         place.armed = self._watcher.arm(place, fd, place.files)
+        self._unarmed |= not place.armed
         # Clocks of directories tick coarsely: what changed just now may change again without a trace.
         place.mtime_ns = info.st_mtime_ns if time.time_ns() - info.st_mtime_ns > 2e9 else 0
         if place.tag:
@@ -2230,46 +2178,50 @@ class Pinner:
         if place.relative.count("/") == 1 and not place.files:  # a live table's directory may hold thousands
             for name in ("snapshots", "backups"):
                 self._enter(place.area, f"{place.relative}/{name}")
-            return
-        if place.tag and info.st_mtime < self._filters.since:
+        elif place.tag and info.st_mtime < self._filters.since:
             self.counts["skipped_since"] += 1
-            return
-        with os.scandir(fd) as entries:
-            self._sort(place, fd, entries)
-        place.ready = time.monotonic() + 0.01 + 5 * min(0.2, time.monotonic() - began) * (not place.tag)
+        else:
+            self._sort(place, fd)
+            rest = 0.0 if place.tag else 5 * min(0.2, time.monotonic() - began)
+            place.ready = time.monotonic() + 0.01 + rest
+        self._refused.discard(place.path)
 
-    def _sort(self, place: Place, fd: int, entries: Iterable[os.DirEntry[str]]) -> None:
+    def _sort(self, place: Place, fd: int) -> None:
         """Enter directories, pin new files, count what is neither."""
         pinned, listed = self._warm_up(place) if place.files else ({}, {})
         found = []
-        for entry in entries:
-            if pinned.get(entry.name) == entry.inode():  # our link holds the inode: the same number is the same file
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                self._enter(place.area, f"{place.relative}/{entry.name}".lstrip("/"))
-            elif not entry.is_file(follow_symlinks=False):
-                self._skip(place, entry.name)
-            elif place.files and self._is_new(place, entry, listed):
-                found.append(entry)
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if pinned.get(entry.name) == entry.inode():  # our link holds the inode: the same number, the same file
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    self._enter(place.area, f"{place.relative}/{entry.name}".lstrip("/"))
+                elif not place.files:
+                    continue
+                elif not entry.is_file(follow_symlinks=False):
+                    self.counts["skipped_kind"] += 1
+                    log.info("not a regular file, skipped path=%s", quote(os.path.join(place.path, entry.name)))
+                elif self._is_new(place, entry, listed):
+                    found.append(entry)
         if place.tag and any(entry.name in pinned or self._replaced(entry, listed) for entry in found):
             self._renew(place)  # other inodes under the same names: the tag was taken again
-            with os.scandir(fd) as again:
-                return self._sort(place, fd, again)
-        if found:
+            self._sort(place, fd)
+        elif found:
             self._pin_all(place, fd, found, pinned)
 
     def _is_new(self, place: Place, entry: os.DirEntry[str], listed: Mapping[str, str]) -> bool:
-        archive = not place.tag and "/backups" not in f"/{place.relative}"
+        archive = unit_of("/", place.relative, "").kind == "archive"
         if archive and not self._filters.archived(os.path.join(place.path, entry.name)):
             return False
-        if entry.name not in listed and not (self._filters.since and not place.tag):
+        since = 0.0 if place.tag else self._filters.since  # of a snapshot, its directory has been asked
+        if entry.name not in listed and not since:
             return True
         try:
             info = entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             self.counts["vanished"] += 1
             return False
-        if not place.tag and info.st_mtime < self._filters.since:
+        if info.st_mtime < since:
             self.counts["skipped_since"] += 1
             return False
         return listed.get(entry.name) != str(Stamp.of(place.area.id, info))
@@ -2278,9 +2230,7 @@ class Pinner:
         return entry.name in listed and Stamp.parse(listed[entry.name]).ino != entry.inode()
 
     def _pin_all(self, place: Place, fd: int, found: list[os.DirEntry[str]], pinned: dict[str, int]) -> None:
-        if not place.tag and any(entry.name in pinned for entry in found):
-            self._batches.pop(self._batch_of(place), None)  # one name, two contents: two batches
-        since = self._since(place)
+        since = self._since(place, apart=any(entry.name in pinned for entry in found))
         pins = place.area.make(place.relative, since)
         try:
             for entry in found:
@@ -2288,11 +2238,11 @@ class Pinner:
                     pinned[entry.name] = entry.inode()
         finally:
             os.close(pins)
-        self.counts["found"] += len(found)
-        self._touched(unit_of(place.relative, since), len(found), 0.0)
+            self.counts["found"] += len(found)
+            self._touched(unit_of(place.area.root, place.relative, since), len(found), 0.0)
 
     def _pin(self, place: Place, fd: int, pins: int, entry: os.DirEntry[str]) -> bool:
-        """Make the link; False if the file vanished before."""
+        """Make the link; False if the file vanished before, or nothing can be written."""
         area, name = place.area, entry.name
         try:
             if not area.full:
@@ -2305,23 +2255,27 @@ class Pinner:
         except FileExistsError:
             return True
         except OSError as error:
-            self._hold(place, fd, entry, error)
-        marker = area.mark(name, f"{_BY_PATH}{entry.inode():x}", pins)
-        with contextlib.suppress(OSError):
+            self._hold(place, fd, name, error)
+        try:
+            marker = area.mark(name, f"{_BY_PATH}{entry.inode():x}", pins)
             os.close(os.open(marker, os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=pins))
+        except OSError as error:  # without a mark nobody would ask for this file again
+            self._refuse(place, error)
+            return False
         return True
 
-    def _hold(self, place: Place, fd: int, entry: os.DirEntry[str], error: OSError) -> None:
+    def _hold(self, place: Place, fd: int, name: str, error: OSError) -> None:
         """Hold a file open that cannot be linked."""
         self.counts["unlinked"] += 1
         if self.counts["unlinked"] == 1:
             hint = "run as the owner of the data; keep the pin area under the same mount"
             log.error("link failed, holding files open error=%s hint=%s", error.strerror, hint)
-        area = place.area
-        if len(area.held) < _HELD_FILES:
+        held, key = place.area.held, (place.relative, self._since(place), name)
+        if key in held:  # of an earlier try, that ended without a mark
+            os.close(held.pop(key))
+        if len(held) < _HELD_FILES:
             with contextlib.suppress(OSError):
-                key = (os.path.join(area.path, pin_directory(place.relative, self._since(place))), entry.name)
-                area.held[key] = os.open(entry.name, _OPEN_FILE, dir_fd=fd)
+                held[key] = os.open(name, _OPEN_FILE, dir_fd=fd)
 
     def _warm_up(self, place: Place) -> tuple[dict[str, int], dict[str, str]]:
         """Return what is pinned and what is listed of a place, from memory if it was looked into lately."""
@@ -2329,25 +2283,27 @@ class Pinner:
         if place.pinned is None or place.listed is None:
             sinces = place.area.pending.get(place.relative, set())
             place.pinned = place.area.inodes(place.relative, sinces & {since} if since else sinces)
-            listed = self._listed(place.path)
-            place.listed = (
-                listed.get(since, {}) if since else {k: v for key in sorted(listed) for k, v in listed[key].items()}
-            )
-        self._warm[place] = len(place.pinned) + len(place.listed)
-        self._warm.move_to_end(place)
-        while sum(self._warm.values()) > _WARM_NAMES and len(self._warm) > 1:
-            cold, _ = self._warm.popitem(last=False)
+            listed, place.listed = self._listed(place.path), {}
+            for one in [since] if since else sorted(listed):
+                place.listed |= listed.get(one, {})
+        names = len(place.pinned) + len(place.listed)
+        self._warm_names += names - self._warm.pop(place, 0)
+        self._warm[place] = names
+        while self._warm_names > _WARM_NAMES and len(self._warm) > 1:
+            cold, names = self._warm.popitem(last=False)
+            self._warm_names -= names
             cold.pinned = cold.listed = None
         return place.pinned, place.listed
 
-    def _batch_of(self, place: Place) -> tuple[str, str]:
-        parts = place.relative.split("/")
-        return place.area.root, "/".join(parts[:3]) if parts[2:3] == ["backups"] else place.relative
+    def _since(self, place: Place, apart: bool = False) -> str:
+        """Return the taking or the batch that new files of this place belong to.
 
-    def _since(self, place: Place) -> str:
-        """Return the taking or the batch that a new file of this place belongs to."""
+        `apart` begins a new batch: its files have names that are pinned with other contents.
+        """
         if not place.tag:
-            return self._batches.setdefault(self._batch_of(place), self._clock())
+            if apart:
+                self._batches.pop(place.batch, None)
+            return self._batches.setdefault(place.batch, self._clock())
         if not place.since:
             if place.tag not in self._takings or place.tag in self._ended:
                 self._takings[place.tag] = self._remembered_taking(place) or self._clock()
@@ -2363,24 +2319,29 @@ class Pinner:
         if self.looked or place.tag in self._ended:
             return ""
         tag = "/".join(place.tag)
-        roots = [(area, os.path.normpath(os.path.join(area.root, tag))) for area in self.areas]
-        listed = {path: self._listed(path) for _, path in roots}
-        takings = {since for area, path in roots for since in (*area.pending.get(tag, ()), *listed[path])}
+        listed = {area: self._listed(area.source(tag)) for area in self.areas}
+        takings = {since for area in self.areas for since in (*area.pending.get(tag, ()), *listed[area])}
         since = max(takings | place.area.pending.get(place.relative, set()), default="")
         known, there = set(), set()
-        for area, path in roots:
-            pinned = area.inodes(tag, [since]).get(MANIFEST) if since in area.pending.get(tag, ()) else None
-            stamp = listed[path].get(since, {}).get(MANIFEST)
-            known |= {(path, pinned or Stamp.parse(str(stamp)).ino)} if pinned or stamp else set()
+        for area in self.areas:
+            pinned = area.inodes(tag, [since]).get(MANIFEST)
+            stamp = listed[area].get(since, {}).get(MANIFEST)
+            if pinned or stamp:
+                known.add((area, pinned or Stamp.parse(str(stamp)).ino))
             with contextlib.suppress(OSError):
-                info = os.lstat(os.path.join(path, MANIFEST))
-                same = stamp in (None, str(Stamp.of(area.id, info)))
-                there.add((path, info.st_ino if same else -1))
+                info = os.lstat(os.path.join(area.source(tag), MANIFEST))
+                there.add((area, info.st_ino if stamp in (None, str(Stamp.of(area.id, info))) else -1))
         return since if not known or known == there else ""
+
+    def _is_current(self, place: Place) -> bool:
+        """Tell whether a place of a tag is of its current taking, not of one that another of its places has ended."""
+        return bool(place.since) and place.since == self._takings.get(place.tag)
 
     def _recognize(self, place: Place, life: tuple[int, int]) -> None:
         if place.life not in (None, life):
-            self._renew(place)
+            if self._is_current(place):
+                self._renew(place)
+            place.since, place.pinned, place.listed = "", None, None
         place.life = life
 
     def _renew(self, place: Place) -> None:
@@ -2393,53 +2354,43 @@ class Pinner:
 
     def _enter(self, area: Area, relative: str) -> None:
         """Look into a directory that is not known yet."""
-        path = os.path.normpath(os.path.join(area.root, relative))
-        parts = relative.split("/") if relative else []
-        archive = self._filters.include is not None
+        if area.source(relative) in self._places:
+            return
+        parts, archive = relative.split("/") if relative else [], self._filters.include is not None
         deep = len(parts) > 2 and parts[2] not in ("snapshots", "backups")
-        if path in self._places or (deep and not archive) or not self._filters.directory(parts):
+        ours = bool(parts) and parts[-1].startswith(
+            (".cassbackup", "lost+found")
+        )  # ours, or fsck's, where data is a mount
+        if ours or (deep and not archive) or not self._filters.directory(parts):
             return
-        if parts and parts[-1].startswith(".cassbackup"):
-            return
-        place = self._places[path] = Place(area, relative, archive)
+        place = Place(area, relative, archive)
+        self._places[place.path] = place
         if place.tag:
             self._tags.setdefault(place.tag, set()).add(place)
         self.look(place)
 
     def _leave(self, place: Place) -> None:
         """Forget a directory that is gone."""
-        if not place.relative:
-            place.mtime_ns = 0
-            return self._refuse(place.path, FileNotFoundError(errno.ENOENT, "the data directory is gone"))
         if self._places.get(place.path) is place:
             del self._places[place.path]
-        self._warm.pop(place, None)
+        self._warm_names -= self._warm.pop(place, 0)
         if place.tag:
-            self._ended.add(place.tag)
+            if self._is_current(place):
+                self._ended.add(place.tag)
             self._tags.get(place.tag, set()).discard(place)
             if not self._tags.get(place.tag):
                 for index in (self._tags, self._takings):
                     index.pop(place.tag, None)
                 self._ended.discard(place.tag)
 
-    def _refuse(self, path: str, error: OSError) -> None:
+    def _refuse(self, place: Place, error: OSError) -> None:
+        """Count what cannot be done, and look again at the next reconciliation: the hint that brought us is used up."""
+        place.mtime_ns = 0
         self.counts["refused"] += 1
-        if path not in self._refused:
-            self._refused.add(path)
-            log.error("cannot look path=%s error=%s hint=run as the owner of the data", quote(path), error.strerror)
-
-    def _skip(self, place: Place, name: str) -> None:
-        if place.files:
-            self.counts["skipped_kind"] += 1
-            log.info("not a regular file, skipped path=%s", quote(os.path.join(place.path, name)))
-
-
-def _generation(fd: int) -> int:
-    """Return what tells two lives of one inode number apart; 0 where the file system does not say."""
-    try:
-        return int.from_bytes(fcntl.ioctl(fd, _GET_VERSION, bytes(8))[:4], sys.byteorder)
-    except OSError:
-        return 0
+        if place.path not in self._refused:
+            self._refused.add(place.path)
+            hint = "run as the owner of the data, with room on its disk"
+            log.error("cannot look path=%s error=%s hint=%s", quote(place.path), error.strerror, hint)
 
 
 # ======================================================================================================
@@ -2447,6 +2398,22 @@ def _generation(fd: int) -> int:
 # ======================================================================================================
 
 _DONTCACHE: Final = 0x80  # RWF_DONTCACHE, Linux 6.14: read without leaving the pages in the cache
+
+
+def _cold_ranges(fd: int, offset: int, size: int) -> list[tuple[int, int]]:
+    """Return the ranges (offset, length) that are not in the page cache. `offset` is a multiple of the page size."""
+    if not size:
+        return []
+    page = mmap.PAGESIZE
+    resident = ctypes.create_string_buffer(-(-size // page))
+    with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset) as window:
+        first = ctypes.c_char.from_buffer(window)
+        failed = ctypes.CDLL(None).mincore(ctypes.byref(first), ctypes.c_size_t(size), resident)
+        del first  # or the window could not be closed
+    if failed:
+        return []
+    cold = re.finditer(rb"\0+", bytes(byte & 1 for byte in resident.raw))
+    return [(offset + run.start() * page, (run.end() - run.start()) * page) for run in cold]
 
 
 def read_quietly(fd: int, offset: int, size: int) -> bytearray:
@@ -2471,55 +2438,53 @@ def read_quietly(fd: int, offset: int, size: int) -> bytearray:
     return body
 
 
-def _cold_ranges(fd: int, offset: int, size: int) -> list[tuple[int, int]]:
-    """Return the ranges (offset, length) that are not in the page cache. `offset` is a multiple of the page size."""
-    if not size:
-        return []
-    page = mmap.PAGESIZE
-    resident = ctypes.create_string_buffer(-(-size // page))
-    with mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset) as window:
-        first = ctypes.c_char.from_buffer(window)
-        failed = ctypes.CDLL(None).mincore(ctypes.byref(first), ctypes.c_size_t(size), resident)
-        del first  # or the window could not be closed
-    if failed:
-        return []
-    cold = re.finditer(rb"[\x00\x02\x04\x06]+", bytes(byte & 1 for byte in resident.raw))
-    return [(offset + run.start() * page, (run.end() - run.start()) * page) for run in cold]
-
-
-def _keys(key: str, crc32: int) -> tuple[str, ...]:
-    """Return the keys for bytes that should be at `key`, where other content may have been written."""
-    return key, f"{key}@{hex32(crc32)}", f"{key}@{hex32(crc32)}.{utc(time.time())}"
-
-
+@dataclass(slots=True)
 class Sending:
     """A file on its way to the store: whole, or begun and then part by part."""
 
-    __slots__ = ("pinned", "key", "urgent", "look", "future", "part_bytes", "count", "next", "upload", "held", "parts")
+    pinned: Pinned
+    key: str = ""
+    urgent: bool = False
+    look: bool = False  # ask whether it is there before it is sent
+    future: Future[Head] = field(default_factory=Future)
+    next: int = 0  # the part to be taken next; 0 is the beginning
+    upload: str = ""
+    held: dict[int, Part] = field(default_factory=dict)  # what an earlier process has sent
+    parts: dict[int, Part] = field(default_factory=dict)
 
-    def __init__(self, pinned: Pinned, key: str, urgent: bool, look: bool) -> None:
-        self.pinned, self.key, self.urgent, self.look = pinned, key, urgent, look
-        self.future: Future[Head] = Future()
-        size = pinned.stamp.size
-        self.part_bytes = max(PART_BYTES, -(-size // PART_COUNT // MIB) * MIB)
-        self.count = -(-size // self.part_bytes) if size > PART_BYTES else 0  # 0: whole
-        self.next = 0  # the part to be taken next; 0 is the beginning
-        self.upload = ""
-        self.held: dict[int, Part] = {}  # what an earlier process has sent
-        self.parts: dict[int, Part] = {}
+    @property
+    def part_bytes(self) -> int:
+        """Return the size of a part, the same in every process."""
+        return max(PART_BYTES, -(-self.pinned.stamp.size // PART_COUNT // MIB) * MIB)
 
-    def read(self, number: int) -> bytearray:
+    @property
+    def count(self) -> int:
+        """Return how many parts there are; 0 for a file that is sent whole."""
+        size = self.pinned.stamp.size
+        return -(-size // self.part_bytes) if size > PART_BYTES else 0
+
+    def read(self, number: int = 0) -> bytearray:
         """Return part `number`, 0 for the whole. Raises Corrupt if these are not the bytes that were pinned."""
         pinned, offset = self.pinned, max(0, number - 1) * self.part_bytes
         fd = pinned.held if pinned.held >= 0 else os.open(pinned.path, _OPEN_FILE)
         try:
-            body = read_quietly(fd, offset, min(self.part_bytes, pinned.stamp.size - offset))
-            if Stamp.of(pinned.stamp.area, os.fstat(fd)) != pinned.stamp:
+            info = os.fstat(fd)
+            body = read_quietly(fd, offset, max(0, min(self.part_bytes, info.st_size - offset)))
+            if {Stamp.of(pinned.stamp.area, seen) for seen in (info, os.fstat(fd))} != {pinned.stamp}:
                 raise Corrupt(f"{quote(pinned.path)} changed while it was read", "it is read again")
             return body
         finally:
             if fd != pinned.held:
                 os.close(fd)
+
+    def crc32(self) -> int:
+        """Read it all."""
+        return functools.reduce(lambda crc, n: zlib.crc32(self.read(n), crc), range(1, max(1, self.count) + 1), 0)
+
+
+def _keys(key: str, crc32: int) -> tuple[str, ...]:
+    """Return the keys for bytes that should be at `key`, where other content may have been written."""
+    return key, f"{key}@{hex32(crc32)}", f"{key}@{hex32(crc32)}.{utc(time.time())}"
 
 
 class Uploaders:
@@ -2538,11 +2503,10 @@ class Uploaders:
         begun: Callable[[str, str], None],
     ) -> None:
         self._store, self._gate, self._resume, self._begun = store, gate, resume, begun
-        self._lanes: dict[tuple[bool, bool], deque[Sending]] = {
-            (urgent, large): deque() for urgent in (True, False) for large in (True, False)
-        }
-        self._large_next = False
-        self._stopping = False
+        lanes = itertools.product((True, False), (True, False))  # (urgent, large)
+        self._lanes: dict[tuple[bool, bool], deque[Sending]] = {lane: deque() for lane in lanes}
+        self._large_next = self._stopping = False
+        self._busy: set[str] = set()  # uploads in parts that this process is at
         self._work = threading.Condition()
         self.sent: Counter[str] = Counter()  # files, bytes
         self._threads = [threading.Thread(target=self._run, name=f"upload-{n}", daemon=True) for n in range(threads)]
@@ -2559,9 +2523,8 @@ class Uploaders:
         """Take no more work; wait for the parts that are on their way."""
         with self._work:
             self._stopping = True
-            for lane in self._lanes.values():
-                for sending in lane:
-                    sending.future.cancel()
+            for sending in itertools.chain(*self._lanes.values()):
+                sending.future.cancel()
             self._work.notify_all()
         deadline = time.monotonic() + limit_s
         for thread in self._threads:
@@ -2578,10 +2541,8 @@ class Uploaders:
         """Wait for work; return a file and which part of it, None when stopping."""
         with self._work:
             while not self._stopping:
-                lanes = [
-                    (urgent, large) for urgent in (True, False) for large in (self._large_next, not self._large_next)
-                ]
-                lane = next((self._lanes[choice] for choice in lanes if self._lanes[choice]), None)
+                turns = itertools.product((True, False), (self._large_next, not self._large_next))
+                lane = next((self._lanes[turn] for turn in turns if self._lanes[turn]), None)
                 if lane is None:
                     self._work.wait()
                     continue
@@ -2601,60 +2562,71 @@ class Uploaders:
             sending, number = task
             self._gate.wait(PAUSE_S)
             try:
-                self._send(sending, number)
+                if head := self._send(sending, number):
+                    sending.future.set_result(head)
+            except InvalidStateError:
+                pass  # another part has failed, or we are stopping
             except Exception as error:
                 if not isinstance(error, (Fault, OSError)):
                     log.exception("upload failed path=%s", quote(sending.pinned.path))
+                self._busy.discard(sending.upload)
                 with contextlib.suppress(InvalidStateError):
                     sending.future.set_exception(error)
 
-    def _send(self, sending: Sending, number: int) -> None:
+    def _send(self, sending: Sending, number: int) -> Head | None:
+        """Send what was taken; return the object when nothing is left to send."""
         if not sending.count:
-            self._done(sending, self._send_whole(sending))
-        elif number == 0:
+            return self._send_whole(sending)
+        if number == 0:
             if head := self._begin(sending):
-                return self._done(sending, head)
+                return head
             self._queue(sending)
-        else:
-            sending.parts[number] = self._send_part(sending, number)
-            if len(sending.parts) == sending.count:
-                self._done(sending, self._finish(sending))
-            elif self._store.ordered:
-                self._queue(sending)
+            return None
+        part = self._send_part(sending, number)
+        with self._work:  # only one thread must see that its part was the last
+            sending.parts[number] = part
+            last = len(sending.parts) == sending.count
+        if last:
+            return self._finish(sending)
+        if self._store.ordered:
+            self._queue(sending)
+        return None
 
-    def _done(self, sending: Sending, head: Head) -> None:
-        with contextlib.suppress(InvalidStateError):
-            sending.future.set_result(head)
+    def _count(self, files: int, size: int) -> None:
+        with self._work:
+            self.sent.update(files=files, bytes=size)
 
     def _send_whole(self, sending: Sending) -> Head:
-        body = sending.read(0)
+        body = sending.read()
         crc32 = zlib.crc32(body)
         for key in _keys(sending.key, crc32):
-            with contextlib.suppress(Conflict):
+            with contextlib.suppress(Conflict, Corrupt):  # Corrupt: it was damaged on its way, and stays so
                 if sending.look and (head := self._store.same(key, len(body), crc32)):
                     return head
                 head = self._store.put(key, body, crc32)
-                self.sent.update(files=1, bytes=len(body))
+                self._count(1, len(body))
                 return head
         raise Conflict(f"{sending.key} is taken, whatever is added to it")
 
     def _begin(self, sending: Sending) -> Head | None:
         """Begin an upload in parts or find an unfinished one; return the object if it is there already."""
+        size = sending.pinned.stamp.size
         if self._store.head(sending.key):  # ask before 300 GB are sent, not after
-            size, crc32 = sending.pinned.stamp.size, 0
-            for number in range(1, sending.count + 1):
-                crc32 = zlib.crc32(sending.read(number), crc32)
+            crc32 = sending.crc32()
             for sending.key in _keys(sending.key, crc32):  # noqa: B020 - the first that is free, or has these bytes
                 with contextlib.suppress(Conflict):
                     if head := self._store.same(sending.key, size, crc32):
                         return head
                     break
-        if upload := self._resume(sending.key):
+        upload = self._resume(sending.key)
+        if upload and upload not in self._busy:  # busy: another taking sends other bytes to this key just now
+            self._busy.add(upload)
             with contextlib.suppress(Missing):
                 sending.held = self._store.parts(sending.key, upload, sending.part_bytes)
                 sending.upload = upload
         if not sending.upload:
-            sending.upload = self._store.begin(sending.key, sending.pinned.stamp.size)
+            sending.upload = self._store.begin(sending.key, size)
+            self._busy.add(sending.upload)
             self._begun(sending.key, sending.upload)
         return None
 
@@ -2664,7 +2636,7 @@ class Uploaders:
         if (held := sending.held.get(number)) and (part := self._store.match(*where, held, offset, body, crc32)):
             return part
         part = self._store.put_part(*where, number, offset, body, crc32)
-        self.sent.update(bytes=len(body))
+        self._count(0, len(body))
         return part
 
     def _finish(self, sending: Sending) -> Head:
@@ -2673,9 +2645,12 @@ class Uploaders:
             crc32 = crc32_combine(crc32, part.crc32, part.size)
         try:
             head = self._store.finish(sending.key, sending.upload, parts, crc32)
-        finally:
+        except (Conflict, Corrupt, Missing):  # it must begin anew; after any other fault this upload can go on
             self._begun(sending.key, "")
-        self.sent.update(files=1)
+            raise
+        self._begun(sending.key, "")
+        self._busy.discard(sending.upload)
+        self._count(1, 0)
         return replace(head, crc32=hex32(crc32))
 
 
@@ -2684,6 +2659,7 @@ class Uploaders:
 # ======================================================================================================
 
 Path = tuple[str, str]  # directory, name
+Named = dict[str, tuple[str, str, int, int]]  # keys of listings: (listed, state, files, bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2695,32 +2671,10 @@ class Verdict:
     left_out: frozenset[Path] = frozenset()
 
 
-def judge_snapshot(
-    files: Mapping[Path, Stored], manifest: bytes | None, sure: bool, read: Callable[[Stored], bytes]
-) -> Verdict:
-    """Tell whether a table's snapshot is whole.
-
-    Cassandra writes manifest.json after the last link of a table, and it names every Data.db. `sure` says that a
-    look at the directories, begun after that, missed nothing; else each TOC.txt must be fulfilled.
-    """
-    named = manifest_files(manifest) if manifest is not None else None
-    if named is None:
-        return Verdict(False, (MANIFEST,))
-    below = {_below_tag(path): path for path in files}
-    missing = [name for name in named if name not in below]
-    sstables = {name.removesuffix("-Data.db") for name in named}
-    if not sure:
-        for name in sorted(sstables - {name.removesuffix("-Data.db") for name in missing}):
-            missing += _unfulfilled(name, below, files, read)
-    stray = {below[name] for name in below if (prefix := _prefix_of(name)) and prefix not in sstables}
-    return Verdict(not missing, tuple(sorted(missing)), frozenset(stray))
-
-
 def manifest_files(body: bytes) -> list[str] | None:
     """Return the Data.db files that a manifest.json names; None while Cassandra is still writing it."""
     try:
-        names = json.loads(body)["files"]
-        return [str(name) for name in names]
+        return [str(name) for name in json.loads(body)["files"]]
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -2744,12 +2698,30 @@ def _unfulfilled(
     toc = f"{sstable}-TOC.txt"
     if toc not in below:
         return [toc]
-    wanted = read(files[below[toc]]).decode("utf-8", "replace").split()
-    return [
-        f"{sstable}-{name}"
-        for name in wanted
-        if f"{sstable}-{name}" not in below and not OPTIONAL_COMPONENT.fullmatch(name)
-    ]
+    words = read(files[below[toc]]).decode("utf-8", "replace").split()
+    wanted = [f"{sstable}-{word}" for word in words if not OPTIONAL_COMPONENT.fullmatch(word)]
+    return [name for name in wanted if name not in below]
+
+
+def judge_snapshot(
+    files: Mapping[Path, Stored], manifest: bytes | None, sure: bool, read: Callable[[Stored], bytes]
+) -> Verdict:
+    """Tell whether a table's snapshot is whole.
+
+    Cassandra writes manifest.json after the last link of a table, and it names every Data.db. `sure` says that a
+    look at the directories, begun after that, missed nothing; else each TOC.txt must be fulfilled.
+    """
+    named = manifest_files(manifest) if manifest is not None else None
+    if named is None:
+        return Verdict(False, (MANIFEST,))
+    below = {_below_tag(path): path for path in files}
+    missing = [name for name in named if name not in below]
+    sstables = {name.removesuffix("-Data.db") for name in named}
+    if not sure:
+        for name in sorted(sstables - {name.removesuffix("-Data.db") for name in missing}):
+            missing += _unfulfilled(name, below, files, read)
+    stray = {below[name] for name in below if (prefix := _prefix_of(name)) and prefix not in sstables}
+    return Verdict(not missing, tuple(sorted(missing)), frozenset(stray))
 
 
 def judge_sstables(files: Mapping[Path, Stored], read: Callable[[Stored], bytes]) -> dict[tuple[str, ...], list[Path]]:
@@ -2761,6 +2733,18 @@ def judge_sstables(files: Mapping[Path, Stored], read: Callable[[Stored], bytes]
             sstables.setdefault(prefix, []).append(path)
     judged = {tuple(_unfulfilled(name, below, files, read)): paths for name, paths in sstables.items()}
     return {missing: paths for missing, paths in judged.items() if missing}
+
+
+def _sum(listings: Sequence[Listing]) -> Listing | None:
+    """Add up listings of one unit: of each file the later entry, complete once any says so."""
+    if not listings:
+        return None
+    files = {(entry.directory, entry.name): entry for listing in listings for entry in listing.files}
+    return replace(listings[-1], files=tuple(files.values()), complete=any(listing.complete for listing in listings))
+
+
+def _newest(named: Named) -> str:
+    return max((listed for listed, *_ in named.values()), default="")
 
 
 class Publisher:
@@ -2785,6 +2769,10 @@ class Publisher:
                 log.error("listing does not count key=%s error=%s", key, quote(str(fault)))
         return listings
 
+    def _named(self, prefix: str, after: str = "") -> Named:
+        keys = (head.key for head in self._store.list(prefix, after))
+        return {key: parsed for key in keys if (parsed := parse_listing_name(key))}
+
     def known(self, unit: Unit, manifest: Stamp | None) -> tuple[Unit, Listing | None, str]:
         """Return what the bucket already lists of a unit: (the unit by its listed name, a listing, the newest UTC).
 
@@ -2793,74 +2781,69 @@ class Publisher:
         """
         prefix = listings_of(self.node, unit)
         if unit.kind != "snapshot":
-            keys = [
-                head.key for head in self._store.list(prefix, prefix + unit.since[:-1]) if parse_listing_name(head.key)
-            ]
-            ours = [key for key in keys if key.startswith(prefix + unit.since) and "-rollup-" not in key]
-            return unit, self._sum(self.read(ours)), _newest(keys)
-        takings: dict[str, list[str]] = {}
+            named = self._named(prefix, prefix + unit.since[:-1])
+            ours = [key for key in named if key.startswith(prefix + unit.since) and named[key][1] != "rollup"]
+            return unit, _sum(self.read(ours)), _newest(named)
         above = prefix[: -len(unit.since) - 1]
-        for head in self._store.list(above):
-            if parse_listing_name(head.key):
-                takings.setdefault(head.key[len(above) :].split("/")[0], []).append(head.key)
+        takings: dict[str, Named] = {}
+        for key, parsed in self._named(above).items():
+            takings.setdefault(key[len(above) :].split("/")[0], {})[key] = parsed
+        written = utc(manifest.mtime_ns / 1e9) if manifest else "~"  # what was listed before that cannot name it
         for since in sorted(takings, reverse=True):
-            if since == unit.since or manifest:
-                listing = self._sum(self.read(takings[since]))
+            newest = _newest(takings[since])
+            if since == unit.since or newest >= written:
+                listing = _sum(self.read(takings[since]))
                 stamps = {entry.stamp for entry in listing.files if entry.name == MANIFEST} if listing else set()
                 if since == unit.since or manifest in stamps:
-                    return replace(unit, since=since), listing, _newest(takings[since])
+                    return replace(unit, since=since), listing, newest
         return unit, None, ""
 
     def newest_of_table(self, unit: Unit) -> list[str]:
-        """Return the keys of a table's incremental listings, but for replaced ones, and of its newest whole snapshot."""
+        """Return the keys of a table's incremental listings, but for replaced ones, and of its newest snapshot."""
         prefix = listings_of(self.node, unit)
         if unit.kind != "archive":
             prefix = "/".join(prefix.split("/")[:3]) + "/"
-        named = [(parsed, head.key) for head in self._store.list(prefix) if (parsed := parse_listing_name(head.key))]
-        snapshots = [
-            item for item in named if item[1][len(prefix) :].startswith("snapshots/") and item[0][1] == "complete"
-        ]
-        batches = [key for _, key in named if not key[len(prefix) :].startswith("snapshots/")]
-        rollups = self.read(key for key in batches if "-rollup-" in key)
+        named = self._named(prefix)
+        snapshots = [key for key in named if key.startswith(prefix + "snapshots/")]
+        batches = [key for key in named if key not in set(snapshots)]
+        whole = [key for key in snapshots if named[key][1] == "complete"]
+        rollups = self.read(key for key in batches if named[key][1] == "rollup")
         replaced = {name for listing in rollups for name in listing.replaces}
-        newest = [max(snapshots)[1]] if snapshots else []
+        newest = sorted(whole, key=named.__getitem__)[-1:]
         return [key for key in batches if key.rpartition("/")[2] not in replaced] + newest
-
-    def _sum(self, listings: Sequence[Listing]) -> Listing | None:
-        """Add up listings of one unit: of each file the later entry, complete once any says so."""
-        if not listings:
-            return None
-        files = {(entry.directory, entry.name): entry for listing in listings for entry in listing.files}
-        return replace(
-            listings[-1], files=tuple(files.values()), complete=any(listing.complete for listing in listings)
-        )
 
     def publish(
         self, listing: Listing, again: Callable[[Stored], Stored | None], newest: str, clock: Callable[[], str]
     ) -> Listing:
         """Write a listing, once every key in it is known to be there and to stay.
 
-        `again(entry)` stores an entry's file anew under a key never used before; None if we do not hold it any more.
-        Raises Missing where a file is gone from the store and cannot be stored again.
+        `again(entry)` stores an entry's file anew under a key never used before; None if we do not hold it any more:
+        then it is not listed, but named as missing.
         """
-        tries = 0
+        tries, written = 0, None
+        prefix = listings_of(self.node, listing.unit)
         while True:
             began = self._store.now()
-            listing = replace(listing, files=self._checked(listing.files, again), listed=later(clock(), newest))
+            files = self._checked(listing.files, again)
+            if files == written:
+                return listing
+            if gone := {entry.name for entry in listing.files} - {entry.name for entry in files}:
+                log.error("gone from the store and from this node, not listed any more files=%s", quote(" ".join(gone)))
+                listing = replace(listing, complete=False, missing=(*listing.missing, *sorted(gone)))
+            listing = replace(listing, files=files, listed=later(clock(), newest))
             body = dump_listing(listing)
             try:
-                self._store.put_now(
-                    listings_of(self.node, listing.unit) + listing_name(listing), body, zlib.crc32(body)
-                )
+                self._store.put_now(prefix + listing_name(listing), body, zlib.crc32(body))
             except (Unreachable, Denied) as fault:
                 self._store.pause(fault, tries := tries + 1)
                 continue
-            newest = listing.listed
+            except (Conflict, Corrupt) as fault:  # that name is taken for ever, by whatever is there
+                log.warning("listing goes to another key error=%s", quote(str(fault)))
+                newest = listing.listed
+                continue
             if self._store.now() - began <= PUBLISH_LIMIT_S:
                 return listing
-            checked = self._checked(listing.files, again)
-            if checked == listing.files:
-                return listing
+            newest, written = listing.listed, files
 
     def _checked(self, entries: tuple[Stored, ...], again: Callable[[Stored], Stored | None]) -> tuple[Stored, ...]:
         condemned = self._read_condemned()
@@ -2869,9 +2852,8 @@ class Publisher:
         checked = []
         for entry in entries:
             better = again(entry) if entry.key in bad else entry
-            if better is None:
-                raise Missing(f"{entry.key} is gone from the store, and its file from this node")
-            checked.append(better)
+            if better:
+                checked.append(better)
         return tuple(checked)
 
     def absent(self, entries: Sequence[Stored]) -> set[str]:
@@ -2879,10 +2861,11 @@ class Publisher:
         heads: dict[str, Head] = {}
         folders = {entry.key.rpartition("/")[0] + "/" for entry in entries}
         if len(entries) > 3 * len(folders):  # a page of a list tells a thousand
-            heads = {head.key: head for folder in folders for head in self._store.list(folder)}
+            wanted = {entry.key for entry in entries}
+            heads = {head.key: head for folder in folders for head in self._store.list(folder) if head.key in wanted}
         bad = set()
         for entry in entries:
-            head = heads.get(entry.key)
+            head = heads.get(entry.key) or self._store.head(entry.key)
             if head and (head.size, head.etag) == (entry.stamp.size, entry.etag):
                 continue
             try:
@@ -2896,12 +2879,12 @@ class Publisher:
         """Return the keys that prune is about to delete. One look serves a minute."""
         with self._lock:
             if time.monotonic() - self._condemned_at >= CONDEMNED_LOOK_S:
-                there = [head.key for head in self._store.list(f"{self.node}.condemned/")]
+                began, there = time.monotonic(), [head.key for head in self._store.list(f"{self.node}.condemned/")]
                 for key in there:
                     if key not in self._condemned:
                         self._condemned[key] = frozenset(json.loads(b"".join(self._store.get(key)))["keys"])
                 self._condemned = {key: self._condemned[key] for key in there}
-                self._condemned_at = time.monotonic()
+                self._condemned_at = began
             return frozenset().union(*self._condemned.values())
 
     def roll_up(self, unit: Unit, before: str, clock: Callable[[], str]) -> Listing | None:
@@ -2911,34 +2894,39 @@ class Publisher:
         down again a logarithm of times, not each time.
         """
         batches = Unit("incremental", unit.keyspace, unit.table, "", before)
-        prefix = listings_of(self.node, batches)
-        named = [(head.key, parsed) for head in self._store.list(prefix) if (parsed := parse_listing_name(head.key))]
-        newest = max((parsed[0] for _, parsed in named if parsed[1] == "rollup"), default="")
-        small = [(key, parsed[2]) for key, parsed in named if parsed[1] == "complete" and newest < parsed[0] < before]
-        total = sum(files for _, files in small)
-        small += [(key, parsed[2]) for key, parsed in named if newest == parsed[0] and parsed[2] <= 2 * total]
-        if len(small) < 2:
+        named = self._named(listings_of(self.node, batches))
+        newest = _newest({key: parsed for key, parsed in named.items() if parsed[1] == "rollup"})
+        small = [key for key, parsed in named.items() if parsed[1] == "complete" and newest < parsed[0] < before]
+        total = sum(named[key][2] for key in small)
+        small += [key for key, parsed in named.items() if newest == parsed[0] and parsed[2] <= 2 * total]
+        files: dict[tuple[str, str, Stamp], Stored] = {}
+        names = []
+        for key in sorted(small) if len(small) > 1 else ():
+            for listing in self.read([key]):  # none, where it cannot be read: then it is not replaced either
+                names.append(key.rpartition("/")[2])
+                for entry in listing.files:
+                    entry = replace(entry, seen=entry.seen or listing.unit.since)
+                    files[entry.directory, entry.name, entry.stamp] = entry
+        if len(names) < 2:
             return None
-        files = {}
-        for listing in self.read(key for key, _ in sorted(small)):
-            for entry in listing.files:
-                files[entry.directory, entry.name, entry.stamp] = replace(entry, seen=entry.seen or listing.unit.since)
-        names = tuple(sorted(key.rpartition("/")[2] for key, _ in small))
-        rollup = Listing(self.node, batches, before, True, tuple(files.values()), replaces=names)
+        rollup = Listing(self.node, batches, before, True, tuple(files.values()), replaces=tuple(names))
+
+        def again(entry: Stored) -> Stored | None:
+            raise Missing(f"{entry.key} is gone from the store")
+
         try:
-            return self.publish(rollup, lambda entry: None, _newest([key for key, _ in named]), clock)
+            return self.publish(rollup, again, _newest(named), clock)
         except Missing as fault:
             log.warning("no roll-up, a listed file is gone error=%s hint=run cassbackup verify", quote(str(fault)))
             return None
 
 
-def _newest(keys: Iterable[str]) -> str:
-    return max((parsed[0] for key in keys if (parsed := parse_listing_name(key))), default="")
-
-
 # ======================================================================================================
 # Daemon
 # ======================================================================================================
+
+_CARRIERS: Final = {True: 2, False: 8}  # units carried at once: urgent ones have carriers of their own
+_WINDOW: Final = 1_000  # files of a unit that are queued for sending at once: a waiting file takes 2 KiB of memory
 
 
 class Clock:
@@ -2984,19 +2972,24 @@ class Backlog:
             waiting.due = min(waiting.due, due)
             self.changed.notify_all()
 
-    def take(self, urgent: bool, count: int) -> list[tuple[Unit, Waiting]]:
-        """Return the oldest units that are due, for carrying."""
-        now = time.monotonic()
+    def take(self) -> list[tuple[Unit, Waiting]]:
+        """Return the oldest units that are due, as many as there are free carriers; wait a second at most for one."""
+        taken: list[tuple[Unit, Waiting]] = []
         with self.changed:
-            due = [
-                item
-                for item in self.units.items()
-                if item[0].urgent == urgent and not item[1].carried and item[1].due <= now
-            ]
-            taken = heapq.nsmallest(count, due, key=lambda item: (item[1].found, item[0].since))
+            now, wait = time.monotonic(), 1.0
+            for urgent, carriers in _CARRIERS.items():
+                lane = [item for item in self.units.items() if item[0].urgent == urgent]
+                idle = [item for item in lane if not item[1].carried]
+                due = [item for item in idle if item[1].due <= now]
+                free = carriers - (len(lane) - len(idle))
+                taken += heapq.nsmallest(free, due, key=lambda item: (item[1].found, item[0].since))
+                if free and not due:
+                    wait = min(wait, min((waiting.due - now for _, waiting in idle), default=wait))
             for _, waiting in taken:
                 waiting.carried, waiting.again = True, False
-            return taken
+            if not taken:
+                self.changed.wait(wait)
+        return taken
 
     def put_back(self, unit: Unit, delay: float | None) -> None:
         """End a carrying: the unit is listed (None), or wants to be carried again after a delay."""
@@ -3009,11 +3002,10 @@ class Backlog:
                 waiting.due = time.monotonic() + (QUIET_S if waiting.again else delay or 0.0)
             self.changed.notify_all()
 
-    def wait(self, free: Mapping[bool, int]) -> None:
-        """Wait, a second at most, until a unit is due for which there is a free carrier."""
+    def waiting(self) -> list[Waiting]:
+        """Return what waits, to be counted."""
         with self.changed:
-            soon = (waiting.due for unit, waiting in self.units.items() if free[unit.urgent] and not waiting.carried)
-            self.changed.wait(min(1.0, max(0.0, min(soon, default=3600.0) - time.monotonic())))
+            return list(self.units.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -3025,360 +3017,53 @@ class Policy:
     delete_incrementals: bool = False
 
 
-class Carrier:
-    """Carries one unit from its pins to its listing, and lets the pins go."""
+def _show(unit: Unit) -> str:
+    """Return a unit for the log."""
+    return quote("/".join(word for word in (unit.keyspace, unit.table, unit.kind, unit.tag, unit.since) if word))
 
-    def __init__(
-        self,
-        pinner: Pinner,
-        store: Retrying,
-        uploaders: Uploaders,
-        node: str,
-        ledger: Ledger,
-        clock: Clock,
-        policy: Policy,
-    ) -> None:
-        self._pinner, self._store, self._uploaders, self._ledger = pinner, store, uploaders, ledger
-        self._clock, self._policy = clock, policy
-        self.publisher = Publisher(store, node, self._is_fresh)
-        self.counts: Counter[str] = Counter()
-        self.recovered: set[Unit] = set()  # left by an earlier process: asked for before they are sent
-        self._run = f"{random.getrandbits(64):x}"
-        self._learned: set[str] = set()
-        self._sure: dict[Unit, Stamp] = {}  # looked at after this manifest.json, and nothing had vanished
-        self._first_seen: dict[tuple[str, ...], float] = {}  # SSTables that lack components
 
-    def carry(self, unit: Unit, waiting: Waiting) -> float | None:
-        """Store and list a unit; None when it is done, else the seconds after which to carry it again."""
-        with self._pinner.lock:
-            self._pinner.close_batch(unit)
-        pins, lost = self._read_pins(unit)
-        waiting.files, waiting.size = len(pins), sum(pin.stamp.size for pin in pins.values())
-        if any(pin.name == EPHEMERAL for pin in pins.values()):
-            return self._skip_ephemeral(unit, pins)
-        self._learn(unit)
-        now = time.time()
-        quiet = {
-            path: pin for path, pin in pins.items() if abs(now - pin.stamp.mtime_ns / 1e9) >= self._quiet_s(unit, pin)
-        }
-        stored = self._store_all(unit, quiet)
-        if unit.kind == "snapshot":
-            return self._carry_snapshot(unit, waiting, pins, stored, lost)
-        return self._carry_batch(unit, pins, stored, lost)
+@dataclass(slots=True)
+class Load:
+    """A unit being carried: what we hold of it, and how far that has got."""
 
-    def everything_again(self) -> None:
-        """The bucket is not what it was: trust nothing that we remember of it."""
-        self._ledger.forget()
-        self._learned.clear()
-        self._run = f"{random.getrandbits(64):x}"
-        self._pinner.forget()
+    unit: Unit
+    touched: float
+    pins: dict[Path, Pinned]
+    lost: set[Path]
+    stored: dict[Path, Stored] = field(default_factory=dict)
+    unread: dict[Path, OSError] = field(default_factory=dict)  # the disk says no
 
-    # A table's snapshot
+    def __str__(self) -> str:
+        return _show(self.unit)
 
-    def _carry_snapshot(
-        self, unit: Unit, waiting: Waiting, pins: dict[Path, Pinned], stored: dict[Path, Stored], lost: list[str]
-    ) -> float | None:
-        stamp = next((entry.stamp for entry in stored.values() if entry.name == MANIFEST), None)
-        listed_as, before, newest = self.publisher.known(unit, stamp)
-        files = {(entry.directory, entry.name): entry for entry in before.files} if before else {}
-        files |= stored
-        manifest = self._read_manifest(files, pins)
-        if manifest and json.loads(manifest).get("ephemeral") is True:
-            return self._skip_ephemeral(unit, pins)
-        if manifest and stamp and self._sure.get(unit) != stamp:
-            if self._pinner.confirm(unit):
-                self._sure[unit] = stamp
-            if self._read_pins(unit)[0].keys() != pins.keys():
-                return 0.0
-        settled = time.monotonic() - waiting.touched >= self._policy.settle_s
-        if len(stored) < len(pins) and not settled:
-            return QUIET_S
-        verdict = judge_snapshot(files, manifest, self._sure.get(unit) == stamp is not None, self._reader(pins))
-        complete = verdict.complete or bool(before and before.complete)
-        wait = self._settle_wait(unit, waiting, complete, files, pins)
-        if wait > 0:
-            return wait
-        kept = tuple(entry for path, entry in files.items() if path not in verdict.left_out)
-        if verdict.left_out:
-            log.info("not named by the manifest, left out unit=%s files=%d", _show(unit), len(verdict.left_out))
-        listing = Listing(
-            self.publisher.node, listed_as, "", complete, kept, verdict.missing if not complete else (), tuple(lost)
-        )
-        if not (before and before.complete >= complete and set(before.files) == set(kept)):
-            self._publish(unit, listing, newest, pins)
-        done = self._let_go(unit, files, lost)
-        if done is None:
-            self._sure.pop(unit, None)
-            if complete:
-                self._ledger.remember(f"complete:{unit.keyspace}/{unit.table}", f"{unit.tag}\t{unit.since}")
-                self._roll_up(unit)
-        return done
 
-    def _settle_wait(
-        self, unit: Unit, waiting: Waiting, complete: bool, files: Mapping[Path, Stored], pins: Mapping[Path, Pinned]
-    ) -> float:
-        """Return how long to wait for what may still come: schema.cql a moment, what is missing until it settles."""
-        elapsed = time.monotonic() - waiting.touched
-        if not complete:
-            return self._policy.settle_s - elapsed
-        schema = unit.keyspace.startswith("system") or any(name == SCHEMA for _, name in files)
-        return 0.0 if schema else min(2.0, self._policy.settle_s) - elapsed
+def _source(area: Area, relative: str) -> str:
+    return os.path.normpath(os.path.join(area.root, relative))
 
-    def _skip_ephemeral(self, unit: Unit, pins: Mapping[Path, Pinned]) -> float | None:
-        """Let go of a snapshot that a repair took for itself (ephemeral.snapshot, or "ephemeral": true)."""
-        self.counts["skipped_ephemeral"] += 1
-        log.info("repair's own snapshot, skipped unit=%s", _show(unit))
-        for directory in {path[0] for path in pins}:
-            names = {pin.name: pin.stamp for path, pin in pins.items() if path[0] == directory}
-            self._ledger.list(directory, unit.since, names)
-        return self._release(unit, {path: pin.stamp for path, pin in pins.items()}, [])
 
-    def _read_manifest(self, files: Mapping[Path, Stored], pins: Mapping[Path, Pinned]) -> bytes | None:
-        """Return manifest.json, if it is stored and whole."""
-        for path, entry in files.items():
-            if entry.name == MANIFEST:
-                body = self._reader(pins)(entry)
-                return body if manifest_files(body) is not None else None
-        return None
+def _by_directory(items: Mapping[Path, T]) -> dict[str, dict[str, T]]:
+    folders: dict[str, dict[str, T]] = {}
+    for (directory, name), item in items.items():
+        folders.setdefault(directory, {})[name] = item
+    return folders
 
-    def _roll_up(self, unit: Unit) -> None:
-        rollup = self.publisher.roll_up(unit, self._clock(), self._clock)
-        if rollup:
-            log.info(
-                "rolled up unit=%s listings=%d files=%d", _show(rollup.unit), len(rollup.replaces), len(rollup.files)
-            )
 
-    # A batch of incrementals or of an archive
+def _by_path(entries: Iterable[Stored]) -> dict[Path, Stored]:
+    return {(entry.directory, entry.name): entry for entry in entries}
 
-    def _carry_batch(
-        self, unit: Unit, pins: dict[Path, Pinned], stored: dict[Path, Stored], lost: list[str]
-    ) -> float | None:
-        _, before, newest = self.publisher.known(unit, None)
-        listed = {(entry.directory, entry.name): entry for entry in before.files} if before else {}
-        if unit.kind == "incremental" and f"{unit.keyspace}/{unit.table}" in self._learned:
-            listed |= self._learned_entries(stored)
-        incomplete = judge_sstables(listed | stored, self._reader(pins))
-        waiting = [path for missing, paths in incomplete.items() if not self._has_settled(missing) for path in paths]
-        late = {path for path in pins if path not in stored} | {path for path in waiting if path in pins}
-        if late:
-            self._postpone(unit, [pins[path] for path in late], 2.0)
-        files = {path: entry for path, entry in stored.items() if path not in late}
-        missing = tuple(os.path.basename(name) for names in incomplete if self._has_settled(names) for name in names)
-        if any(listed.get(path) != entry for path, entry in files.items()):
-            everything = tuple((listed | files).values()) if before else tuple(files.values())
-            self._publish(
-                unit,
-                Listing(self.publisher.node, unit, "", not missing, everything, missing, tuple(lost)),
-                newest,
-                pins,
-            )
-        done = self._let_go(unit, files, lost)
-        if done is None and self._policy.delete_incrementals and unit.kind == "incremental":
-            broken = {path for paths in incomplete.values() for path in paths}
-            self._delete_sources({path: entry for path, entry in files.items() if path not in broken})
-        return done
 
-    def _has_settled(self, missing: tuple[str, ...]) -> bool:
-        """Tell whether an SSTable has lacked these components for the settle time."""
-        first = self._first_seen.setdefault(missing, time.monotonic())
-        if time.monotonic() - first < self._policy.settle_s:
-            return False
-        log.warning("will not become complete, listed as it is missing=%s", quote(" ".join(missing)))
-        return True
+@functools.lru_cache(1000)
+def _user(uid: int) -> str:
+    with contextlib.suppress(KeyError):
+        return pwd.getpwuid(uid).pw_name
+    return str(uid)
 
-    def _postpone(self, unit: Unit, pins: Iterable[Pinned], delay: float) -> None:
-        by_directory: dict[str, list[str]] = {}
-        for pin in pins:
-            by_directory.setdefault(pin.directory, []).append(pin.name)
-        for area, relative in self._directories(unit):
-            if names := by_directory.get(os.path.normpath(os.path.join(area.root, relative))):
-                self._pinner.postpone(area, relative, unit.since, names, delay)
 
-    def _delete_sources(self, files: Mapping[Path, Stored]) -> None:
-        """Delete from backups/ what is listed whole, after asking the store once more."""
-        absent = self.publisher.absent(list(files.values()))
-        for path, entry in files.items():
-            source = os.path.join(*path)
-            with contextlib.suppress(FileNotFoundError):
-                if entry.key not in absent and Stamp.of(entry.stamp.area, os.lstat(source)) == entry.stamp:
-                    os.unlink(source)
-                    self.counts["deleted"] += 1
-
-    # What both have in common
-
-    def _directories(self, unit: Unit) -> list[tuple[Area, str]]:
-        """Return the pin directories of a unit: (area, source directory)."""
-        with self._pinner.lock:
-            found = [(area, relative) for area in self._pinner.areas for relative in area.by_since.get(unit.since, ())]
-        return [(area, relative) for area, relative in found if unit_of(relative, unit.since) == unit]
-
-    def _read_pins(self, unit: Unit) -> tuple[dict[Path, Pinned], list[str]]:
-        pins, lost = {}, []
-        for area, relative in self._directories(unit):
-            held, gone = area.read(relative, unit.since)
-            pins.update({(pin.directory, pin.name): pin for pin in held})
-            lost += gone
-        return pins, lost
-
-    def _place(self, directory: str) -> str:
-        """Return what a stamp is remembered for: the table's directory, whatever disk it is on."""
-        for area in self._pinner.areas:
-            if directory.startswith(area.root.rstrip("/") + "/"):
-                return quote("/".join(directory[len(area.root) :].strip("/").split("/")[:2]))
-        return quote(directory)
-
-    def _quiet_s(self, unit: Unit, pin: Pinned) -> float:
-        """Return how long nobody must have written: longer where a file may be a copy that is still being made."""
-        return QUIET_S if unit.kind != "archive" or pin.links > 2 else 2.0
-
-    def _is_fresh(self, entry: Stored) -> bool:
-        known = self._ledger.knows(self._place(entry.directory), entry.name, entry.stamp)
-        return bool(
-            known and (known[0], known[4]) == (entry.key, self._run) and time.time() - float(known[5]) < FRESH_S
-        )
-
-    def _reader(self, pins: Mapping[Path, Pinned]) -> Callable[[Stored], bytes]:
-        """Return a function that reads a small stored file, from its pin where there is one."""
-
-        def read(entry: Stored) -> bytes:
-            pin = pins.get((entry.directory, entry.name))
-            if pin and pin.stamp == entry.stamp:
-                return bytes(Sending(pin, "", False, False).read(0))
-            return b"".join(self._store.get(entry.key))
-
-        return read
-
-    def _store_all(self, unit: Unit, pins: Mapping[Path, Pinned]) -> dict[Path, Stored]:
-        """Return the entries of the pins that are stored: sent now, or known by their stamps."""
-        stored: dict[Path, Stored] = {}
-        futures: dict[Path, Future[Head]] = {}
-        for path, pin in pins.items():
-            if entry := self._remembered(pin):
-                stored[path] = entry
-            else:
-                first = unit.urgent or pin.name in (MANIFEST, SCHEMA)
-                key = object_key(self.publisher.node, os.path.join(*path))
-                futures[path] = self._uploaders.send(pin, key, first, unit in self.recovered)
-        sent = {}
-        for path, future in futures.items():
-            try:
-                sent[path] = _entry(pins[path], future.result())
-            except (Corrupt, FileNotFoundError) as error:  # in place and changing, or read where it was and gone
-                log.info("not stored yet path=%s error=%s", quote(pins[path].path), quote(str(error)))
-        self._check_digests(sent, pins)
-        self._record(sent.values())
-        return stored | sent
-
-    def _remembered(self, pin: Pinned) -> Stored | None:
-        """Return the entry of bytes that are stored already, perhaps under the name of another snapshot."""
-        known = self._ledger.knows(self._place(pin.directory), pin.name, pin.stamp)
-        if not known or (self._policy.full and known[4] != self._run):
-            return None
-        key, etag, crc32, crc32c = known[:4]
-        self.counts["reused"] += 1
-        return _entry(pin, Head(key, pin.stamp.size, etag, 0.0, crc32, crc32c))
-
-    def _record(self, entries: Iterable[Stored]) -> None:
-        self._ledger.record(((self._place(entry.directory), entry) for entry in entries), self._run)
-
-    def _check_digests(self, sent: dict[Path, Stored], pins: Mapping[Path, Pinned]) -> None:
-        """Hold each Data.db that was sent against Cassandra's own Digest.crc32.
-
-        It is read again before anybody is alarmed; scrub can leave a stale digest (SSTableRewriter), so it is stored
-        all the same.
-        """
-        for (directory, name), entry in list(sent.items()):
-            digest = pins.get((directory, name.removesuffix("Data.db") + "Digest.crc32"))
-            if not name.endswith("-Data.db") or not digest:
-                continue
-            text = bytes(Sending(digest, "", False, False).read(0)).strip()
-            if not text.isdigit() or int(text) == int(entry.crc32, 16):
-                continue
-            again = self._store_again(pins[directory, name])
-            if int(again.crc32, 16) == int(text):
-                sent[directory, name] = again
-                continue
-            self.counts["digest_mismatch"] += 1
-            hint = "the disk may be failing: run nodetool verify; a scrubbed SSTable may have a stale digest"
-            log.error("Data.db is not what its Digest.crc32 says path=%s hint=%s", quote(f"{directory}/{name}"), hint)
-
-    def _store_again(self, pin: Pinned) -> Stored:
-        """Read and store a file anew, under a key never used before."""
-        key = f"{object_key(self.publisher.node, os.path.join(pin.directory, pin.name))}@{self._clock()}"
-        entry = _entry(pin, self._uploaders.send(pin, key, True, False).result())
-        self._record([entry])
-        return entry
-
-    def _publish(self, unit: Unit, listing: Listing, newest: str, pins: Mapping[Path, Pinned]) -> None:
-        """Write a listing and remember it."""
-        if not listing.files and not listing.lost:
-            return
-
-        def again(entry: Stored) -> Stored | None:
-            pin = pins.get((entry.directory, entry.name))
-            return self._store_again(pin) if pin and pin.stamp == entry.stamp else None
-
-        clock = self._clock if listing.unit.kind == "snapshot" or newest >= unit.since else lambda: unit.since
-        listing = self.publisher.publish(listing, again, newest, clock)
-        self._record(listing.files)
-        self._ledger.remember("newest", listings_of(self.publisher.node, listing.unit) + listing_name(listing))
-        counted = {"listings": 1, "listed_files": len(listing.files), "lost": len(listing.lost)}
-        self.counts.update(counted | {"incomplete": int(not listing.complete)})
-        state = (listing.state, len(listing.files), listing.size, len(listing.missing), len(listing.lost))
-        say = log.info if listing.complete and not listing.lost else log.warning
-        say("listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", _show(listing.unit), *state)
-
-    def _let_go(self, unit: Unit, files: Mapping[Path, Stored], lost: Iterable[str]) -> float | None:
-        """Remember what is listed, then release the pins; 0 if something came meanwhile."""
-        names: dict[str, dict[str, Stamp]] = {}
-        for (directory, name), entry in files.items():
-            names.setdefault(directory, {})[name] = entry.stamp
-        for directory, stamps in names.items():
-            self._ledger.list(directory, unit.since, stamps)
-        return self._release(unit, {path: entry.stamp for path, entry in files.items()}, lost)
-
-    def _release(self, unit: Unit, stamps: Mapping[Path, Stamp], lost: Iterable[str]) -> float | None:
-        done = True
-        for area, relative in self._directories(unit):
-            directory = os.path.normpath(os.path.join(area.root, relative))
-            listed: dict[str, Stamp | None] = {
-                name: stamp for (where, name), stamp in stamps.items() if where == directory
-            }
-            listed.update(dict.fromkeys(lost))
-            with self._pinner.lock:
-                if area.release(relative, unit.since, listed):
-                    self._pinner.released(area, relative)
-                else:
-                    done = False
-        self.recovered.discard(unit)
-        return None if done else 0.0
-
-    def _learn(self, unit: Unit) -> None:
-        """Read a table's newest listings, once in the life of a ledger: what is stored and listed already."""
-        place = f"{unit.keyspace}/{unit.table}" if unit.kind != "archive" else unit.tag
-        if self._ledger.fact(f"learned:{quote(place)}"):
-            return
-        keys = self.publisher.newest_of_table(unit)
-        for listing in self.publisher.read(keys):
-            self._record(listing.files)
-            names: dict[str, dict[str, Stamp]] = {}
-            for entry in listing.files:
-                names.setdefault(entry.directory, {})[entry.name] = entry.stamp
-            for directory, stamps in names.items():
-                self._ledger.list(directory, listing.unit.since, stamps)
-            if listing.unit.kind == "snapshot" and listing.complete:
-                self._ledger.remember(f"complete:{place}", f"{listing.unit.tag}\t{listing.unit.since}")
-        self._learned.add(place)
-        self._ledger.remember(f"learned:{quote(place)}", "1")
-
-    def _learned_entries(self, stored: Mapping[Path, Stored]) -> dict[Path, Stored]:
-        """Return the entries that the table's listings, as just read, have with the same stamp."""
-        listed = {directory: self._ledger.listed(directory) for directory in {path[0] for path in stored}}
-        return {
-            path: entry
-            for path, entry in stored.items()
-            if any(names.get(path[1]) == str(entry.stamp) for names in listed[path[0]].values())
-        }
+@functools.lru_cache(1000)
+def _group(gid: int) -> str:
+    with contextlib.suppress(KeyError):
+        return grp.getgrgid(gid).gr_name
+    return str(gid)
 
 
 def _entry(pin: Pinned, head: Head) -> Stored:
@@ -3386,25 +3071,348 @@ def _entry(pin: Pinned, head: Head) -> Stored:
     return Stored(pin.directory, pin.name, pin.stamp, *owner, head.crc32, head.key, head.etag, head.crc32c)
 
 
-@functools.lru_cache(1000)
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+@dataclass
+class Carrier:
+    """Carries one unit from its pins to its listing, and lets the pins go."""
 
+    pinner: Pinner
+    store: Retrying
+    uploaders: Uploaders
+    node: str
+    ledger: Ledger
+    clock: Clock
+    policy: Policy
+    counts: Counter[str] = field(default_factory=Counter)
+    recovered: set[Unit] = field(default_factory=set)  # left by an earlier process: asked for before they are sent
+    _learned: set[str] = field(default_factory=set)
+    _sure: dict[Unit, Stamp] = field(default_factory=dict)  # looked at after this manifest.json: nothing had vanished
+    _first_seen: dict[tuple[str, ...], float] = field(default_factory=dict)  # SSTables that lack components
+    _sending: dict[tuple[str, str, Stamp], Future[Head]] = field(default_factory=dict)  # what is on its way is shared
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-@functools.lru_cache(1000)
-def _group(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
+    def __post_init__(self) -> None:
+        self.publisher = Publisher(self.store, self.node, self._is_fresh)
+        self._run = f"{random.getrandbits(64):x}"
 
+    def carry(self, unit: Unit, waiting: Waiting) -> float | None:
+        """Store and list a unit; None when it is done, else the seconds after which to carry it again."""
+        with self.pinner.lock:
+            self.pinner.close_batch(unit)
+        load = Load(unit, waiting.touched, *self._read_pins(unit))
+        waiting.files, waiting.size = len(load.pins), sum(pin.stamp.size for pin in load.pins.values())
+        if unit.kind == "snapshot" and any(name == EPHEMERAL for _, name in load.pins):
+            return self._skip_ephemeral(load)
+        self._learn(unit)
+        self._store_all(load)
+        delay = self._carry_snapshot(load) if unit.kind == "snapshot" else self._carry_batch(load)
+        if load.unread and delay is not None:
+            (directory, name), error = next(iter(load.unread.items()))
+            what = f"{len(load.unread)} files cannot be read, {quote(f'{directory}/{name}')}: {error.strerror}"
+            raise Fault(what, "the disk may be failing: what could be read is stored")
+        return delay
 
-def _show(unit: Unit) -> str:
-    """Return a unit for the log."""
-    return quote("/".join(word for word in (unit.keyspace, unit.table, unit.kind, unit.tag, unit.since) if word))
+    def everything_again(self) -> None:
+        """Trust nothing that we remember of the bucket: it is not what it was."""
+        self.ledger.forget()
+        self._learned.clear()
+        self._run = f"{random.getrandbits(64):x}"
+        self.pinner.forget()
+
+    # A table's snapshot
+
+    def _carry_snapshot(self, load: Load) -> float | None:
+        unit, settled_in = load.unit, load.touched + self.policy.settle_s - time.monotonic()
+        if len(load.stored) + len(load.unread) < len(load.pins) and settled_in > 0:
+            return QUIET_S
+        stamp = next((entry.stamp for entry in load.stored.values() if entry.name == MANIFEST), None)
+        listed_as, before, newest = self.publisher.known(unit, stamp)
+        files = _by_path(before.files if before else ()) | load.stored
+        read = self._reader(load.pins)
+        manifest = next((read(entry) for entry in files.values() if entry.name == MANIFEST), b"")
+        final = manifest_files(manifest) is not None
+        if final and json.loads(manifest).get("ephemeral") is True:
+            return self._skip_ephemeral(load)
+        if final and stamp and self._sure.get(unit) != stamp:
+            if self.pinner.confirm(unit):
+                self._sure[unit] = stamp
+            if self._read_pins(unit)[0].keys() != load.pins.keys():
+                return QUIET_S
+        sure = stamp is not None and self._sure.get(unit) == stamp
+        verdict = judge_snapshot(files, manifest, sure, read)
+        whole = before is not None and before.complete
+        lost = load.lost - files.keys()
+        lacking = {name for _, name in load.pins.keys() - files.keys()}
+        complete = whole or (verdict.complete and not lost and not lacking)
+        if complete and not unit.keyspace.startswith("system") and not any(name == SCHEMA for _, name in files):
+            settled_in -= max(0.0, self.policy.settle_s - 2.0)  # schema.cql comes a moment later, or never
+        elif complete:
+            settled_in = 0.0
+        if settled_in > 0:
+            return settled_in
+        kept = tuple(entry for path, entry in files.items() if path not in verdict.left_out)
+        if verdict.left_out:
+            log.info("not named by the manifest, left out unit=%s files=%d", load, len(verdict.left_out))
+        missing = () if complete else tuple(sorted({*verdict.missing, *lacking}))
+        names = tuple(sorted(name for _, name in lost))
+        listing = Listing(self.node, listed_as, "", complete, kept, missing, names)
+        told = before and before.complete >= complete and set(names) <= set(before.lost)
+        if not (told and before and set(before.files) == set(kept)):
+            self._publish(load, listing, newest)
+        done = self._let_go(load, files)
+        if done is None and complete:
+            self.ledger.remember(f"complete:{unit.keyspace}/{unit.table}", f"{unit.tag}\t{unit.since}")
+            if rollup := self.publisher.roll_up(unit, self.clock(), self.clock):
+                log.info("rolled up unit=%s listings=%d files=%d", load, len(rollup.replaces), len(rollup.files))
+        return done
+
+    def _skip_ephemeral(self, load: Load) -> float | None:
+        """Let go of a snapshot that a repair took for itself (ephemeral.snapshot, or "ephemeral": true)."""
+        self.counts["skipped_ephemeral"] += 1
+        log.info("repair's own snapshot, skipped unit=%s", load)
+        return self._let_go(load, load.pins)
+
+    # A batch of incrementals or of an archive
+
+    def _carry_batch(self, load: Load) -> float | None:
+        unit, pins, stored = load.unit, load.pins, load.stored
+        _, before, newest = self.publisher.known(unit, None)
+        listed = _by_path(before.files if before else ())
+        if unit.kind == "incremental" and f"{unit.keyspace}/{unit.table}" in self._learned:
+            listed |= self._learned_entries(stored)
+        incomplete = judge_sstables(listed | stored, self._reader(pins))
+        settled = [names for names in incomplete if self._has_settled(names)]
+        late = {path for names, paths in incomplete.items() if names not in settled for path in paths} & pins.keys()
+        late |= pins.keys() - stored.keys() - load.unread.keys()
+        for directory, names in _by_directory(dict.fromkeys(late)).items():
+            area, relative = next(item for item in self._directories(unit) if _source(*item) == directory)
+            self.pinner.postpone(area, relative, unit.since, names, 2.0)
+        files = {path: entry for path, entry in stored.items() if path not in late}
+        lost = tuple(sorted(name for _, name in load.lost - listed.keys()))
+        if lost or any(listed.get(path) != entry for path, entry in files.items()):
+            missing = tuple(os.path.basename(name) for names in settled for name in names)
+            entries = tuple((listed | files if before else files).values())
+            complete = not missing and not lost
+            self._publish(load, Listing(self.node, unit, "", complete, entries, missing, lost), newest)
+        done = self._let_go(load, files)
+        if done is None and self.policy.delete_incrementals and unit.kind == "incremental":
+            self._delete_sources(files.keys() - set(itertools.chain(*incomplete.values())), files)
+        return done
+
+    def _has_settled(self, missing: tuple[str, ...]) -> bool:
+        """Tell whether an SSTable has lacked these components for the settle time."""
+        first = self._first_seen.setdefault(missing, time.monotonic())
+        if time.monotonic() - first < self.policy.settle_s:
+            return False
+        log.warning("will not become complete, listed as it is missing=%s", quote(" ".join(missing)))
+        return True
+
+    def _learned_entries(self, stored: Mapping[Path, Stored]) -> dict[Path, Stored]:
+        """Return the entries that the table's listings, as just read, have with the same stamp."""
+        names = {folder: self.ledger.listed(folder).values() for folder in _by_directory(stored)}
+        return {
+            path: entry
+            for path, entry in stored.items()
+            if any(listed.get(path[1]) == str(entry.stamp) for listed in names[path[0]])
+        }
+
+    def _delete_sources(self, paths: Iterable[Path], files: Mapping[Path, Stored]) -> None:
+        """Delete from backups/ what is listed whole, after asking the store once more."""
+        entries = {path: files[path] for path in paths}
+        absent = self.publisher.absent(list(entries.values()))
+        for path, entry in entries.items():
+            source = os.path.join(*path)
+            with contextlib.suppress(FileNotFoundError):
+                if entry.key not in absent and Stamp.of(entry.stamp.area, os.lstat(source)) == entry.stamp:
+                    os.unlink(source)
+                    self.counts["deleted"] += 1
+
+    # What both have in common: pins
+
+    def _directories(self, unit: Unit) -> list[tuple[Area, str]]:
+        """Return the pin directories of a unit: (area, source directory)."""
+        with self.pinner.lock:
+            found = [(area, relative) for area in self.pinner.areas for relative in area.by_since.get(unit.since, ())]
+        return [(area, relative) for area, relative in found if unit_of(area.root, relative, unit.since) == unit]
+
+    def _read_pins(self, unit: Unit) -> tuple[dict[Path, Pinned], set[Path]]:
+        pins: dict[Path, Pinned] = {}
+        lost: set[Path] = set()
+        for area, relative in self._directories(unit):
+            held, gone = area.read(relative, unit.since)
+            pins.update({(pin.directory, pin.name): pin for pin in held})
+            lost.update((_source(area, relative), name) for name in gone)
+        return pins, lost - pins.keys()
+
+    def _reader(self, pins: Mapping[Path, Pinned]) -> Callable[[Stored], bytes]:
+        """Return a function that reads a small stored file, from its pin where there is one."""
+
+        def read(entry: Stored) -> bytes:
+            pin = pins.get((entry.directory, entry.name))
+            if pin and pin.stamp == entry.stamp:
+                return bytes(Sending(pin).read())
+            return b"".join(self.store.get(entry.key))
+
+        return read
+
+    def _let_go(self, load: Load, files: Mapping[Path, Stored] | Mapping[Path, Pinned]) -> float | None:
+        """Remember what is listed, then release the pins; a delay if something came meanwhile, or was not stored."""
+        unit, done = load.unit, True
+        stamps: dict[Path, Stamp] = {path: file.stamp for path, file in files.items()}
+        for directory, names in _by_directory(stamps).items():
+            self.ledger.list(directory, unit.since, names)
+        listed: dict[Path, Stamp | None] = {**dict.fromkeys(load.lost), **stamps}
+        folders = _by_directory(listed)
+        for area, relative in self._directories(unit):
+            with self.pinner.lock:
+                if area.release(relative, unit.since, folders.get(_source(area, relative), {})):
+                    self.pinner.released(area, relative)
+                else:
+                    done = False
+        self.recovered.discard(unit)
+        if not done:
+            return 2.0
+        self._sure.pop(unit, None)
+        return None
+
+    # What both have in common: storing and listing
+
+    def _place(self, directory: str) -> str:
+        """Return what a stamp is remembered for: the table's directory, whatever disk it is on."""
+        for area in self.pinner.areas:
+            if directory.startswith(area.root.rstrip("/") + "/"):
+                return quote("/".join(directory[len(area.root) :].strip("/").split("/")[:2]))
+        return quote(directory)
+
+    def _known(self, file: Pinned | Stored) -> tuple[str, ...] | None:
+        return self.ledger.knows(self._place(file.directory), file.name, file.stamp)
+
+    def _is_fresh(self, entry: Stored) -> bool:
+        known = self._known(entry)
+        if not known or (known[0], known[4]) != (entry.key, self._run):
+            return False
+        return abs(time.time() - float(known[5])) < FRESH_S
+
+    def _remembered(self, pin: Pinned) -> Stored | None:
+        """Return the entry of bytes that are stored already, perhaps under the name of another snapshot."""
+        known = self._known(pin)
+        if not known or (self.policy.full and known[4] != self._run):
+            return None
+        key, etag, crc32, crc32c = known[:4]
+        self.counts["reused"] += 1
+        return _entry(pin, Head(key, pin.stamp.size, etag, 0.0, crc32, crc32c))
+
+    def _record(self, entries: Iterable[Stored], run: str) -> None:
+        self.ledger.record(((self._place(entry.directory), entry) for entry in entries), run)
+
+    def _store_all(self, load: Load) -> None:
+        """Store the pins that nobody writes to any more, if their stamps are not known to be stored."""
+        now, unsent = time.time(), []
+        for path, pin in load.pins.items():
+            # longer where a file may be a copy that is still being made
+            quiet_s = QUIET_S if load.unit.kind != "archive" or pin.links > 2 else 2.0
+            if abs(now - pin.stamp.mtime_ns / 1e9) >= quiet_s:
+                if entry := self._remembered(pin):
+                    load.stored[path] = entry
+                else:
+                    unsent.append(path)
+        for start in range(0, len(unsent), _WINDOW):
+            self._send_window(load, unsent[start : start + _WINDOW])
+        self._check_digests(load, set(unsent))
+
+    def _send_window(self, load: Load, paths: Sequence[Path]) -> None:
+        sent, run = {}, self._run
+        futures = {path: self._send(load, load.pins[path]) for path in paths}
+        for path, future in futures.items():
+            try:
+                sent[path] = _entry(load.pins[path], future.result())
+            except (Corrupt, FileNotFoundError) as error:  # in place and changing, or read where it was and gone
+                log.info("not stored yet path=%s error=%s", quote("/".join(path)), quote(str(error)))
+            except OSError as error:
+                load.unread[path] = error
+        self._record(sent.values(), run)
+        load.stored |= sent
+        with self._lock:
+            for path in paths:
+                self._sending.pop(self._bytes_of(load.pins[path]), None)
+
+    def _key(self, pin: Pinned) -> str:
+        return object_key(self.node, os.path.join(pin.directory, pin.name))
+
+    def _bytes_of(self, pin: Pinned) -> tuple[str, str, Stamp]:
+        return self._place(pin.directory), pin.name, pin.stamp
+
+    def _send(self, load: Load, pin: Pinned) -> Future[Head]:
+        """Send a pin, or wait with another unit that is sending the very bytes: a snapshot follows on a flush."""
+        bytes_of = self._bytes_of(pin)
+        with self._lock:
+            future = self._sending.get(bytes_of)
+            if future is None or future.done():
+                first = load.unit.urgent or pin.name in (MANIFEST, SCHEMA)
+                future = self.uploaders.send(pin, self._key(pin), first, load.unit in self.recovered)
+                self._sending[bytes_of] = future
+            return future
+
+    def _check_digests(self, load: Load, sent: set[Path]) -> None:
+        """Hold each Data.db against Cassandra's own Digest.crc32, when either of them was sent.
+
+        It is read again before anybody is alarmed; scrub can leave a stale digest (SSTableRewriter), so it is stored
+        all the same.
+        """
+        for directory, name in [path for path in load.stored if path[1].endswith("-Data.db")]:
+            path, beside = (directory, name), (directory, name.removesuffix("Data.db") + "Digest.crc32")
+            if beside not in load.stored or sent.isdisjoint({path, beside}):
+                continue
+            text = bytes(Sending(load.pins[beside]).read()).strip()
+            if not text.isdigit() or int(text) == int(load.stored[path].crc32, 16):
+                continue
+            if Sending(load.pins[path]).crc32() == int(text):
+                load.stored[path] = self._store_again(load.pins[path])
+                continue
+            self.counts["digest_mismatch"] += 1
+            hint = "the disk may be failing: run nodetool verify; a scrubbed SSTable may have a stale digest"
+            log.error("Data.db is not what its Digest.crc32 says path=%s hint=%s", quote(f"{directory}/{name}"), hint)
+
+    def _store_again(self, pin: Pinned) -> Stored:
+        """Read and store a file anew, under a key never used before."""
+        run, key = self._run, f"{self._key(pin)}@{self.clock()}"
+        entry = _entry(pin, self.uploaders.send(pin, key, True, False).result())
+        self._record([entry], run)
+        return entry
+
+    def _publish(self, load: Load, listing: Listing, newest: str) -> None:
+        """Write a listing and remember it."""
+        if not listing.files and not listing.lost:
+            return
+
+        def again(entry: Stored) -> Stored | None:
+            pin = load.pins.get((entry.directory, entry.name))
+            return self._store_again(pin) if pin and pin.stamp == entry.stamp else None
+
+        unit, run = load.unit, self._run
+        own_time = unit.kind == "snapshot" or newest >= unit.since  # else a batch is listed as of its opening
+        listing = self.publisher.publish(listing, again, newest, self.clock if own_time else lambda: unit.since)
+        self._record(listing.files, run)
+        self.ledger.remember("newest", listings_of(self.node, listing.unit) + listing_name(listing))
+        counted = {"listings": 1, "listed_files": len(listing.files), "lost": len(listing.lost)}
+        self.counts.update(counted | {"incomplete": int(not listing.complete)})
+        state = (listing.state, len(listing.files), listing.size, len(listing.missing), len(listing.lost))
+        say = log.info if listing.complete and not listing.lost else log.warning
+        say("listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", load, *state)
+
+    def _learn(self, unit: Unit) -> None:
+        """Read a table's newest listings, once in the life of a ledger: what is stored and listed already."""
+        place = f"{unit.keyspace}/{unit.table}" if unit.kind != "archive" else unit.tag
+        if self.ledger.fact(f"learned:{quote(place)}"):
+            return
+        for listing in self.publisher.read(self.publisher.newest_of_table(unit)):
+            self._record(listing.files, "")  # said by a listing, not by the store: it is asked before we list it
+            stamps = {path: entry.stamp for path, entry in _by_path(listing.files).items()}
+            for directory, names in _by_directory(stamps).items():
+                self.ledger.list(directory, listing.unit.since, names)
+            if listing.unit.kind == "snapshot" and listing.complete:
+                self.ledger.remember(f"complete:{place}", f"{listing.unit.tag}\t{listing.unit.since}")
+        self._learned.add(place)
+        self.ledger.remember(f"learned:{quote(place)}", "1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -3415,10 +3423,21 @@ class Limits:
     free_floor: float = 0.1
 
 
+def _alone(area: Area, oldest: Iterable[str]) -> Iterator[tuple[str, os.DirEntry[str], int]]:
+    """Yield (path of the file, pin, bytes) where nothing but our pin holds the bytes (st_nlink is 1)."""
+    for since in oldest:
+        for relative in sorted(area.by_since.get(since, ())):
+            for name, how, entry in area.marks(relative, since):
+                with contextlib.suppress(FileNotFoundError):
+                    info = os.lstat(entry.path)
+                    if not how and info.st_nlink == 1:
+                        yield os.path.join(area.root, relative, name), entry, info.st_blocks * 512
+
+
 def enforce(
     area: Area, limits: Limits, oldest: Sequence[str], lock: contextlib.AbstractContextManager[Any]
 ) -> tuple[int, list[str]]:
-    """Bound what the pins keep on the disk that nothing else does (st_nlink is 1).
+    """Bound what the pins keep on the disk that nothing else does.
 
     Beyond --max-pinned, or below the free-space floor, the oldest such pins are given up, and nothing is linked any
     more until there is room. Returns the bytes still held alone, and the paths that are lost.
@@ -3426,27 +3445,17 @@ def enforce(
     disk = os.statvfs(area.path)
     room = (disk.f_bavail - limits.free_floor * disk.f_blocks) * disk.f_frsize
     allowed = limits.max_pinned * disk.f_blocks * disk.f_frsize
-    marks = (
-        (relative, name, how, entry)
-        for since in oldest
-        for relative in sorted(area.by_since.get(since, ()))
-        for name, how, entry in area.marks(relative, since)
-    )
-    alone = []
-    for relative, name, how, entry in marks:
-        with contextlib.suppress(FileNotFoundError):
-            if not how and (info := entry.stat(follow_symlinks=False)).st_nlink == 1:
-                alone.append((os.path.join(area.root, relative, name), entry.path, info))
-    held = sum(info.st_blocks * 512 for _, _, info in alone)
-    lost = []
-    for source, pin, info in alone:
+    held, lost = sum(size for _, _, size in _alone(area, oldest)), []
+    for source, pin, size in _alone(area, oldest) if held > allowed or room < 0 else ():  # twice: they may be millions
         if held <= allowed and room >= 0:
             break
         with lock, contextlib.suppress(FileNotFoundError):
-            os.unlink(pin)
-            os.close(os.open(pin + f"{_LOST}{info.st_ino:x}", os.O_CREAT | os.O_CLOEXEC, 0o644))
+            inode = os.lstat(pin.path).st_ino
+            with contextlib.suppress(OSError):  # the mark first, or a crash would make the loss silent
+                os.close(os.open(pin.path + f"{_LOST}{inode:x}", os.O_CREAT | os.O_CLOEXEC, 0o644))
+            os.unlink(pin.path)
             lost.append(source)
-        held, room = held - info.st_blocks * 512, room + info.st_blocks * 512
+            held, room = held - size, room + size
     area.full = room < 0 or held > 0.9 * allowed
     return held, lost
 
@@ -3461,36 +3470,33 @@ class Timing:
     status_s: float = 10.0
 
 
-_FULL_HINT: Final = "the store was unreachable too long for --max-pinned and --free-floor; raise them or mend the store"
-
-
+@dataclass
 class Daemon:
-    """The one loop: units that are due go to carriers; time brings status, heartbeats, limits and a look at the bucket."""
+    """The one loop: units that are due go to carriers; time brings status, heartbeats, limits and a look at the bucket.
 
-    def __init__(
-        self,
-        state_dir: str,
-        pinner: Pinner,
-        backlog: Backlog,
-        carrier: Carrier,
-        uploaders: Uploaders,
-        store: Retrying,
-        ledger: Ledger,
-        clock: Clock,
-        limits: Limits,
-        timing: Timing,
-        stop: threading.Event,
-    ) -> None:
-        self._state_dir, self._pinner, self._backlog, self._carrier = state_dir, pinner, backlog, carrier
-        self._uploaders, self._store, self._ledger, self._clock = uploaders, store, ledger, clock
-        self._limits, self._timing, self._stop = limits, timing, stop
-        self._failures: dict[Unit, str] = {}
-        self._began = time.time()
-        self._fatal = ""
-        self._claim: Callable[[], None] | None = None
-        self._held_alone = 0
-        self._lanes = {True: ThreadPoolExecutor(2, "urgent"), False: ThreadPoolExecutor(8, "carry")}
-        self._free = {True: 2, False: 8}
+    All threads but the main one are daemons: whoever hangs in a request is left behind at the end, and a kill at
+    any line loses nothing.
+    """
+
+    state_dir: str
+    pinner: Pinner
+    backlog: Backlog
+    carrier: Carrier
+    uploaders: Uploaders
+    store: Retrying
+    ledger: Ledger
+    clock: Clock
+    limits: Limits
+    timing: Timing
+    stop: threading.Event
+    _failures: dict[Unit, str] = field(default_factory=dict)
+    _began: float = field(default_factory=time.time)
+    _claim: Callable[[], None] | None = None
+    _fatal: str = ""
+    _held_alone: int = 0
+    _asked: int = 0
+    _status_due: float = 0.0
+    _status_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, once: bool, claim: Callable[[], None] | None, progress: Callable[[Mapping[str, Any]], None]) -> int:
         """Watch until asked to stop, or, once, until everything is listed. Returns the exit code.
@@ -3499,42 +3505,39 @@ class Daemon:
         """
         self._claim = claim
         self._recover()
-        threads = [threading.Thread(target=work, daemon=True) for work in (self._pin, self._tend, self._talk)]
-        for thread in threads:
-            thread.start()
-        try:
-            while not self._stop.is_set() and not (once and self._idle()):
-                self._dispatch()
+        chores = (self._pin, self._enforce, self._tend, self._be_owner, self._look_at_bucket, self._beat)
+        for chore in chores:
+            threading.Thread(target=self._repeat, args=(chore,), daemon=True).start()
+        done = False
+        while not done and not self.stop.is_set():
+            if self._claim:
+                self.stop.wait(0.2)
+            else:
+                self.pinner.gate.wait(PAUSE_S)  # pinning comes first
+                for unit, waiting in self.backlog.take():
+                    threading.Thread(target=self._carry, args=(unit, waiting), daemon=True).start()
+            if once:
                 progress(self.status())
-                self._backlog.wait(self._free)
-        finally:
-            self._finish(threads)
-        return self._code(once)
+                done = self._is_done()
+        self._finish()
+        if self._fatal or (once and self._failures):
+            return FAILED
+        short = self.carrier.counts["incomplete"] + self.carrier.counts["lost"] + self.pinner.counts["refused"]
+        return BEHIND if once and (short or not done) else DONE
 
     def _recover(self) -> None:
         """Queue what an earlier process left in the pin areas."""
-        for area in self._pinner.areas:
-            for relative, sinces in area.pending.items():
-                for since in sinces:
-                    unit = unit_of(relative, since)
-                    self._carrier.recovered.add(unit)
-                    self._backlog.touch(unit, 0, QUIET_S)
-                    self._backlog.units[unit].found = seconds_of(since)
-
-    def _dispatch(self) -> None:
-        """Give the oldest due units to free carriers. Incrementals have carriers of their own."""
-        if self._claim:
-            return
-        for urgent in (True, False):
-            for unit, waiting in self._backlog.take(urgent, self._free[urgent]):
-                self._free[urgent] -= 1
-                self._lanes[urgent].submit(self._carry, unit, waiting)
+        for area in self.pinner.areas:
+            for since, relatives in area.by_since.items():
+                for unit in {unit_of(area.root, relative, since) for relative in relatives}:
+                    self.carrier.recovered.add(unit)
+                    self.backlog.touch(unit, 0, QUIET_S)
+                    self.backlog.units[unit].found = seconds_of(since)
 
     def _carry(self, unit: Unit, waiting: Waiting) -> None:
         delay: float | None = 30.0
         try:
-            self._pinner.gate.wait(PAUSE_S)
-            delay = self._carrier.carry(unit, waiting)
+            delay = self.carrier.carry(unit, waiting)
             self._failures.pop(unit, None)
         except (Stopped, CancelledError):
             pass
@@ -3544,154 +3547,149 @@ class Daemon:
             log.error("not listed, will try again unit=%s error=%s", _show(unit), quote(str(error)))
             self._failures[unit] = str(error)
         finally:
-            self._free[unit.urgent] += 1
-            self._backlog.put_back(unit, delay)
+            self.backlog.put_back(unit, delay)
 
-    def _pin(self) -> None:
-        try:
-            self._pinner.run(self._stop, self._timing.reconcile_s)
-        except Exception as error:
-            log.exception("pinning failed")
-            self._give_up(error)
+    def _is_done(self) -> bool:
+        """Tell whether all is listed, but for what has been tried in vain."""
+        with self.backlog.changed:
+            units = self.backlog.units.items()
+            tried = all(unit in self._failures and not waiting.carried for unit, waiting in units)
+        return bool(self.pinner.looked and self.pinner.gate.is_set() and tried)
+
+    def _finish(self) -> None:
+        """Take no more work, finish or abandon what is on its way; what is not listed stays pinned."""
+        self.stop.set()
+        deadline = time.monotonic() + STOP_S - 10.0
+        self.uploaders.stop(STOP_S - 15.0)
+        with self.backlog.changed:
+            units, left = self.backlog.units.values(), max(0.0, deadline - time.monotonic())
+            self.backlog.changed.wait_for(lambda: not any(waiting.carried for waiting in units), left)
+        with contextlib.suppress(OSError):
+            for area in self.pinner.areas:
+                area.sweep()
+            self._write_status()
+
+    # Chores
+
+    def _repeat(self, chore: Callable[[], float]) -> None:
+        """Do a chore for ever; it returns the seconds until the next time."""
+        pause = 0.0
+        while not self.stop.wait(pause):
+            try:
+                pause = chore()
+            except Stopped:
+                return
+            except (Fault, OSError, ValueError) as error:
+                log.error("%s failed, will try again error=%s", chore.__name__.strip("_"), quote(str(error)))
+                if isinstance(error, Usage):
+                    self._give_up(error)
+                pause = 1.0
 
     def _give_up(self, error: Exception) -> None:
         log.critical("leaving error=%s", quote(str(error)))
         self._fatal = str(error)
-        self._stop.set()
+        self.stop.set()
 
-    def _tend(self) -> None:
-        """Do what belongs to the disk: unlink released pins, keep within limits, write the status."""
-        due, asked, ask = 0.0, 0, os.path.join(self._state_dir, "ask")
-        while not self._stop.wait(0.5):
-            try:
-                if self._pinner.gate.is_set():
-                    for area in self._pinner.areas:
-                        area.sweep()
-                with contextlib.suppress(FileNotFoundError):
-                    due, asked = due * (asked == (now := os.stat(ask).st_mtime_ns)), now
-                if time.monotonic() >= due:
-                    self._enforce()
-                    self._write_status()
-                    due = time.monotonic() + self._timing.status_s
-            except OSError as error:
-                log.error("tending failed error=%s", quote(str(error)))
+    def _pin(self) -> float:
+        try:
+            self.pinner.run(self.stop, self.timing.reconcile_s)
+        except Exception as error:
+            log.exception("pinning failed")
+            self._give_up(error)
+        return 0.0
 
-    def _enforce(self) -> None:
-        oldest = sorted({unit.since for unit in list(self._backlog.units)})
-        self._held_alone = 0
-        for area in self._pinner.areas:
-            held, lost = enforce(area, self._limits, oldest, self._pinner.lock)
-            self._held_alone += held
+    def _enforce(self) -> float:
+        began, oldest, total = time.monotonic(), sorted({unit.since for unit in list(self.backlog.units)}), 0
+        hint = "the store was unreachable too long for --max-pinned and --free-floor; raise them or mend the store"
+        for area in self.pinner.areas:
+            held, lost = enforce(area, self.limits, oldest, self.pinner.lock)
+            total += held
             for path in lost:
-                log.error("given up to keep the disk free, LOST path=%s hint=%s", quote(path), _FULL_HINT)
+                with self.pinner.lock:
+                    self.pinner.released(area, os.path.relpath(os.path.dirname(path), area.root))
+                log.error("given up to keep the disk free, LOST path=%s hint=%s", quote(path), hint)
+        self._held_alone = total
+        return max(10.0, 20 * (time.monotonic() - began))  # a million pins take seconds: a twentieth of a core
 
-    def _talk(self) -> None:
-        """Do what belongs to the bucket, whenever it is time: look that it is still ours, say that we live."""
-        looked = beat = -1e9
-        while not self._stop.wait(1.0):
-            try:
-                if self._claim:
-                    self._claim()
-                    self._claim = None
-                if time.monotonic() - looked >= self._timing.look_s:
-                    self._look_at_bucket()
-                    looked = time.monotonic()
-                if time.monotonic() - beat >= self._timing.heartbeat_s:
-                    self._beat()
-                    beat = time.monotonic()
-            except Usage as fault:
-                self._give_up(fault)
-            except (Fault, CancelledError) as fault:
-                log.error("talking to the store failed error=%s", quote(str(fault)))
+    def _tend(self) -> float:
+        """Unlink what was released, and write the status, at once where `cassbackup status` asks for it."""
+        if self.pinner.gate.is_set():
+            for area in self.pinner.areas:
+                area.sweep()
+        before = self._asked
+        with contextlib.suppress(FileNotFoundError):
+            self._asked = os.stat(os.path.join(self.state_dir, "ask")).st_mtime_ns
+        if self._asked != before or time.monotonic() >= self._status_due:
+            self._status_due = time.monotonic() + self.timing.status_s
+            self._write_status()
+        return 0.5
 
-    def _look_at_bucket(self) -> None:
-        newest, node = self._ledger.fact("newest"), self._carrier.publisher.node
-        if newest and not self._store.head(newest):
+    def _be_owner(self) -> float:
+        if self._claim:
+            self._claim()
+            self._claim = None
+        return 3600.0
+
+    def _look_at_bucket(self) -> float:
+        """Look whether the bucket is what it was, and end uploads that nobody goes on with."""
+        if self._claim:
+            return 1.0
+        newest = self.ledger.fact("newest")
+        if newest and not self.store.head(newest):
             log.warning("the newest listing is gone, checking everything again key=%s", newest)
-            self._carrier.everything_again()
-        for key, upload, begun in self._store.unfinished(node + "/"):
-            if begun < self._store.now() - 86400:
-                self._store.abandon(key, upload)
+            self.carrier.everything_again()
+        for key, upload, begun in self.store.unfinished(self.carrier.node + "/"):
+            if begun < self.store.now() - 86400 and not self.ledger.fact(f"upload:{key}"):
+                self.store.abandon(key, upload)
+        return self.timing.look_s
 
-    def _beat(self) -> None:
+    def _beat(self) -> float:
         """Write a heartbeat: all that was found by this moment is listed. A quiet table and a dead daemon differ."""
-        with self._backlog.changed:
-            found = [waiting.found for waiting in self._backlog.units.values()]
-        through, prefix = min(found, default=time.time()), f"{self._carrier.publisher.node}.listings/heartbeat/"
-        page = {
-            "version": 1,
-            "listed_through": rfc3339(utc(through)),
-            "pending_units": len(found),
-            "cassbackup": __version__,
-        }
+        looked, found = self.pinner.looked, [waiting.found for waiting in self.backlog.waiting()]
+        if self._claim or not looked:
+            return 1.0
+        prefix, through = f"{self.carrier.node}.listings/heartbeat/", rfc3339(utc(min([looked, *found])))
+        page = {"version": 1, "listed_through": through, "pending_units": len(found), "cassbackup": __version__}
         body = json.dumps(page).encode()
-        self._store.put(f"{prefix}{self._clock()}.json", body, zlib.crc32(body))
-        old = [head.key for head in self._store.list(prefix)][:-HEARTBEATS_KEPT]
+        self.store.put(f"{prefix}{self.clock()}.json", body, zlib.crc32(body))
+        old = [head.key for head in self.store.list(prefix)][:-HEARTBEATS_KEPT]
         if old:
-            self._store.delete(old)  # a daemon need not have the right to delete: then they stay
+            self.store.delete(old)  # a daemon need not have the right to delete: then they stay
+        return self.timing.heartbeat_s
 
     def status(self) -> dict[str, Any]:
         """Return what `cassbackup status` shows."""
-        with self._backlog.changed:
-            waiting = list(self._backlog.units.values())
-        oldest = min((one.found for one in waiting), default=0.0)
-        sent, pinned = self._uploaders.sent, self._pinner.counts
+        waiting, now, sent = self.backlog.waiting(), time.time(), self.uploaders.sent
+        counts = {**self.pinner.counts, **self.carrier.counts}
+        files, size = sum(one.files for one in waiting), sum(one.size for one in waiting)
         return {
             "schema": 1,
             "version": __version__,
             "pid": os.getpid(),
-            "node": self._carrier.publisher.node,
-            "store": self._store.url,
+            "node": self.carrier.node,
+            "store": self.store.url,
             "started": self._began,
-            "written": time.time(),
-            "looked": self._pinner.looked,
-            "quiet": self._pinner.gate.is_set(),
-            "lag_s": max(0.0, time.time() - oldest) if oldest else 0.0,
-            "pending": {
-                "units": len(waiting),
-                "files": sum(w.files for w in waiting),
-                "bytes": sum(w.size for w in waiting),
-            },
+            "written": now,
+            "looked": self.pinner.looked,
+            "quiet": self.pinner.gate.is_set(),
+            "lag_s": max(0.0, now - min((one.found for one in waiting), default=now)),
+            "pending": {"units": len(waiting), "files": files, "bytes": size},
             "held_alone_bytes": self._held_alone,
-            "full": any(area.full for area in self._pinner.areas),
+            "full": any(area.full for area in self.pinner.areas),
             "sent": {"files": sent["files"], "bytes": sent["bytes"]},
-            "counts": dict(sorted((pinned + self._carrier.counts).items())),
-            "trouble": self._store.trouble or next(iter(self._failures.values()), "") or self._ledger.broken,
-            "newest_listing": self._ledger.fact("newest"),
+            "counts": {name: count for name, count in sorted(counts.items()) if count},
+            "trouble": next(filter(None, [self.store.trouble, *self._failures.values(), self.ledger.broken]), ""),
+            "newest_listing": self.ledger.fact("newest"),
         }
 
     def _write_status(self) -> None:
-        page = self.status() | {"snapshots": self._newest_snapshots()}
-        write_whole(os.path.join(self._state_dir, "status.json"), json.dumps(page).encode(), durable=False)
-
-    def _newest_snapshots(self) -> dict[str, str]:
-        """Return the newest whole snapshot of each table on disk, "" for none; a dropped table needs none."""
-        known = {place: text.split("\t") for place, text in self._ledger.facts("complete:").items()}
-        newest = {table: known.get(table, ["", ""]) for table in self._pinner.tables()}
-        return {table: taken for table, (tag, taken) in newest.items() if not tag.startswith("dropped-")}
-
-    def _idle(self) -> bool:
-        return bool(self._pinner.looked and self._pinner.gate.is_set() and not self._backlog.units) or bool(
-            self._failures
-        )
-
-    def _finish(self, threads: Sequence[threading.Thread]) -> None:
-        """Stop taking work, finish or abandon what is on its way. What is not listed stays pinned for the next start."""
-        self._stop.set()
-        self._uploaders.stop(STOP_S)
-        for lane in self._lanes.values():
-            lane.shutdown(wait=False, cancel_futures=True)
-        deadline = time.monotonic() + 5.0
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        with contextlib.suppress(OSError):
-            self._write_status()
-
-    def _code(self, once: bool) -> int:
-        if self._fatal or (once and self._failures):
-            return FAILED
-        incomplete = self._carrier.counts["incomplete"] + self._carrier.counts["lost"] + self._pinner.counts["refused"]
-        return BEHIND if once and (incomplete or self._backlog.units) else DONE
+        """Write the status, with the newest whole snapshot of each table on disk; a dropped table needs none."""
+        known = {place: text.split("\t") for place, text in self.ledger.facts("complete:").items()}
+        newest = {table: known.get(table, ["", ""]) for table in self.pinner.tables()}
+        taken = {table: since for table, (tag, since) in newest.items() if not tag.startswith("dropped-")}
+        with self._status_lock:
+            page = json.dumps(self.status() | {"snapshots": taken}).encode()
+            write_whole(os.path.join(self.state_dir, "status.json"), page, durable=False)
 
 
 # ======================================================================================================
@@ -3717,64 +3715,6 @@ class Settings:
         return self.all[name].value
 
 
-def data_directories(paths: Sequence[str], etc: str = "/etc/cassandra") -> list[str]:
-    """Return the directories to watch: as given, as cassandra.yaml says, or where Cassandra usually keeps its data."""
-    found = list(paths)
-    for yaml in (f"{etc}/cassandra.yaml", f"{etc}/conf/cassandra.yaml"):
-        if not found and os.path.exists(yaml):
-            with open(yaml) as file:
-                found = yaml_list(file.read(), "data_file_directories")
-    if not found:
-        found = [path for path in ("/var/lib/cassandra/data", "/data") if os.path.isdir(f"{path}/system")]
-    if not found:
-        raise Usage("no data directory found", "name it: cassbackup /var/lib/cassandra/data")
-    found = [os.path.abspath(path) for path in dict.fromkeys(found)]
-    for path in found:
-        if not os.path.isdir(path):
-            raise Usage(f"{path} is {'not a directory' if os.path.exists(path) else 'not there'}", "name a directory")
-        if not os.access(path, os.R_OK | os.X_OK):
-            raise Usage(f"{path} cannot be read", "run as the owner of the data (user cassandra)")
-        if any(path != other and path.startswith(other.rstrip("/") + "/") for other in found):
-            raise Usage(f"{path} is inside another directory to watch", "name only the outer one")
-    return found
-
-
-def yaml_list(text: str, key: str) -> list[str]:
-    """Read one list of strings from a YAML file, in either of its spellings: - a on lines below, or [a, b]."""
-    match = re.search(
-        rf"^{key}:[ \t]*(\[[^\]]*\]|(?:[ \t]*(?:#.*)?\n)+(?:[ \t]*-[ \t].*(?:\n|\Z)|[ \t]*#.*\n)+)", text, re.M
-    )
-    if not match:
-        return []
-    items = (
-        match[1].strip("[]").split(",")
-        if match[1].startswith("[")
-        else re.findall(r"^[ \t]*-[ \t]+(.*)$", match[1], re.M)
-    )
-    return [re.sub(r"\s+#.*", "", item).strip().strip("\"'") for item in items if item.strip()]
-
-
-def become_owner(path: str, state_dir: str) -> None:
-    """Started as root, become the owner of the data directory: links need it, and restores get the right owner."""
-    info = os.stat(path)
-    if os.geteuid() != 0 or info.st_uid == 0:
-        return
-    os.chown(state_dir, info.st_uid, info.st_gid)
-    os.initgroups(_user(info.st_uid), info.st_gid) if not _user(info.st_uid).isdigit() else os.setgroups([])
-    os.setgid(info.st_gid)
-    os.setuid(info.st_uid)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """Return a JSON object from a file of ours, {} where there is none that can be read."""
-    try:
-        with open(path) as file:
-            page = json.load(file)
-        return page if isinstance(page, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who we are in which bucket: decided once, then remembered."""
@@ -3785,26 +3725,69 @@ class Identity:
     region: str
 
 
-def identify(settings: Settings, environ: Mapping[str, str], known: Mapping[str, str]) -> Identity:
-    """Decide the node's name and the store's URL.
+def yaml_list(text: str, key: str) -> list[str]:
+    """Read one list of strings from a YAML file, in either of its spellings: - a on lines below, or [a, b]."""
+    match = re.search(rf"^{key}:(.*(?:\n(?:[ \t\r#-].*)?)*)", text, re.M)
+    block = re.sub(r"(^|\s)#.*", r"\1", match[1], flags=re.M).strip() if match else ""
+    items = block.strip("[]").split(",") if block.startswith("[") else re.findall(r"^\s*-\s+(.*)$", block, re.M)
+    return [name for item in items if (name := item.strip().strip("\"'"))]
 
-    A changed host name with the same instance id keeps the name; a changed instance id is a new node; a failed
-    detection changes nothing.
-    """
-    machine_id = read_machine_id()
-    bare = "://" not in settings.bucket
-    settled = settings.name or known.get("instance") == machine_id[:12]  # off cloud, and still the same machine
-    cloud = detect_cloud(environ) if not settled or (bare and not known) or (bare and not settings.region) else None
-    instance = cloud.instance if cloud else known.get("instance", machine_id[:12])
-    node = known.get("node", "") if known.get("instance") == instance else ""
-    node = check_node(settings.name) if settings.name else node or name_node(cloud, socket.getfqdn(), machine_id)
-    scheme = cloud.scheme if cloud else known.get("scheme", "")
-    if bare and not scheme:
-        hint = f"write BUCKET_NAME=s3://{settings.bucket}, gs://{settings.bucket} or file:///directory"
-        raise Usage("neither AWS nor GCE answers, so this bucket could be anywhere", hint)
-    url = f"{scheme}://{settings.bucket}" if bare else settings.bucket
-    url = f"{url.rstrip('/')}/{settings.prefix.strip('/')}" if settings.prefix.strip("/") else url
-    return Identity(node, instance, url, settings.region or (cloud.region if cloud else known.get("region", "")))
+
+def data_directories(paths: Sequence[str], etc: str = "/etc/cassandra") -> list[str]:
+    """Return the directories to watch: as given, as cassandra.yaml says, or where Cassandra usually keeps its data."""
+    found = list(paths)
+    for yaml in (f"{etc}/cassandra.yaml", f"{etc}/conf/cassandra.yaml"):
+        if not found and os.path.exists(yaml):
+            with open(yaml, errors="surrogateescape") as file:
+                found = yaml_list(file.read(), "data_file_directories")
+    found = found or [path for path in ("/var/lib/cassandra/data", "/data") if os.path.isdir(f"{path}/system")]
+    if not found:
+        raise Usage("no data directory found", "name it: cassbackup /var/lib/cassandra/data")
+    found = list(dict.fromkeys(map(os.path.abspath, found)))
+    for path in found:
+        if not os.path.isdir(path):
+            problem = "not a directory" if os.path.exists(path) else "not there"
+            raise Usage(f"{quote(path)} is {problem}", "name a directory")
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise Usage(f"{quote(path)} cannot be read", "run as the owner of the data (user cassandra)")
+        if any(path != other and path.startswith(other.rstrip("/") + "/") for other in found):
+            raise Usage(f"{quote(path)} is inside another directory to watch", "name only the outer one")
+    return found
+
+
+def open_state(path: str) -> None:
+    """Make the state directory. Raises Usage."""
+    probe = os.path.join(path, ".probe")
+    try:
+        os.makedirs(path, 0o755, exist_ok=True)
+        write_whole(probe, b"")
+        os.unlink(probe)
+    except OSError as error:
+        raise Usage(f"state directory {quote(path)} cannot be written ({error.strerror})", "pass --state-dir") from None
+
+
+def become_owner(path: str, state_dir: str) -> None:
+    """Become the owner of the data directory if we are root: links need it, and restores get the right owner."""
+    info = os.stat(path)
+    if os.geteuid() != 0 or info.st_uid == 0:
+        return
+    os.chown(state_dir, info.st_uid, info.st_gid)
+    try:
+        os.initgroups(pwd.getpwuid(info.st_uid).pw_name, info.st_gid)
+    except KeyError:  # a user without a name, as in a container
+        os.setgroups([])
+    os.setgid(info.st_gid)
+    os.setuid(info.st_uid)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Return a JSON object from a file of ours, {} where there is none that can be read."""
+    try:
+        with open(path) as file:
+            page = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return page if isinstance(page, dict) else {}
 
 
 def read_machine_id() -> str:
@@ -3816,78 +3799,79 @@ def read_machine_id() -> str:
         return ""
 
 
-def claim(
-    store: Retrying, identity: Identity, directories: Sequence[str], areas: Sequence[Area], adopt: bool, clock: Clock
-) -> None:
+def identify(settings: Settings, environ: Mapping[str, str], known: Mapping[str, str]) -> Identity:
+    """Decide the node's name and the store's URL.
+
+    A changed host name with the same instance id keeps the name; a changed instance id is a new node; a failed
+    detection changes nothing.
+    """
+    bucket, prefix, machine_id = settings.bucket, settings.prefix.strip("/"), read_machine_id()
+    bare = "://" not in bucket
+    settled = settings.name or known.get("instance") == machine_id[:12]  # off cloud, and still the same machine
+    cloud = detect_cloud(environ) if bare or not settled else None
+    instance = cloud.instance if cloud else known.get("instance", machine_id[:12])
+    scheme = cloud.scheme if cloud else known.get("url", "").partition(":")[0]
+    if bare and scheme not in ("s3", "gs"):
+        hint = f"write BUCKET_NAME=s3://{bucket}, gs://{bucket} or file:///directory"
+        raise Usage("neither AWS nor GCE answers, so this bucket could be anywhere", hint)
+    if settings.name:
+        node = check_node(settings.name)
+    elif known.get("node") and known.get("instance") == instance:
+        node = known["node"]
+    else:
+        node = name_node(cloud, socket.getfqdn(), machine_id)
+    url = f"{scheme}://{bucket}" if bare else bucket
+    url = f"{url.rstrip('/')}/{prefix}" if prefix else url
+    return Identity(node, instance, url, settings.region or (cloud.region if cloud else known.get("region", "")))
+
+
+def claim(store: Retrying, identity: Identity, areas: Sequence[Area], adopt: bool, memories: Iterable[str]) -> None:
     """Be the owner of the node's name in the bucket, or become it. Raises Usage where somebody else is."""
-    prefix = f"{identity.node}.listings/owner"
-    owner = read_machine_id() or areas[0].id
+    prefix, owner = f"{identity.node}.listings/owner", read_machine_id() or areas[0].id
     keys = [head.key for head in store.list(prefix)]
     newest = max(keys, key=lambda key: (len(key), key), default="")  # owner.json, then owner.<UTC>.json
     page = json.loads(b"".join(store.get(newest))) if newest else {}
-    if page.get("machine_id") == owner:
-        return
-    if page and not adopt:
+    ours = page.get("machine_id") == owner
+    if page and not ours and not adopt:
         hint = "give this node another --name; or --adopt, if it is the same node, rebuilt around its disk"
         raise Usage(f"{identity.node} in {store.url} belongs to another machine ({page.get('machine_id')})", hint)
-    body = json.dumps({"version": 1, "machine_id": owner, "data_directories": list(map(quote, directories))}).encode()
-    store.put(f"{prefix}.{clock()}.json" if page else f"{prefix}.json", body, zlib.crc32(body))
+    if not ours:
+        directories = [quote(area.root) for area in areas]
+        body = json.dumps({"version": 1, "machine_id": owner, "data_directories": directories}).encode()
+        store.put(f"{prefix}.{utc(time.time())}.json" if page else f"{prefix}.json", body, zlib.crc32(body))
+    for path in memories:
+        write_whole(path, json.dumps(asdict(identity)).encode())
 
 
-def open_state(path: str) -> str:
-    """Make the state directory. Raises Usage."""
+def try_claim(claim_name: Callable[[Retrying], None], store: Retrying, worked: bool, once: bool) -> bool:
+    """Claim the node's name; False where that must wait, since the store is down or has refused us only now.
+
+    Only at a first start is a refusal a mistake in the configuration.
+    """
     try:
-        os.makedirs(path, 0o755, exist_ok=True)
-        write_whole(os.path.join(path, ".probe"), b"")
-        os.unlink(os.path.join(path, ".probe"))
-    except OSError as error:
-        raise Usage(f"state directory {path} cannot be written ({error.strerror})", "pass --state-dir") from None
-    return path
+        claim_name(store)
+    except Denied as fault:
+        if not worked or once:
+            raise Usage(fault.what, fault.hint) from fault
+        log.error("denied, watching all the same error=%s", quote(str(fault)))
+        return False
+    except Unreachable as fault:
+        if once:
+            raise
+        log.error("store does not answer, watching all the same error=%s", quote(str(fault)))
+        return False
+    return True
 
 
-def access_of(settings: Settings, identity: Identity) -> Access:
+def access_of(settings: Settings, region: str) -> Access:
     """Return how to talk to the store."""
     if settings.kms_key and settings.sse and settings.sse != "aws:kms":
         raise Usage(f"--kms-key does not go with --sse {settings.sse}", "use --sse aws:kms")
-    if settings.access_key or settings.secret_key:
-        log.warning(
-            "keys on the command line can be read by every user of this machine hint=use the environment or a role"
-        )
+    if "flag" in (settings.all["access_key"].origin, settings.all["secret_key"].origin):
+        log.warning("every user of this machine can read keys on a command line hint=use the environment or a role")
     encryption = (settings.sse or ("aws:kms" if settings.kms_key else ""), settings.kms_key, settings.storage_class)
     keys = (settings.access_key, settings.secret_key, settings.threads)
-    return Access(identity.region, settings.endpoint_url, settings.ca_file, *encryption, *keys)
-
-
-def watch(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Watch, pin, store and list, until asked to stop; with --once until everything is listed."""
-    directories = data_directories(settings.paths)
-    state_dir = open_state(settings.state_dir)
-    become_owner(directories[0], state_dir)
-    lock_file(os.path.join(state_dir, "lock"))
-    areas = [open_area(path, settings.pin_dir) for path in directories]
-    memories = [os.path.join(folder, "identity.json") for folder in (state_dir, *(area.path for area in areas))]
-    known = next((page for page in map(read_json, memories) if page), {})
-    identity = identify(settings, environ, known)
-    stop = stop_on_signals()
-    raw, budget, clock = (
-        open_store(identity.url, access_of(settings, identity)),
-        Budget(settings.max_bandwidth),
-        Clock(),
-    )
-    store = Retrying(raw, stop.wait, 120.0 if settings.once else None, budget)
-
-    def claim_name(through: Retrying) -> None:
-        claim(through, identity, directories, areas, settings.adopt, clock)
-        for path in memories:
-            write_whole(
-                path, json.dumps({**dataclasses.asdict(identity), "scheme": identity.url.partition(":")[0]}).encode()
-            )
-
-    claimed = try_claim(
-        claim_name, Retrying(raw, stop.wait, 5.0, budget), known.get("url") == identity.url, settings.once
-    )
-    daemon = assemble(settings, state_dir, areas, identity.node, store, clock, stop)
-    return daemon.run(settings.once, None if claimed else lambda: claim_name(store), progress_line(settings))
+    return Access(region, settings.endpoint_url, settings.ca_file, *encryption, *keys)
 
 
 def stop_on_signals() -> threading.Event:
@@ -3904,75 +3888,24 @@ def stop_on_signals() -> threading.Event:
     return stop
 
 
-def try_claim(claim_name: Callable[[Retrying], None], store: Retrying, worked: bool, once: bool) -> bool:
-    """Claim the node's name; False where that must wait, since the store is down or has refused us only now.
-
-    Only at a first start is a refusal a mistake in the configuration.
-    """
-    try:
-        claim_name(store)
-        return True
-    except Denied as fault:
-        if not worked or once:
-            raise Usage(fault.what, fault.hint) from fault
-        log.error("denied, watching all the same error=%s", quote(str(fault)))
-    except Unreachable as fault:
-        if once:
-            raise
-        log.error("store does not answer, watching all the same error=%s", quote(str(fault)))
-    return False
-
-
-def assemble(
-    settings: Settings,
-    state_dir: str,
-    areas: Sequence[Area],
-    node: str,
-    store: Retrying,
-    clock: Clock,
-    stop: threading.Event,
-) -> Daemon:
+def assemble(settings: Settings, areas: Sequence[Area], node: str, store: Retrying, stop: threading.Event) -> Daemon:
     """Join the rooms."""
-    ledger = Ledger(os.path.join(state_dir, "ledger.sqlite"), f"{store.url} {node}")
-    backlog, watcher = Backlog(), Watcher()
-    pinner = Pinner(areas, watcher, filters_of(settings), clock, ledger.listed, backlog.touch)
+    ledger = Ledger(os.path.join(settings.state_dir, "ledger.sqlite"), f"{store.url} {node}")
+    backlog, watcher, clock = Backlog(), Watcher(), Clock()
+    globs = (settings.keyspace, settings.exclude_keyspace, settings.exclude_table, settings.exclude_tag)
+    filters = Filters(*globs, settings.since, settings.include, settings.exclude)
+    pinner = Pinner(areas, watcher, filters, clock, ledger.listed, backlog.touch)
     uploaders = Uploaders(
-        store, settings.threads, pinner.gate, functools.partial(_resume, ledger), functools.partial(_begun, ledger)
+        store,
+        settings.threads,
+        pinner.gate,
+        lambda key: ledger.fact(f"upload:{key}"),
+        lambda key, upload: ledger.remember(f"upload:{key}", upload),
     )
     policy = Policy(settings.settle, settings.full, settings.delete_uploaded_incrementals)
     carrier = Carrier(pinner, store, uploaders, node, ledger, clock, policy)
     limits, timing = Limits(settings.max_pinned, settings.free_floor), Timing(settings.reconcile, settings.heartbeat)
-    log.info("watching node=%s store=%s paths=%s", node, store.url, quote(" ".join(area.root for area in areas)))
-    return Daemon(state_dir, pinner, backlog, carrier, uploaders, store, ledger, clock, limits, timing, stop)
-
-
-def _resume(ledger: Ledger, key: str) -> str:
-    return ledger.fact(f"upload:{key}")
-
-
-def _begun(ledger: Ledger, key: str, upload: str) -> None:
-    ledger.remember(f"upload:{key}", upload)
-
-
-def filters_of(settings: Settings) -> Filters:
-    """Return what the operator wants stored."""
-    keyspaces = (tuple(settings.keyspace), tuple(settings.exclude_keyspace))
-    patterns = [re.compile(text) if text else None for text in (settings.include, settings.exclude)]
-    return Filters(*keyspaces, tuple(settings.exclude_table), tuple(settings.exclude_tag), settings.since, *patterns)
-
-
-def progress_line(settings: Settings) -> Callable[[Mapping[str, Any]], None]:
-    """Return what shows how far --once is: a line that is written over, on a terminal."""
-    if not (settings.once and sys.stderr.isatty()):
-        return lambda status: None
-
-    def show(status: Mapping[str, Any]) -> None:
-        sent, pending = status["sent"], status["pending"]
-        rate = sent["bytes"] / max(0.001, time.time() - status["started"])
-        text = f"{sent['files']} files, {size_text(sent['bytes'])} sent ({size_text(rate)}/s), {pending['files']} to go"
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-    return show
+    return Daemon(settings.state_dir, pinner, backlog, carrier, uploaders, store, ledger, clock, limits, timing, stop)
 
 
 def size_text(size: float) -> str:
@@ -3982,6 +3915,44 @@ def size_text(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def show_progress(page: Mapping[str, Any]) -> None:
+    """Write how far we are over the line that said it last; the next line of the log goes over it too."""
+    sent, files = page["sent"], page["pending"]["files"]
+    rate = sent["bytes"] / max(0.001, time.time() - page["started"])
+    text = f"{sent['files']} files, {size_text(sent['bytes'])} sent ({size_text(rate)}/s), {files} to go"
+    print(f"\033[K{text}", end="\r", file=sys.stderr, flush=True)
+
+
+def watch(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Watch, pin, store and list, until asked to stop; with --once until everything is listed."""
+    directories, state_dir, once = data_directories(settings.paths), settings.state_dir, settings.once
+    open_state(state_dir)
+    become_owner(directories[0], state_dir)
+    lock_file(os.path.join(state_dir, "lock"))
+    areas = [open_area(path, settings.pin_dir) for path in directories]
+    memories = [os.path.join(folder, "identity.json") for folder in (state_dir, *(area.path for area in areas))]
+    known = next(filter(None, map(read_json, memories)), {})
+    identity = identify(settings, environ, known)
+    stop, budget = stop_on_signals(), Budget(settings.max_bandwidth)
+    worked = known.get("url") == identity.url
+    raw = open_store(identity.url, access_of(settings, identity.region), new=not worked)
+    store = Retrying(raw, stop.wait, 120.0 if once else None, budget)
+
+    def claim_name(through: Retrying) -> None:
+        claim(through, identity, areas, settings.adopt, memories)
+
+    claimed = try_claim(claim_name, Retrying(raw, stop.wait, 5.0, budget), worked, once)
+    daemon = assemble(settings, areas, identity.node, store, stop)
+    log.info("watching node=%s store=%s paths=%s", identity.node, store.url, quote(" ".join(directories)))
+    shown = once and sys.stderr.isatty()
+    claim_later = None if claimed else lambda: claim_name(store)
+    code = daemon.run(once, claim_later, show_progress if shown else lambda page: None)
+    if shown:
+        show_progress(daemon.status())
+        print(file=sys.stderr)
+    return code
 
 
 def holder_of(state_dir: str) -> str:
@@ -3997,23 +3968,6 @@ def holder_of(state_dir: str) -> str:
         return os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
     finally:
         os.close(fd)
-
-
-def status(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Show how far behind the daemon is. Exit 3: behind, or nobody is at work."""
-    waiter = threading.Event()
-    while True:
-        page = ask_status(settings.state_dir, waiter)
-        behind = why_behind(page, holder_of(settings.state_dir), settings.max_lag, settings.max_age, time.time())
-        caught_up = page.get("quiet") and not page["pending"]["units"]
-        if not settings.wait or caught_up or not holder_of(settings.state_dir):
-            break
-        waiter.wait(0.5)
-    if settings.json:
-        print(json.dumps(page | {"behind": behind}))
-    else:
-        print(status_text(page, behind))
-    return BEHIND if behind else DONE
 
 
 def ask_status(state_dir: str, waiter: threading.Event) -> dict[str, Any]:
@@ -4040,21 +3994,19 @@ def why_behind(page: Mapping[str, Any], holder: str, max_lag: float, max_age: fl
         why.append(page["trouble"])
     if page["full"]:
         why.append("the pin area is full: files are read where they are, and can vanish")
-    snapshots = page.get("snapshots", {})
-    never = sorted(table for table, taken in snapshots.items() if not taken)
-    old = sorted(table for table, taken in snapshots.items() if taken and now - seconds_of(taken) > max_age)
-    for tables, what in (
-        (never, "was never backed up by a whole snapshot"),
-        (old, f"has no whole snapshot of the last {max_age / 3600:.0f} h"),
-    ):
+    snapshots = sorted(page.get("snapshots", {}).items())
+    never = [table for table, taken in snapshots if not taken]
+    old = [table for table, taken in snapshots if taken and now - seconds_of(taken) > max_age]
+    for tables, what in ((never, "no whole snapshot"), (old, f"no whole snapshot of the last {max_age / 3600:.0f} h")):
         if tables:
-            why.append(f"{tables[0]}{f' and {len(tables) - 1} more tables' * (len(tables) > 1)} {what}")
+            others = f", and {len(tables) - 1} more tables" if len(tables) > 1 else ""
+            why.append(f"{what} of {tables[0]}{others}")
     return why
 
 
 def status_text(page: Mapping[str, Any], behind: Sequence[str]) -> str:
     """Return the status for people."""
-    pending, sent = page["pending"], page["sent"]
+    pending, sent, counts = page["pending"], page["sent"], page["counts"]
     rate = sent["bytes"] / max(1.0, page["written"] - page["started"])
     eta = f", about {pending['bytes'] / rate:.0f} s to go" if pending["bytes"] and rate else ""
     lines = [
@@ -4063,19 +4015,37 @@ def status_text(page: Mapping[str, Any], behind: Sequence[str]) -> str:
         f"pending   {pending['units']} units, {pending['files']} files, {size_text(pending['bytes'])}{eta}",
         f"lag       {page['lag_s']:.0f} s",
         f"sent      {sent['files']} files, {size_text(sent['bytes'])} since {rfc3339(utc(page['started']))[:19]}Z",
-        f"listings  {page['counts'].get('listings', 0)}, the newest {page['newest_listing'] or 'none'}",
-        f"lost      {page['counts'].get('lost', 0) + page['counts'].get('vanished', 0)} files",
-        *(f"BEHIND    {why}" for why in behind),
+        f"listings  {counts.get('listings', 0)}, the newest {page['newest_listing'] or 'none'}",
+        f"lost      {counts.get('lost', 0) + counts.get('vanished', 0)} files",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + [f"BEHIND    {why}" for why in behind])
+
+
+def status(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Show how far behind the daemon is. Exit 3: behind, or nobody is at work."""
+    waiter = threading.Event()
+    while True:
+        page, holder = ask_status(settings.state_dir, waiter), holder_of(settings.state_dir)
+        caught_up = page.get("quiet") and not page["pending"]["units"]
+        if not settings.wait or caught_up or not holder:
+            break
+        waiter.wait(0.5)
+    behind = why_behind(page, holder, settings.max_lag, settings.max_age, time.time())
+    print(json.dumps(page | {"behind": behind}) if settings.json else status_text(page, behind))
+    return BEHIND if behind else DONE
 
 
 def config(settings: Settings, environ: Mapping[str, str]) -> int:
     """Show each setting, its value and where it came from."""
     for name, setting in settings.all.items():
-        value = "(hidden)" if name in ("access_key", "secret_key") and setting.value else setting.value
-        shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        print(f"{name.replace('_', '-'):30} {shown!s:40} {setting.origin}")
+        value = setting.value
+        if name in ("access_key", "secret_key") and value:
+            value = "(hidden)"
+        elif isinstance(value, re.Pattern):
+            value = value.pattern
+        elif isinstance(value, (list, tuple)):
+            value = " ".join(value)
+        print(f"{name.replace('_', '-'):30} {'' if value is None else value!s:40} {setting.origin}")
     return DONE
 
 
@@ -4084,208 +4054,187 @@ def config(settings: Settings, environ: Mapping[str, str]) -> int:
 # ======================================================================================================
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A setting: --name, its twin in the environment and in /etc/default/cassbackup, how to read it."""
-
-    name: str
-    metavar: str  # "" for a switch
-    default: Any
-    help: str
-    read: Callable[[str], Any] = str
-    many: bool = False
-    short: str = ""
-    env: str = ""
-
-    @property
-    def variable(self) -> str:
-        """Return the name of the environment variable."""
-        return self.env or "CASSBACKUP_" + self.name.upper().replace("-", "_")
-
-    @property
-    def key(self) -> str:
-        """Return the name in Settings."""
-        return self.name.replace("-", "_")
-
-
-def read_size(text: str) -> float:
-    """Read 50M, 1.5GiB or a plain number of bytes. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?(?:/s)?", text.strip().lower())
-    if not match:
-        raise ValueError("write a size as 50M or 1.5G")
-    return float(match[1]) * float(1 << 10 * " kmgt".index(match[2] or " "))
-
-
-def read_duration(text: str) -> float:
-    """Read 90, 90s, 15m, 26h or 7d as seconds. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip().lower())
-    if not match:
-        raise ValueError("write a duration as 90s, 15m, 26h or 7d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def read_part(text: str) -> float:
-    """Read 10% as 0.1. Raises ValueError."""
-    match = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)\s*%", text.strip())
-    if not match:
-        raise ValueError("write a part of the disk as 10%")
-    return float(match[1]) / 100
-
-
-def read_time(text: str) -> float:
-    """Read 2026-11-21, 2026-11-21T20:24 or with a zone; UTC without one. Raises ValueError."""
-    moment = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-
-
-def read_count(text: str) -> int:
-    """Read a number from 1 to 256. Raises ValueError."""
-    if not text.strip().isdigit() or not 1 <= int(text) <= 256:
-        raise ValueError("write a number from 1 to 256")
-    return int(text)
-
-
-def read_regex(text: str) -> str:
-    """Check a regular expression. Raises ValueError."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(str(error)) from None
-    return text
-
-
-def read_switch(text: str) -> bool:
-    """Read yes or no. Raises ValueError."""
-    if text.strip().lower() not in ("1", "yes", "true", "on", "0", "no", "false", "off", ""):
-        raise ValueError("write yes or no")
-    return text.strip().lower() in ("1", "yes", "true", "on")
-
-
-def read_sse(text: str) -> str:
-    """Check a kind of server-side encryption. Raises ValueError."""
-    if text not in ("", "AES256", "aws:kms"):
-        raise ValueError("write AES256 or aws:kms")
-    return text
-
-
-_STORE = (
-    Option(
-        "bucket",
-        "URL",
-        "",
-        "s3://bucket[/prefix], gs://bucket[/prefix] or file:///directory; a bare name asks which cloud this is",
-        env="BUCKET_NAME",
-        short="b",
-    ),
-    Option("region", "NAME", "", "region of the bucket (default: that of this instance)", env="REGION"),
-    Option("prefix", "PATH", "", "put everything under this prefix; one for each cluster is a good habit"),
-    Option("name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>"),
-    Option("endpoint-url", "URL", "", "talk to this server (AWS_ENDPOINT_URL_S3 and STORAGE_EMULATOR_HOST work too)"),
-    Option("ca-file", "FILE", "", "trust these certificates (AWS_CA_BUNDLE works too)"),
-    Option("sse", "KIND", "", "S3 server-side encryption: AES256, or aws:kms (always with a bucket key)", read_sse),
-    Option("kms-key", "KEY", "", "key for aws:kms (also --sse-kms-key-id), or a Cloud KMS key for gs://"),
-    Option("storage-class", "CLASS", "", "storage class of what is stored"),
-    Option("access-key", "KEY", "", "discouraged, as -k of tablesnap: use the environment or a role", short="k"),
-    Option("secret-key", "KEY", "", "discouraged, as -s of tablesnap", short="s"),
-    Option("threads", "N", 8, "threads that send", read_count, short="t"),
-    Option("max-bandwidth", "RATE", 50.0 * MIB, "bytes a second for the whole node, as 50M; 0 is no limit", read_size),
-)
-_WHAT = (
-    Option("keyspace", "GLOB", [], "only these keyspaces (system keyspaces too are needed for a restore)", many=True),
-    Option("exclude-keyspace", "GLOB", [], "not these keyspaces", many=True),
-    Option("exclude-table", "KS.TABLE", [], "not these tables", many=True),
-    Option("exclude-tag", "GLOB", [], "not the snapshots with these tags", many=True),
-    Option("since", "TIME", 0.0, "only what is newer; UTC without a zone", read_time),
-    Option(
-        "include",
-        "REGEX",
-        "",
-        "also files outside snapshots/ and backups/ whose path matches: archives",
-        read_regex,
-        short="i",
-    ),
-    Option("exclude", "REGEX", "", "of those, not the ones whose path matches", read_regex, short="e"),
-    Option("full", "", False, "send everything, even what is stored under another snapshot"),
-    Option("delete-uploaded-incrementals", "", False, "delete an SSTable from backups/ once it is listed whole"),
-)
-_HERE = (
-    Option(
-        "state-dir", "DIR", "", "ledger, status and lock (default: /var/lib/cassbackup, or ~/.local/state/cassbackup)"
-    ),
-    Option(
-        "pin-dir",
-        "DIR",
-        "",
-        "hold files here (default: .cassbackup beside each data directory); same mount as the data",
-    ),
-    Option("max-pinned", "PART", 0.1, "how much of the disk the pins may hold alone, as 10%%", read_part),
-    Option("free-floor", "PART", 0.1, "give pins up when less than this of the disk is free, as 10%%", read_part),
-    Option("settle", "TIME", 60.0, "how long to wait for what never becomes complete", read_duration),
-    Option("reconcile", "TIME", RECONCILE_S, "how often to look without a hint", read_duration),
-    Option("heartbeat", "TIME", HEARTBEAT_S, "how often to say in the bucket that we live", read_duration),
-    Option("adopt", "", False, "take over a node's name from another machine: a node rebuilt around its disk"),
-    Option("once", "", False, "store and list what is there, then exit"),
-)
-_ASK = (
-    Option("wait", "", False, "wait until everything that was found is listed"),
-    Option("max-lag", "TIME", 900.0, "behind, when the oldest unlisted file was found longer ago", read_duration),
-    Option("max-age", "TIME", 26 * 3600.0, "behind, when a table's newest whole snapshot is older", read_duration),
-    Option("json", "", False, "print JSON"),
-)
-_STATE = tuple(option for option in _HERE if option.name == "state-dir")
-COMMANDS: Final = MappingProxyType(
+_EXAMPLES: Final = MappingProxyType(
     {
-        "watch": (
-            watch,
-            "watch and store (the default command)",
-            {"store": _STORE, "what to store": _WHAT, "on this node": _HERE},
-        ),
-        "status": (status, "how far behind the daemon is; exit 3 when it is", {"status": _STATE + _ASK}),
-        "config": (
-            config,
-            "each setting, its value and where it came from",
-            {"store": _STORE, "what to store": _WHAT, "on this node": _HERE},
-        ),
+        "": "yes or no",
+        "COUNT": "a number from 1 to 256",
+        "DURATION": "90s, 15m, 26h or 7d",
+        "KIND": "AES256 or aws:kms",
+        "PART": "a part of the disk, as 10%",
+        "RATE": "50M or 1.5G",
+        "REGEX": "a regular expression",
+        "TIME": "2026-11-21 or 2026-11-21T20:24Z",
     }
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser. Values stay None where no flag was given: they come from elsewhere then."""
-    parser = argparse.ArgumentParser(
-        prog="cassbackup",
-        description="Back up Apache Cassandra: every file of snapshots/ and backups/, stored and listed.",
-        epilog="Every option has a twin in the environment and in /etc/default/cassbackup: --max-lag is CASSBACKUP_MAX_LAG; "
-        "--bucket is BUCKET_NAME, --region is REGION. `cassbackup COMMAND --help` shows a command's options.",
-    )
-    parser.add_argument("--version", action="version", version=f"cassbackup {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (run, summary, groups) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        command.set_defaults(run=run)
-        command.add_argument(
-            "--config", metavar="FILE", help="read settings from here (default: /etc/default/cassbackup)"
-        )
-        command.add_argument("-v", "--verbose", action="store_true", help="say more in the log")
-        for title, options in groups.items():
-            _add_options(command.add_argument_group(title), options)
-        if name != "status":
-            command.add_argument(
-                "paths", nargs="*", metavar="PATH", help="data directories (default: as cassandra.yaml says)"
-            )
-    return parser
+def _scaled(text: str, units: Mapping[str, float]) -> float:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z%]?)", text)
+    if not match or match[2] not in units:
+        raise ValueError(text)
+    return float(match[1]) * units[match[2]]
+
+
+def read_value(kind: str, text: str) -> Any:
+    """Read a value as its metavar says. Raises ValueError."""
+    word = text.strip().lower()
+    match kind:
+        case "" if word in ("yes", "on", "true", "1", "no", "off", "false", "0"):
+            return word in ("yes", "on", "true", "1")
+        case "COUNT" if 1 <= int(text) <= 256:
+            return int(text)
+        case "DURATION":
+            return _scaled(word, {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400})
+        case "KIND" if text in ("AES256", "aws:kms"):
+            return text
+        case "PART" if (part := _scaled(word, {"%": 0.01})) < 1:
+            return part
+        case "RATE":  # 50M, 1.5GiB/s or a plain number of bytes
+            word = word.removesuffix("/s").removesuffix("b").removesuffix("i")
+            return _scaled(word, {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40})
+        case "REGEX":
+            return re.compile(text)
+        case "TIME":  # UTC without a zone
+            moment = datetime.fromisoformat(word.upper().replace("Z", "+00:00"))
+            return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        case _ if kind not in _EXAMPLES:
+            return text
+    raise ValueError(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A setting: its flags, and with the same name its twin in the environment and in /etc/default/cassbackup."""
+
+    flags: str  # the first one names it; without dashes it is what stands alone on the command line
+    metavar: str  # what it is, and so how it is read; "" for a switch
+    default: Any  # () where it can be given more than once
+    help: str
+
+    @property
+    def key(self) -> str:
+        """Return the name in Settings."""
+        return self.flags.split()[0].lstrip("-").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """Return the name of the environment variable."""
+        return {"bucket": "BUCKET_NAME", "region": "REGION"}.get(self.key, f"CASSBACKUP_{self.key.upper()}")
+
+    def setting(self, given: str | list[str], origin: str) -> Setting:
+        """Read what was given. Raises Usage."""
+        if self.default == ():
+            return Setting(tuple(given.split() if isinstance(given, str) else given), origin)
+        try:
+            return Setting(read_value(self.metavar, str(given)), origin)
+        except (ValueError, re.error) as error:
+            name = self.flags.split()[0] if origin == "flag" else self.variable
+            raise Usage(f"{name} {given!r} cannot be read", f"write {_EXAMPLES.get(self.metavar, error)}") from None
+
+
+_PATHS = Option("paths", "PATH", (), "data directories, with a / in each (default: as cassandra.yaml says)")
+_STATE = Option("--state-dir", "DIR", "", "ledger, status and lock (/var/lib/cassbackup or ~/.local/state/cassbackup)")
+_STORE = (
+    Option("--bucket -b", "URL", "", "s3://bucket[/prefix], gs://bucket[/prefix], file:///dir or a name"),
+    Option("--region", "NAME", "", "region of the bucket (default: that of this instance)"),
+    Option("--prefix", "PATH", "", "put everything under this prefix; one for each cluster is a good habit"),
+    Option("--name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>"),
+    Option("--endpoint-url", "URL", "", "talk to this server (or AWS_ENDPOINT_URL_S3, STORAGE_EMULATOR_HOST)"),
+    Option("--ca-file", "FILE", "", "trust these certificates (AWS_CA_BUNDLE works too)"),
+    Option("--sse", "KIND", "", "S3 encryption: AES256, or aws:kms (always with a bucket key)"),
+    Option("--kms-key --sse-kms-key-id", "KEY", "", "key for aws:kms, or a Cloud KMS key for gs://"),
+    Option("--storage-class", "CLASS", "", "storage class of what is stored"),
+    Option("--access-key -k", "KEY", "", "discouraged, as -k of tablesnap: use the environment or a role"),
+    Option("--secret-key -s", "KEY", "", "discouraged, as -s of tablesnap"),
+    Option("--threads -t", "COUNT", 8, "threads that send"),
+    Option("--max-bandwidth", "RATE", 50.0 * MIB, "bytes a second for the whole node, as 50M; 0 is no limit"),
+)
+_WHAT = (
+    Option("--keyspace", "GLOB", (), "only these keyspaces (a restore needs those of the system too)"),
+    Option("--exclude-keyspace", "GLOB", (), "not these keyspaces"),
+    Option("--exclude-table", "KS.TABLE", (), "not these tables"),
+    Option("--exclude-tag", "GLOB", (), "not the snapshots with these tags"),
+    Option("--since", "TIME", 0.0, "only what is newer; UTC without a zone"),
+    Option("--include -i", "REGEX", None, "archives: also files outside snapshots/ and backups/ at such paths"),
+    Option("--exclude -e", "REGEX", None, "of those, not the ones at such paths"),
+    Option("--full", "", False, "send everything, even what is stored under another snapshot"),
+    Option("--delete-uploaded-incrementals", "", False, "delete an SSTable from backups/ once listed whole"),
+)
+_HERE = (
+    _PATHS,
+    _STATE,
+    Option("--pin-dir", "DIR", "", "hold files here, on the data's mount (default: .cassbackup beside the data)"),
+    Option("--max-pinned", "PART", 0.1, "how much of the disk the pins may hold alone, as 10%%"),
+    Option("--free-floor", "PART", 0.1, "give pins up when less than this of the disk is free, as 10%%"),
+    Option("--settle", "DURATION", 60.0, "how long to wait for what never becomes complete"),
+    Option("--reconcile", "DURATION", RECONCILE_S, "how often to look without a hint"),
+    Option("--heartbeat", "DURATION", HEARTBEAT_S, "how often to say in the bucket that we live"),
+    Option("--adopt", "", False, "take a node's name over from another machine: rebuilt around its disk"),
+    Option("--once", "", False, "store and list what is there, then exit"),
+)
+_ASK = (
+    _STATE,
+    Option("--wait", "", False, "wait until everything that was found is listed"),
+    Option("--max-lag", "DURATION", 900.0, "behind, when the oldest unlisted file was found longer ago"),
+    Option("--max-age", "DURATION", 26 * 3600.0, "behind, when a table's newest whole snapshot is older"),
+    Option("--json", "", False, "print JSON"),
+)
+_ALWAYS = (
+    Option("--config", "FILE", "", "read settings from here (default: /etc/default/cassbackup)"),
+    Option("--verbose -v", "", False, "say more in the log"),
+)
+
+
+class Command(NamedTuple):
+    """What can be asked for: the function, a line of help, and the options by the heading they stand under."""
+
+    run: Callable[[Settings, Mapping[str, str]], int]
+    summary: str
+    groups: tuple[tuple[str, tuple[Option, ...]], ...]
+
+
+_DAEMON = (("store", _STORE), ("what to store", _WHAT), ("on this node", _HERE), ("always", _ALWAYS))
+COMMANDS: Final = MappingProxyType(
+    {
+        "watch": Command(watch, "watch and store (the default command)", _DAEMON),
+        "status": Command(status, "how far behind the daemon is; exit 3 when it is", (("status", _ASK + _ALWAYS),)),
+        "config": Command(config, "each setting, its value and where it came from", _DAEMON),
+    }
+)
 
 
 def _add_options(group: Any, options: Iterable[Option]) -> None:
     for option in options:
-        flags = [f"-{option.short}"] * bool(option.short) + [f"--{option.name}"]
-        flags += ["--sse-kms-key-id"] * (option.name == "kms-key")
         text = f"{option.help} [{option.variable}]"
-        if not option.metavar:
-            group.add_argument(*flags, dest=option.key, action="store_const", const="yes", help=text)
+        if option is _PATHS:
+            group.add_argument(option.key, nargs="*", metavar=option.metavar, help=text)
+        elif not option.metavar:
+            group.add_argument(*option.flags.split(), action="store_const", const="yes", help=text)
         else:
-            action = "append" if option.many else "store"
-            group.add_argument(*flags, dest=option.key, metavar=option.metavar, action=action, help=text)
+            action = "append" if option.default == () else "store"
+            group.add_argument(*option.flags.split(), metavar=option.metavar, action=action, help=text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser. What no flag gave is empty: it comes from elsewhere then."""
+    parser = argparse.ArgumentParser(
+        prog="cassbackup",
+        usage="cassbackup [COMMAND] [OPTION ...] [PATH ...]",
+        description="Back up Apache Cassandra: every file of snapshots/ and backups/, stored and listed.",
+        epilog="Each option has the twin in brackets in the environment and in /etc/default/cassbackup. These are the"
+        " options of watch; `cassbackup COMMAND --help` shows those of another command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cassbackup {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog="cassbackup")
+    for name, command in COMMANDS.items():
+        about = commands.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
+        about.usage = f"cassbackup {name} [OPTION ...]"
+        for title, options in command.groups:
+            _add_options(about.add_argument_group(title), options)
+    for title, options in COMMANDS["watch"].groups:  # for --help alone: main puts a command first
+        _add_options(parser.add_argument_group(title), [option for option in options if option is not _PATHS])
+    return parser
 
 
 def settle(
@@ -4294,38 +4243,25 @@ def settle(
     """Decide each setting: flag, else environment, else configuration file, else default. Raises Usage."""
     settled = {}
     for option in options:
-        sources = (
-            (flags.get(option.key), "flag"),
-            (environ.get(option.variable), "environment"),
-            (file.get(option.variable), "file"),
-        )
-        given, origin = next(((text, origin) for text, origin in sources if text), (None, "default"))
-        settled[option.key] = Setting(option.default if given is None else _read(option, given, origin), origin)
+        settled[option.key] = Setting(option.default, "default")
+        texts = (flags.get(option.key), environ.get(option.variable), file.get(option.variable))
+        for text, origin in zip(texts, ("flag", "environment", "file"), strict=True):
+            if text:
+                settled[option.key] = option.setting(text, origin)
+                break
     return settled
 
 
-def _read(option: Option, given: str | list[str], origin: str) -> Any:
-    read = option.read if option.metavar else read_switch
+def read_config(path: str) -> dict[str, str]:
+    """Read KEY=value lines, as systemd and a shell read them; only the usual file may be absent. Raises Usage."""
     try:
-        if option.many:
-            return given if isinstance(given, list) else given.split()
-        return read(str(given))
-    except ValueError as error:
-        name = f"--{option.name}" if origin == "flag" else option.variable
-        raise Usage(f"{name} {given!r} cannot be read", str(error)) from None
-
-
-def read_config(path: str, must: bool) -> dict[str, str]:
-    """Read plain KEY=value lines, as systemd and a shell read them. Raises Usage."""
-    try:
-        with open(path) as file:
-            lines = [line.strip().removeprefix("export ") for line in file]
+        with open(path or "/etc/default/cassbackup", errors="surrogateescape") as file:
+            pairs = [line.strip().removeprefix("export ").partition("=") for line in file]
     except OSError as error:
-        if must:
+        if path:
             raise Usage(f"configuration {path} cannot be read ({error.strerror})", "correct --config") from None
         return {}
-    pairs = (line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
-    return {key.strip(): value.strip().strip("\"'") for key, value in pairs}
+    return {key.strip(): value.strip().strip("\"'") for key, _, value in pairs}
 
 
 def set_up_log(verbose: bool, environ: Mapping[str, str]) -> None:
@@ -4333,70 +4269,83 @@ def set_up_log(verbose: bool, environ: Mapping[str, str]) -> None:
     info = os.fstat(sys.stderr.fileno())
     journal = environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"
 
+    priorities = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
     class Line(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            level = {10: 7, 20: 6, 30: 4, 40: 3, 50: 2}.get(record.levelno, 5)
-            text = super().format(record).replace("\n", " | ")
-            return (
-                f"<{level}>{text}" if journal else f"{rfc3339(utc(record.created))} {record.levelname.lower()} {text}"
-            )
+            text = " | ".join(super().format(record).splitlines())
+            if journal:
+                return f"<{priorities.get(record.levelno, 5)}>{text}"
+            return f"{rfc3339(utc(record.created))} {record.levelname.lower()} {text}"
 
     handler = logging.StreamHandler()
     handler.setFormatter(Line())
-    log.addHandler(handler)
+    log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     logging.raiseExceptions = False  # a log that cannot be written must not stop a backup
 
 
-def insert_command(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with the command spelled out: options and paths alone mean watch. Raises Usage."""
-    if not argv or argv[0] in COMMANDS or argv[0] in ("-h", "--help", "--version"):
-        return list(argv) or ["watch"]
-    if argv[0].startswith("-") or "/" in argv[0]:
-        return ["watch", *argv]
-    near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.0)
-    raise Usage(f"unknown command {argv[0]!r}", f"did you mean {near[0]!r}? A path contains a /")
-
-
 def default_state_dir(environ: Mapping[str, str]) -> str:
-    """Return where state is kept if nobody says where."""
+    """Return where state is kept if nobody says where; one that a daemon keeps there can be asked by all."""
     system = "/var/lib/cassbackup"
-    if os.geteuid() == 0 or os.access(system, os.W_OK):
-        return system
-    return os.path.join(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "cassbackup")
+    own = os.path.join(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "cassbackup")
+    asking = os.path.exists(f"{system}/lock") and not os.path.exists(own)
+    return system if os.geteuid() == 0 or os.access(system, os.W_OK) or asking else own
+
+
+def _check_path(word: str) -> None:
+    if "/" not in word:
+        near = difflib.get_close_matches(word, COMMANDS, 1, 0.0)[0]
+        raise Usage(f"unknown command {word!r}", f"did you mean `cassbackup {near}`? A path contains a /, as ./{word}")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Return what the arguments say; options and paths alone mean watch. Raises Usage."""
+    known = (*COMMANDS, "-h", "--help", "--version")
+    if argv and argv[0] not in known and not argv[0].startswith("-"):
+        _check_path(argv[0])
+    arguments, unknown = parser.parse_known_args(argv if argv and argv[0] in known else ["watch", *argv])
+    if unknown:
+        flags = [flag for _, options in COMMANDS[arguments.command].groups for o in options for flag in o.flags.split()]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1, 0.0)[0]
+        raise Usage(f"unknown option {unknown[0]!r}", f"did you mean {near}?")
+    for word in getattr(arguments, "paths", ()):
+        _check_path(word)
+    return vars(arguments)
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run a command. Raises Fault."""
+    parser = build_parser()
+    flags = parse(parser, argv)
+    command = COMMANDS[flags["command"]]
+    file = read_config(flags["config"] or environ.get("CASSBACKUP_CONFIG", ""))
+    settled = settle((option for _, options in command.groups for option in options), flags, environ, file)
+    if not settled["state_dir"].value:
+        settled["state_dir"] = Setting(default_state_dir(environ), "default")
+    settings = Settings(settled)
+    set_up_log(settings.verbose, environ)
+    if command.run is watch and not settings.bucket:
+        if pid := holder_of(settings.state_dir):
+            print(f"cassbackup is running (pid {pid}); ask it with `cassbackup status`", file=sys.stderr)
+        parser.print_usage(sys.stderr)
+        raise Usage("no bucket", "set BUCKET_NAME, or pass --bucket; `cassbackup --help` shows more")
+    return command.run(settings, environ)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program; return its exit code."""
     try:
-        parser, environ = build_parser(), os.environ
-        arguments = parser.parse_args(insert_command(argv))
-        set_up_log(arguments.verbose, environ)
-        file = read_config(arguments.config or "/etc/default/cassbackup", bool(arguments.config))
-        options = [option for options in COMMANDS[arguments.command][2].values() for option in options]
-        settled = settle(options, vars(arguments), environ, file)
-        settled["paths"] = Setting(
-            getattr(arguments, "paths", []), "flag" if getattr(arguments, "paths", []) else "default"
-        )
-        if not settled["state_dir"].value:
-            settled["state_dir"] = Setting(default_state_dir(environ), "default")
-        settings = Settings(settled)
-        if arguments.run is watch and not settings.bucket:
-            return explain(parser, settings.state_dir)
-        return int(arguments.run(settings, environ))
+        return run(argv, os.environ)
     except Fault as fault:
-        print(f"cassbackup: {fault.what}" + f"\n  {fault.hint}" * bool(fault.hint), file=sys.stderr)
+        print(f"cassbackup: {fault.what}" + (f"\n  {fault.hint}" if fault.hint else ""), file=sys.stderr)
         return fault.code
-
-
-def explain(parser: argparse.ArgumentParser, state_dir: str) -> int:
-    """Say what is missing, and whether a daemon is at work already."""
-    if pid := holder_of(state_dir):
-        print(f"cassbackup is running (pid {pid}); ask it with `cassbackup status`", file=sys.stderr)
-    parser.print_usage(sys.stderr)
-    print("cassbackup: no bucket\n  set BUCKET_NAME, or pass --bucket; `cassbackup --help` shows more", file=sys.stderr)
-    return MISUSED
+    except OSError as error:  # a full disk, a file of another user
+        print(f"cassbackup: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
 
 
 def main_entry() -> None:
