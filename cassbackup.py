@@ -98,7 +98,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, Final, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast, get_args
 
 # ======================================================================================================
 # Facts
@@ -107,6 +107,7 @@ from typing import Any, Final, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 __version__ = "0.1.0"
 
 log = logging.getLogger("cassbackup")
+T = TypeVar("T")
 
 DONE, FAILED, MISUSED, BEHIND = 0, 1, 2, 3  # exit codes; 130 and 143 are the signals'
 
@@ -214,11 +215,14 @@ class Stamp(NamedTuple):
         return cls(area, int(ino, 16), int(size, 16), int(mtime_ns, 16))
 
 
+Kind = Literal["snapshot", "incremental", "archive"]
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What becomes restorable at once: a table's snapshot, a batch of its incrementals, a batch of an archive."""
 
-    kind: Literal["snapshot", "incremental", "archive"]
+    kind: Kind
     keyspace: str
     table: str  # the directory's name, <table>-<id>
     tag: str  # of a snapshot; of an archive its directory
@@ -316,7 +320,7 @@ _PLAIN = re.compile(r"[ !-$&-~]*")  # printable ASCII but %
 _UTC = r"\d{8}T\d{6}\.\d{6}Z"
 _PIN_DIRECTORY = re.compile(rf"(.+)~({_UTC})")
 _LISTING_NAME = re.compile(rf"({_UTC})-(complete|incomplete|rollup)-(\d+)-(\d+)\.json")
-_SSTABLE = re.compile(r"([a-z]{2}-[^-]+-[a-z]+|[^/]+-[a-z]{2}-\d+)-([^/]+)")
+_SSTABLE = re.compile(r"([^/]+-[a-z]{2}-\d+|[a-z]{2}-[^-]+-[a-z]+)-([^/]+)")  # until 2.1 <ks>-<table>-ka-1-Data.db
 _TABLE = re.compile(r"(.+)-([0-9a-f]{32})")
 _WORDS, _OPTIONAL_WORDS = ("user", "group", "crc32", "key", "etag"), ("crc32c", "seen")  # of a listing's entry
 
@@ -428,7 +432,10 @@ def listings_of(node: str, unit: Unit) -> str:
     if unit.kind == "archive":
         quoted = quote(unit.tag, slash="%2F")
         return f"{node}.listings/archive/{quoted if len(quoted.encode()) <= NAME_BYTES else digest_name(unit.tag)}/"
-    table = f"{node}.listings/{_component(unit.keyspace)}/{_component(unit.table)}/"
+    keyspace = _component(unit.keyspace)
+    if keyspace in ("archive", "heartbeat", "tags"):  # folders of ours
+        keyspace = f"%{ord(keyspace[0]):02X}{keyspace[1:]}"
+    table = f"{node}.listings/{keyspace}/{_component(unit.table)}/"
     if unit.kind == "incremental":
         return table + "backups/"
     return f"{table}snapshots/{_component(unit.tag)}/{unit.since}/"
@@ -480,30 +487,46 @@ def dump_listing(listing: Listing) -> bytes:
     ).encode()
 
 
+def _typed(page: dict[str, Any], name: str, kind: type[T], *default: T) -> T:
+    value = page[name] if name in page or not default else default[0]
+    if type(value) is not kind:  # True is no int here
+        raise TypeError(f"{name} is {value!r}")
+    return value
+
+
 def _load_entry(directory: str, page: dict[str, Any]) -> Stored:
-    stamp = Stamp.parse(page["stamp"])
-    words = {word: page[word] for word in _WORDS} | {word: page.get(word, "") for word in _OPTIONAL_WORDS}
-    if not all(isinstance(word, str) for word in words.values()):
-        raise TypeError(f"entry {page['name']!r} has a wrong type")
-    if page["size"] != stamp.size or not re.fullmatch("[0-9a-f]{8}", words["crc32"]):
-        raise ValueError(f"entry {page['name']!r} contradicts itself")
-    return Stored(directory, unquote(page["name"]), stamp, int(page["mode"], 8), **words)
+    stamp, name = Stamp.parse(_typed(page, "stamp", str)), unquote(_typed(page, "name", str))
+    words = {word: _typed(page, word, str) for word in _WORDS}
+    words |= {word: _typed(page, word, str, "") for word in _OPTIONAL_WORDS}
+    mode = _typed(page, "mode", str)
+    same = (_typed(page, "size", int), _typed(page, "mtime_ns", int)) == (stamp.size, stamp.mtime_ns)
+    good = re.fullmatch("[0-9a-f]{8}", words["crc32"]) and re.fullmatch("[0-7]{4,5}", mode) and stamp.size >= 0
+    if not (same and good) or name in ("", ".", "..") or re.search("[/\0]", name):
+        raise ValueError(f"entry {name!r} is not one of ours")
+    return Stored(directory, name, stamp, int(mode, 8), **words)
 
 
 def load_listing(body: bytes) -> Listing:
     """Read a listing. Raises Corrupt for anything that we would not have written."""
     try:
         page = json.loads(body)
-        if page["version"] != 1:
+        if _typed(page, "version", int) != 1:
             raise ValueError(f"version {page['version']!r}")
-        table = page.get("table", "") + (f"-{page['table_id']}" if page.get("table_id") else "")
-        tag = unquote(page.get("tag", page.get("directory", "")))
-        unit = Unit(page["kind"], page.get("keyspace", ""), table, tag, page["taking"])
+        table, table_id = (_typed(page, name, str, "") for name in ("table", "table_id"))
+        tag = unquote(_typed(page, "tag", str, _typed(page, "directory", str, "")))
+        kind, since = _typed(page, "kind", str), _typed(page, "taking", str)
+        if kind not in get_args(Kind) or not re.fullmatch(_UTC, since):
+            raise ValueError(f"{kind} of {since}")
+        whole = f"{table}-{table_id}" if table_id else table
+        unit = Unit(cast(Kind, kind), _typed(page, "keyspace", str, ""), whole, tag, since)
         files: list[Stored] = []
-        for directory, entries in page["directories"].items():
+        for directory, entries in _typed(page, "directories", dict).items():
             files += [_load_entry(unquote(directory), entry) for entry in entries]
-        names = {key: tuple(map(unquote, page.get(key, ()))) for key in ("missing", "lost", "replaces")}
-        return Listing(page["node"], unit, utc_of(page["listed"]), page["complete"] is True, tuple(files), **names)
+        missing, lost, replaces = (_typed(page, name, list, []) for name in ("missing", "lost", "replaces"))
+        if not all(isinstance(name, str) for name in (*missing, *lost, *replaces)):
+            raise TypeError("a name is no text")
+        told = (_typed(page, "node", str), unit, utc_of(_typed(page, "listed", str)), _typed(page, "complete", bool))
+        return Listing(*told, tuple(files), tuple(map(unquote, missing)), tuple(map(unquote, lost)), tuple(replaces))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"listing cannot be read ({error!r})", "do not delete it; `cassbackup verify` names it") from None
 
@@ -558,7 +581,6 @@ class Access:
 
 
 P = ParamSpec("P")
-T = TypeVar("T")
 At = TypeVar("At", int, str)  # how far a stream has come: an offset, or a key
 Body = bytes | bytearray
 
@@ -699,6 +721,8 @@ class DirStore:
             with self._faults():
                 info = os.stat(path)
         except Missing:
+            return None
+        if stat.S_ISDIR(info.st_mode):
             return None
         with contextlib.suppress(OSError):
             crc32 = os.getxattr(path, "user.crc32").decode()
@@ -886,12 +910,12 @@ class S3Store:
         return Head(key, len(body), etag, self.now(), hex32(crc32))
 
     def begin(self, key: str, size: int) -> str:
-        reply = self._call("create_multipart_upload", key, ChecksumAlgorithm="CRC32", **self._encryption)
+        reply = self._call("create_multipart_upload", key, "UploadId", ChecksumAlgorithm="CRC32", **self._encryption)
         return str(reply["UploadId"])
 
     def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
         sent = {"Body": body, "ChecksumCRC32": _base64_crc(crc32)}
-        reply = self._call("upload_part", key, UploadId=upload, PartNumber=number, **sent)
+        reply = self._call("upload_part", key, "ETag", UploadId=upload, PartNumber=number, **sent)
         if self._plain:
             self._arrived(key, reply["ETag"], body)
         return Part(number, len(body), reply["ETag"], crc32)
@@ -929,7 +953,7 @@ class S3Store:
 
     def head(self, key: str) -> Head | None:
         try:
-            reply = self._call("head_object", key, ChecksumMode="ENABLED")
+            reply = self._call("head_object", key, "ETag", ChecksumMode="ENABLED")
         except Missing:
             return None
         crc32 = next((value for name, value in reply["Metadata"].items() if name.lower() == "crc32"), "")
@@ -965,13 +989,23 @@ class S3Store:
     def _damaged(self, key: str) -> Corrupt:
         return Corrupt(f"{key} did not arrive as it was sent", "the server or the way to it is broken")
 
-    def _call(self, operation: str, key: str, **more: Any) -> Any:
+    def _call(self, operation: str, key: str, *told: str, **more: Any) -> Any:
         with self._faults(key):
-            return getattr(self._client, operation)(Bucket=self._bucket, Key=self._prefix + key, **more)
+            reply = getattr(self._client, operation)(Bucket=self._bucket, Key=self._prefix + key, **more)
+        return self._answered(reply, *told)
+
+    def _answered(self, reply: Any, *told: str) -> Any:
+        """Return a reply if it tells what it must: a captive portal's page, or none, is no answer."""
+        if missing := [name for name in told if name not in reply]:
+            raise Unreachable(
+                f"{self.url}: 200, but without {' '.join(missing)}", "is there a proxy or a portal between?"
+            )
+        return reply
 
     def _pages(self, operation: str, items: str, **more: Any) -> Iterator[Any]:
         with self._faults(more.get("Key") or more["Prefix"]):
             for page in self._client.get_paginator(operation).paginate(Bucket=self._bucket, **more):
+                self._answered(page, *{"Contents": ("Name",), "Parts": ("UploadId",)}.get(items, ()))
                 yield from page.get(items, ())
 
     @contextlib.contextmanager
@@ -1056,7 +1090,11 @@ class GCSStore:
 
     def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
         end = offset + len(body)
-        if self._session(key, upload, f"{offset}-{end - 1}", bytes(body)) < end:
+        try:
+            there = self._session(key, upload, f"{offset}-{end - 1}", bytes(body))
+        except Unreachable:
+            there = self._session(key, upload, "*", b"")  # perhaps only the reply was lost
+        if there < end:
             raise Unreachable(f"{self.url}: only a part of part {number} of {key} was taken")
         return Part(number, len(body), _crc32c(body), crc32)
 
@@ -1205,14 +1243,14 @@ class Retrying:
 
     def put_now(self, key: str, body: Body, crc32: int) -> Head:
         """Put in one attempt: whoever writes a listing must look around before the next."""
-        if self._refuses is False and (head := self.same(key, len(body), crc32)):
+        if not self._refuses and (head := self.same(key, len(body), crc32)):
             return head
         self._charge(body)
         try:
             head = self._store.put(key, body, crc32)
             if self._refuses is None:
                 self._refuses = False
-                self._store.put(key, body, crc32)  # the same bytes, so no harm is done if it is taken
+                head = self._store.put(key, body, crc32)  # the same bytes, so no harm is done if it is taken
                 log.warning("store=%s overwrites: it ignores If-None-Match, so each key is looked up first", self.url)
             return head
         except Conflict:
@@ -1471,9 +1509,14 @@ class Ledger:
             aside = f"{path}.broken-{utc(time.time())}"
             log.warning("ledger cannot be read, starting a new one error=%s kept=%s", quote(str(error)), aside)
             for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     os.rename(path + suffix, aside + suffix)
-            self._db = self._open()
+            try:
+                self._db = self._open()
+            except sqlite3.Error as again:
+                self._path = ":memory:"
+                self._db = self._open()
+                self._complain(again)
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
@@ -1507,7 +1550,7 @@ class Ledger:
                     f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(summed[0]))})", summed
                 )
                 self._db.execute("COMMIT")
-                self.broken = ""
+                self.broken = self.broken if self._path == ":memory:" else ""
             except sqlite3.Error as error:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
@@ -2402,7 +2445,7 @@ _DONTCACHE: Final = 0x80  # RWF_DONTCACHE, Linux 6.14: read without leaving the 
 
 def _cold_ranges(fd: int, offset: int, size: int) -> list[tuple[int, int]]:
     """Return the ranges (offset, length) that are not in the page cache. `offset` is a multiple of the page size."""
-    if not size:
+    if not size or os.fstat(fd).st_size < offset + size:
         return []
     page = mmap.PAGESIZE
     resident = ctypes.create_string_buffer(-(-size // page))
@@ -3395,6 +3438,8 @@ class Carrier:
         self.ledger.remember("newest", listings_of(self.node, listing.unit) + listing_name(listing))
         counted = {"listings": 1, "listed_files": len(listing.files), "lost": len(listing.lost)}
         self.counts.update(counted | {"incomplete": int(not listing.complete)})
+        for directory, name in sorted(load.lost) if listing.lost else ():
+            log.error("LOST before it was stored path=%s", quote(f"{directory}/{name}"))
         state = (listing.state, len(listing.files), listing.size, len(listing.missing), len(listing.lost))
         say = log.info if listing.complete and not listing.lost else log.warning
         say("listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", load, *state)
@@ -3799,6 +3844,12 @@ def read_machine_id() -> str:
         return ""
 
 
+def host_name() -> str:
+    """Return the fully qualified name, unless /etc/hosts calls this machine localhost first."""
+    full = socket.getfqdn()
+    return socket.gethostname() if full.startswith("localhost") else full
+
+
 def identify(settings: Settings, environ: Mapping[str, str], known: Mapping[str, str]) -> Identity:
     """Decide the node's name and the store's URL.
 
@@ -3819,7 +3870,7 @@ def identify(settings: Settings, environ: Mapping[str, str], known: Mapping[str,
     elif known.get("node") and known.get("instance") == instance:
         node = known["node"]
     else:
-        node = name_node(cloud, socket.getfqdn(), machine_id)
+        node = name_node(cloud, host_name(), machine_id)
     url = f"{scheme}://{bucket}" if bare else bucket
     url = f"{url.rstrip('/')}/{prefix}" if prefix else url
     return Identity(node, instance, url, settings.region or (cloud.region if cloud else known.get("region", "")))

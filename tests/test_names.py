@@ -178,13 +178,13 @@ def test_what_is_no_pin_directory_is_not_read_as_one(name: str) -> None:
         ("ks1/users-5a1c/snapshots/daily/.by_name", "snapshot", "daily"),
         ("ks1/users-5a1c/backups", "incremental", ""),
         ("ks1/users-5a1c/backups/.by_name", "incremental", ""),
-        ("ks1/users-5a1c", "archive", "ks1/users-5a1c"),
-        ("commitlog_archive", "archive", "commitlog_archive"),
-        ("", "archive", ""),
+        ("ks1/users-5a1c", "archive", "/data/ks1/users-5a1c"),
+        ("commitlog_archive", "archive", "/data/commitlog_archive"),
+        ("", "archive", "/data"),
     ],
 )
 def test_a_source_directory_tells_what_it_belongs_to(relative: str, kind: str, tag: str) -> None:
-    unit = unit_of(relative, "20261121T202438.123456Z")
+    unit = unit_of("/data", relative, "20261121T202438.123456Z")
     assert (unit.kind, unit.tag) == (kind, tag)
 
 

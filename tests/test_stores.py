@@ -810,14 +810,13 @@ def test_a_delete_that_fails_for_some_is_told_for_those(weak: Retrying, faulty: 
 
 
 @pytest.mark.parametrize("kind", ["moto", "rclone"])
-def test_a_bucket_that_does_not_exist_is_wrong_usage(kind: str, request: pytest.FixtureRequest, opened: Opener) -> None:
+def test_a_bucket_that_does_not_exist_is_named_with_what_to_do(kind: str, request: pytest.FixtureRequest, opened: Opener) -> None:
     bucket = copy.copy(request.getfixturevalue(kind))
     bucket.bucket = "no-such-place"
     store = opened(bucket)
     for call in (lambda: put(store, KEY), lambda: keys(store)):
-        with pytest.raises(Usage, match="does not exist") as refused:
+        with pytest.raises(Denied, match="does not exist") as refused:
             call()
-        assert refused.value.code == 2
         assert "BUCKET_NAME" in refused.value.hint
     assert opened.clock.waits == []
 
@@ -837,14 +836,14 @@ def test_gcs_tells_an_absent_object_from_an_absent_bucket(gcs: Bucket, proxy: Pr
     faulty.heal()
     faulty.on("", "", google_error("The specified bucket does not exist."), count=None)
     for call in (lambda: put(store, KEY), lambda: keys(store)):
-        with pytest.raises(Usage, match="does not exist"):
+        with pytest.raises(Denied, match="does not exist"):
             call()
 
 
 @pytest.mark.parametrize("code", ["PermanentRedirect", "AuthorizationHeaderMalformed"])
-def test_a_bucket_in_another_region_is_wrong_usage(weak: Retrying, faulty: FaultProxy, code: str) -> None:
+def test_a_bucket_in_another_region_is_named_with_what_to_do(weak: Retrying, faulty: FaultProxy, code: str) -> None:
     faulty.on("PUT", "node1/", s3_error(301 if code.startswith("P") else 400, code), count=None)
-    with pytest.raises(Usage, match="REGION"):
+    with pytest.raises(Denied, match="REGION"):
         put(weak, KEY)
 
 

@@ -1,0 +1,303 @@
+"""The daemon's life: stores that go away, lost memory, locks, signals, exit codes, limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import oracle
+import pytest
+from conftest import Daemon, Run
+from faultproxy import FaultProxy, assert_written_once, s3_error
+from scene import Scene, area_of, assert_no_pin_is_left, wait_for
+from servers import Bucket, FileBucket
+from tree import Node
+
+
+@pytest.fixture
+def scene(tmp_path: Path, daemon: Callable[..., Daemon], run_cassbackup: Run, tmp_bucket: FileBucket) -> Scene:
+    return Scene(tmp_path, daemon, run_cassbackup, tmp_bucket)
+
+
+@pytest.fixture
+def between(scene: Scene, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]) -> FaultProxy:
+    """Put the scene on S3, behind a proxy that can be taken down."""
+    found = proxy(moto)
+    scene.bucket, scene.environ = moto, moto.through(found.url)
+    return found
+
+
+def kept(bucket: Bucket) -> dict[str, bytes]:
+    """Return what must stay for ever: everything but heartbeats."""
+    return {key: body for key, body in bucket.objects().items() if "/heartbeat/" not in key}
+
+
+def assert_kept(before: dict[str, bytes], bucket: Bucket) -> None:
+    """Fail if a key's bytes changed (P3)."""
+    now = bucket.objects()
+    assert {key: now.get(key) for key in before} == before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The store
+
+
+@pytest.mark.slow
+def test_a_store_that_is_down_for_a_while_costs_nothing_but_time(scene: Scene, node: Node, between: FaultProxy) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    between.down()
+    for number in range(3):
+        users.flush()
+        node.snapshot(f"tag{number}")
+        wait_for(lambda want=number + 1: scene.page()["pending"]["units"] > want)
+        node.clear()
+        users.compact()
+    assert scene.page()["behind"] != []
+    between.up()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert {found.state for found in scene.listings("snapshot")} == {"complete"}
+    assert_written_once(between.trace)
+    assert_no_pin_is_left(area_of(node))
+
+
+@pytest.mark.slow
+def test_a_daemon_started_while_the_store_is_down_pins_and_lists_later(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    scene.daemon.kill()
+    between.down()
+    scene.restart()
+    node.snapshot("daily")
+    wait_for(lambda: scene.page()["counts"].get("found", 0) >= 10)
+    node.clear()
+    users.compact()
+    between.up()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_a_bucket_directory_that_is_away_after_one_good_start_does_not_end_the_daemon(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    scene.daemon.kill()
+    bucket = scene.at / "bucket"
+    bucket.rename(scene.at / "away")
+    bucket.write_text("not mounted")
+    scene.restart()
+    node.snapshot("daily")
+    wait_for(lambda: scene.page()["counts"].get("found", 0) >= 10)
+    node.clear()
+    bucket.unlink()
+    (scene.at / "away").rename(bucket)
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# P4, the ledger is a hint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["deleted", "garbage", "zeroed", "rolled back"])
+def test_local_memory_that_is_gone_costs_time_and_never_data_p4(scene: Scene, node: Node, damage: str) -> None:
+    users = node.table("ks1", "users", indexes=["by_name"])
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    ledger = scene.state / "ledger.sqlite"
+    old = ledger.read_bytes()
+    node.snapshot("monday")
+    users.flush()
+    scene.settled()
+    scene.daemon.kill()
+    before = kept(scene.bucket)
+    if damage == "deleted":
+        shutil.rmtree(scene.state)
+    else:
+        body = {"garbage": os.urandom(len(old)), "zeroed": bytes(len(old)), "rolled back": old}[damage]
+        for path in scene.state.glob("ledger.sqlite*"):
+            path.unlink()
+        ledger.write_bytes(body)
+    users.flush()
+    node.snapshot("tuesday")
+    scene.restart()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert_kept(before, scene.bucket)
+    assert {found.state for found in scene.listings("snapshot")} == {"complete"}
+    assert len({found.of for found in scene.listings("snapshot")}) == 2
+    objects = scene.bucket.objects()
+    bodies = [body for key, body in objects.items() if key.endswith("Data.db") or "Data.db@" in key]
+    assert len(bodies) == len(set(bodies)), "the same SSTable was stored twice"
+    assert_no_pin_is_left(area_of(node))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Locks and signals
+
+
+def test_a_second_daemon_ends_with_exit_1_and_names_the_first(scene: Scene, node: Node, tmp_path: Path) -> None:
+    first = scene.start(*node.data_dirs)
+    done = scene.once(*node.data_dirs, check=1)
+    assert f"pid {first.pid}" in done.stderr
+    elsewhere = ("--state-dir", tmp_path / "other-state")  # the pin area has a lock of its own
+    done = scene.once(*node.data_dirs, args=elsewhere, check=1)
+    assert f"pid {first.pid}" in done.stderr
+    assert first.is_running
+    first.kill()
+    scene.once(*node.data_dirs)
+
+
+def test_sigterm_ends_the_daemon_in_good_order(scene: Scene, node: Node) -> None:
+    node.table("ks1", "users").flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    assert scene.daemon.stop(30) == 0
+    assert "Traceback" not in scene.daemon.log()
+    done = scene.run("status", "--json", "--state-dir", scene.state, check=3)
+    assert "no daemon is running" in json.loads(done.stdout)["behind"]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_daemon_within_30_s_while_the_store_is_down(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    users = node.table("ks1", "users")
+    scene.start(*node.data_dirs)
+    between.down()
+    for _ in range(3):
+        users.flush(size=9_000_000)
+    node.snapshot("daily")
+    wait_for(lambda: scene.page()["pending"]["units"] == 2)
+    assert scene.daemon.stop(30) == 0
+    between.up()
+    scene.restart()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# P8, signals are true
+
+
+def test_once_ends_with_0_only_when_everything_is_listed_whole_p8(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    node.snapshot("daily")
+    scene.once(*node.data_dirs, check=0)
+    scene.assert_all_is_listed(node.history)
+    users.sstables[0].link("snapshots/broken", node.history, users.unit("broken"))
+    scene.once(*node.data_dirs, check=3)
+    scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_once_ends_with_1_when_the_store_refuses_p8(scene: Scene, node: Node, between: FaultProxy) -> None:
+    users = node.table("ks1", "users")
+    scene.once(*node.data_dirs, check=0)
+    users.flush()
+    between.on("PUT", r"-Data\.db", s3_error(403, "AccessDenied"), count=None)
+    done = scene.once(*node.data_dirs, check=1)
+    assert "AccessDenied" in done.stderr
+    assert scene.listings() == []
+    between.heal()
+    scene.once(*node.data_dirs, check=0)
+    scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_status_is_red_for_each_thing_that_is_wrong_p8(scene: Scene, node: Node, between: FaultProxy) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    status = ("status", "--state-dir", scene.state)
+    scene.settled()
+    assert "never backed up" in scene.run(*status, check=3).stdout
+    node.snapshot("daily")
+    scene.settled()
+    assert "BEHIND" not in scene.run(*status, "--wait", check=0).stdout
+    page = json.loads(scene.run(*status, "--json", check=0).stdout)
+    assert (page["schema"], page["behind"], page["pending"]["units"]) == (1, [], 0)
+    assert "--max-age" in scene.run(*status, "--max-age", "1ms", check=2).stderr
+    time.sleep(1)
+    assert "no whole snapshot of the last" in scene.run(*status, "--max-age", "1s", check=3).stdout
+    between.down()
+    users.flush()
+    wait_for(lambda: scene.page()["pending"]["units"])
+    time.sleep(1)
+    assert "oldest unlisted file" in scene.run(*status, "--max-lag", "1s", check=3).stdout
+    scene.daemon.kill()
+    assert "no daemon is running" in scene.run(*status, check=3).stdout
+
+
+# ------------------------------------------------------------------------------------------------------------
+# P5, do no harm: limits
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 64 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64m,mode=755", "tmpfs", str(place)], check=False, capture_output=True
+        ).returncode
+    ):
+        pytest.skip("needs the right to mount")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["--max-pinned", "--free-floor"])
+def test_pins_give_way_before_cassandras_disk_is_full_and_losses_are_named_p5(
+    scene: Scene, small_disk: Path, between: FaultProxy, limit: str
+) -> None:
+    node = Node(small_disk / "cassandra")
+    node.incremental = False
+    users = node.table("ks1", "users")
+    share = {"--max-pinned": ("30%", "1%"), "--free-floor": ("99%", "40%")}[limit]
+    scene.start(*node.data_dirs, args=("--max-pinned", share[0], "--free-floor", share[1]))
+    between.down()
+    tags = []
+    for number in range(9):
+        users.flush(size=6_000_000)
+        node.snapshot(f"tag{number}")
+        tags.append(f"tag{number}")
+        wait_for(lambda: scene.page()["quiet"])
+        node.clear(tags[-1])
+        for sstable in users.sstables:
+            sstable.remove()
+        users.sstables.clear()
+        scene.page()  # a status also keeps the limits
+    wait_for(lambda: scene.page()["full"] or "LOST" in scene.daemon.log())
+    disk = os.statvfs(small_disk)
+    assert disk.f_bavail / disk.f_blocks > 0.25
+    between.up()
+    page = scene.settled()
+    assert page["counts"]["lost"] > 0
+    assert oracle.problems(scene.bucket.objects(), "node1") == []
+    missing = {item.path for item in oracle.lost(node.history, scene.bucket.objects(), "node1")}
+    assert missing
+    log = scene.daemon.log()
+    assert [path for path in sorted(missing) if path not in log] == [], "lost without its name in the log (P2)"
+    said = {os.path.basename(path) for found in scene.listings() for path in found.document.get("lost", ())}
+    assert {os.path.basename(path) for path in missing} <= said

@@ -1,0 +1,464 @@
+"""What becomes restorable when: listings, reuse, completeness, and what happens when the bucket is not what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import oracle
+import pytest
+from conftest import Daemon, Run
+from faultproxy import FaultProxy, assert_written_once, bytes_sent
+from scene import Scene, area_of, assert_no_pin_is_left, wait_for
+from servers import Bucket, FileBucket
+from tree import Copy, Node
+
+
+@pytest.fixture
+def scene(tmp_path: Path, daemon: Callable[..., Daemon], run_cassbackup: Run, tmp_bucket: FileBucket) -> Scene:
+    return Scene(tmp_path, daemon, run_cassbackup, tmp_bucket)
+
+
+def contents(bucket: Bucket) -> dict[str, bytes]:
+    """Return what is stored, but for the heartbeats."""
+    return {key: body for key, body in bucket.objects().items() if "/heartbeat/" not in key}
+
+
+def assert_keys_kept(before: dict[str, bytes], bucket: Bucket) -> None:
+    """Fail if a key that was there has other bytes, or is gone (P3)."""
+    now = bucket.objects()
+    assert {key: now.get(key) for key in before} == before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Snapshots
+
+
+def test_a_second_snapshot_of_unchanged_tables_sends_only_what_cassandra_wrote_anew(scene: Scene, node: Node) -> None:
+    users, local = node.table("ks1", "users", indexes=["by_name"]), node.table("system", "local")
+    for table in (users, local):
+        table.flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("monday")
+    scene.settled()
+    before = set(scene.file_keys())
+    node.snapshot("tuesday")
+    scene.settled()
+    new = sorted(set(scene.file_keys()) - before)
+    assert [os.path.basename(key) for key in new] == ["manifest.json", "schema.cql", "manifest.json"]
+    assert {found.state for found in scene.listings("snapshot")} == {"complete"}
+    scene.assert_all_is_listed(node.history)
+    assert_no_pin_is_left(area_of(node))
+
+
+@pytest.mark.slow
+def test_a_flush_and_a_snapshot_at_once_as_nodetool_makes_them_send_the_bytes_once(scene: Scene, node: Node) -> None:
+    tables = [node.table("ks1", f"t{number}") for number in range(5)]
+    scene.start(*node.data_dirs, args=("--max-bandwidth", "4M"))
+    for table in tables:
+        table.flush(size=2_000_000)
+        table.snapshot("daily")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    bodies = [body for key, body in scene.bucket.objects().items() if "-Data.db" in key]
+    assert (len(bodies), len(set(bodies))) == (5, 5)
+
+
+@pytest.mark.slow
+def test_one_tag_taken_twice_while_the_store_is_down_becomes_two_whole_takings(
+    scene: Scene, node: Node, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    between = proxy(moto)
+    scene.bucket, scene.environ = moto, moto.through(between.url)
+    scene.start(*node.data_dirs)
+    scene.settled()
+    between.down()
+    node.snapshot("daily")
+    wait_for(lambda: scene.page()["pending"]["units"] == 1)
+    node.clear("daily")
+    users.compact()
+    users.flush()
+    node.snapshot("daily")
+    wait_for(lambda: scene.page()["pending"]["units"] >= 2)
+    node.clear("daily")
+    between.up()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    takings = {found.of.taking: found for found in scene.listings("snapshot")}
+    assert len(takings) == 2
+    assert {found.state for found in takings.values()} == {"complete"}
+    assert_written_once(between.trace)
+
+
+def test_a_tag_cleared_and_taken_again_at_once_is_two_takings(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("daily")
+    scene.settled()
+    node.clear("daily")
+    node.snapshot("daily")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert [found.state for found in scene.listings("snapshot")] == ["complete", "complete"]
+    assert len({found.of.taking for found in scene.listings("snapshot")}) == 2
+
+
+def test_a_snapshot_over_several_data_directories_is_one_unit_wherever_its_manifest_is(
+    scene: Scene, tmp_path: Path
+) -> None:
+    node = Node(tmp_path / "many", data_dirs=3, seed=5)
+    users = node.table("ks1", "users", indexes=["by_name"])
+    for _ in range(6):
+        users.flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("daily")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    (listing,) = scene.listings("snapshot")
+    assert listing.state == "complete"
+    assert len(listing.document["directories"]) > 1
+    assert sum(entry.path.endswith("/manifest.json") for entry in listing.entries) == 1
+
+
+@pytest.mark.slow
+def test_a_snapshot_without_a_manifest_is_listed_incomplete_after_the_settle_time(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    users.sstables[0].link("snapshots/broken", node.history, users.unit("broken"))
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    (listing,) = scene.listings("snapshot")
+    assert (listing.state, listing.document["missing"]) == ("incomplete", ["manifest.json"])
+
+
+def test_a_listing_is_completed_by_a_manifest_that_comes_late(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    users.sstables[0].link("snapshots/daily", node.history, users.unit("daily"))
+    scene.settled()
+    folder = users.directories()[0] / "snapshots" / "daily"
+    manifest = json.dumps({"files": [f"{users.sstables[0].stem}-Data.db"]}).encode()
+    (folder / "manifest.json").write_bytes(manifest)
+    node.history.add(users.unit("daily"), folder / "manifest.json", Copy.of(manifest))
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert [found.state for found in scene.listings("snapshot")] == ["incomplete", "complete"]
+    assert len({found.of for found in scene.listings("snapshot")}) == 1
+
+
+@pytest.mark.slow
+def test_sstables_that_the_manifest_does_not_name_stay_out_of_the_snapshot(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    named = users.flush()
+    stray = users.flush()
+    users.sstables.remove(stray)
+    stray.link("snapshots/daily", node.history, None)
+    node.snapshot("daily")
+    done = scene.once(*node.data_dirs)
+    (listing,) = scene.listings("snapshot")
+    assert listing.state == "complete"
+    names = {os.path.basename(entry.path) for entry in listing.entries} - {"manifest.json", "schema.cql"}
+    assert names == {f"{named.stem}-{component}" for component in named.components}
+    assert "not named by the manifest" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_repairs_own_snapshots_are_skipped_and_counted(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("by-manifest", ephemeral=True)
+    node.snapshot("by-marker", [])
+    users.sstables[0].link("snapshots/by-marker", node.history, None)
+    (users.directories()[0] / "snapshots" / "by-marker" / "ephemeral.snapshot").touch()
+    wait_for(lambda: scene.settled()["counts"].get("skipped_ephemeral") == 2)
+    assert scene.listings("snapshot") == []
+    assert_no_pin_is_left(area_of(node))
+
+
+@pytest.mark.slow
+def test_toc_that_grows_in_place_is_stored_again_and_listed_as_it_is(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    sstable = users.flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("before")
+    scene.settled()
+    before = contents(scene.bucket)
+    with sstable.path("TOC.txt").open("a") as toc:
+        toc.write("SAI+aa+GroupMeta.db\n")
+    sstable.components["TOC.txt"] = Copy.of(sstable.path("TOC.txt").read_bytes())
+    node.snapshot("after")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert_keys_kept(before, scene.bucket)
+    assert [found.state for found in scene.listings("snapshot")] == ["complete", "complete"]
+
+
+@pytest.mark.slow
+def test_statistics_that_are_replaced_between_two_snapshots_are_stored_in_both_versions(
+    scene: Scene, node: Node
+) -> None:
+    users = node.table("ks1", "users")
+    sstable = users.flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("before")
+    scene.settled()
+    old, before = sstable.components["Statistics.db"], contents(scene.bucket)
+    users.rewrite_statistics()
+    node.snapshot("after")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert_keys_kept(before, scene.bucket)
+    stored = {Copy.of(body) for key, body in scene.bucket.objects().items() if "Statistics.db" in key}
+    assert {old, sstable.components["Statistics.db"]} <= stored
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Incrementals
+
+
+@pytest.mark.slow
+def test_a_generation_that_comes_again_with_other_content_gets_a_key_of_its_own(scene: Scene, node: Node) -> None:
+    """P3: written once."""
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    before = contents(scene.bucket)
+    users.truncate()
+    shutil.rmtree(users.directories()[0] / "backups")
+    node.restart()
+    again = users.flush()
+    assert again.stem == "nb-1-big"
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert_keys_kept(before, scene.bucket)
+    keys = [key for key in scene.file_keys() if "/backups/" in key and "nb-1-big-Data.db" in key]
+    assert len(keys) == 2
+
+
+@pytest.mark.slow
+def test_an_inode_number_that_comes_again_is_not_taken_for_the_same_bytes(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    scene.start(*node.data_dirs)
+    backups = users.directories()[0] / "backups"
+    for number in range(5):  # ext4 gives a freed inode away at once
+        path = backups / "nb-1-big-Data.db"
+        backups.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_bytes(bytes([number]) * 100)
+        os.utime(path, ns=(1, 1_700_000_000_000_000_000 + number))
+        node.history.add(users.unit(), path, Copy.of(path.read_bytes()))
+        scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_an_incremental_that_lacks_a_component_is_listed_incomplete_after_the_settle_time(
+    scene: Scene, node: Node
+) -> None:
+    node.incremental = False
+    users = node.table("ks1", "users")
+    whole, broken = users.flush(), users.flush()
+    del broken.components["Statistics.db"]
+    scene.start(*node.data_dirs)
+    for sstable in (whole, broken):
+        sstable.link("backups", node.history, users.unit())
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    incomplete = [found for found in scene.listings("incremental") if found.state == "incomplete"]
+    assert incomplete
+    assert all("nb-2-big-Statistics.db" in "".join(found.document["missing"]) for found in incomplete)
+    complete = [found for found in scene.listings("incremental") if found.state == "complete"]
+    assert {os.path.basename(e.path).split("-big")[0] for found in complete for e in found.entries} == {"nb-1"}
+
+
+@pytest.mark.slow
+def test_a_component_that_comes_late_completes_its_incremental(scene: Scene, node: Node) -> None:
+    node.incremental = False
+    users = node.table("ks1", "users")
+    sstable = users.flush()
+    late = sstable.components.pop("Statistics.db")
+    scene.start(*node.data_dirs, args=("--settle", "60"))
+    sstable.link("backups", node.history, users.unit())
+    wait_for(lambda: scene.page()["sent"]["files"] >= 7)
+    path = users.directories()[0] / "backups" / f"{sstable.stem}-Statistics.db"
+    os.link(sstable.path("Statistics.db"), path)
+    node.history.add(users.unit(), path, late)
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert {found.state for found in scene.listings("incremental")} == {"complete"}
+
+
+def test_a_roll_up_names_the_listings_that_it_replaces_and_holds_all_of_their_files(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    scene.start(*node.data_dirs)
+    for _ in range(3):
+        users.flush()
+        scene.settled()
+    small = {os.path.basename(found.key) for found in scene.listings("incremental")}
+    node.snapshot("daily")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    (rollup,) = (found for found in scene.listings("incremental") if found.state == "rollup")
+    assert {os.path.basename(name) for name in rollup.document["replaces"]} == small
+    assert len(rollup.entries) == 24
+
+
+@pytest.mark.slow
+def test_only_incrementals_that_are_listed_whole_are_deleted_and_only_if_asked_for(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    whole = users.flush()
+    node.incremental = False
+    broken = users.flush()
+    del broken.components["Statistics.db"]
+    broken.link("backups", node.history, users.unit())
+    node.snapshot("daily")
+    before = oracle.survey(node.root)
+    scene.once(*node.data_dirs, check=3)
+    assert oracle.untouched(before, oracle.survey(node.root)) == []
+    scene.start(*node.data_dirs, args=("--delete-uploaded-incrementals",))
+    users.flush().link("backups", node.history, users.unit())
+    backups = users.directories()[0] / "backups"
+    wait_for(lambda: not list(backups.glob("nb-3-*")))
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert len(list(backups.glob(f"{broken.stem}-*"))) == 7
+    assert all(sstable.path("Data.db").exists() for sstable in (whole, broken))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The bucket is not what it was
+
+
+@pytest.mark.slow
+def test_condemned_keys_are_stored_again_under_keys_never_used_before(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    node.incremental = False
+    node.snapshot("monday")
+    scene.once(*node.data_dirs)
+    before = contents(scene.bucket)
+    doomed = [key for key in scene.file_keys() if "manifest" not in key and "schema" not in key]
+    body = json.dumps({"keys": doomed}).encode()
+    scene.bucket.put("node1.condemned/20260101T000000.000000Z.json", body)
+    node.snapshot("tuesday")
+    scene.once(*node.data_dirs)
+    scene.assert_all_is_listed(node.history)
+    newest = scene.listings("snapshot")[-1]
+    assert newest.of.tag == "tuesday"
+    assert newest.state == "complete"
+    assert not {entry.key for entry in newest.entries} & set(doomed)
+    assert_keys_kept(before, scene.bucket)
+
+
+@pytest.mark.slow
+def test_an_object_deleted_behind_the_back_is_stored_again_for_the_next_listing(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    node.incremental = False
+    node.snapshot("monday")
+    scene.once(*node.data_dirs)
+    gone = [key for key in scene.file_keys() if key.endswith("Data.db")]
+    scene.bucket.delete(*gone)
+    node.snapshot("tuesday")
+    scene.once(*node.data_dirs)
+    objects = scene.bucket.objects()
+    newest = scene.listings("snapshot")[-1]
+    assert (newest.of.tag, newest.state) == ("tuesday", "complete")
+    assert {entry.key for entry in newest.entries} <= set(objects)
+    assert not {entry.key for entry in newest.entries} & set(gone)
+
+
+@pytest.mark.slow
+def test_a_bucket_that_was_emptied_gets_all_that_is_on_disk_again(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users", indexes=["by_name"])
+    for _ in range(3):
+        users.flush()
+    node.snapshot("daily")
+    scene.once(*node.data_dirs)
+    scene.bucket.empty()
+    scene.start(*node.data_dirs)
+    wait_for(lambda: oracle.lost(node.history, scene.bucket.objects(), "node1") == [])
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert_no_pin_is_left(area_of(node))
+
+
+def test_data_that_contradicts_its_digest_is_stored_with_a_loud_warning_and_a_count(scene: Scene, node: Node) -> None:
+    node.incremental = False
+    users = node.table("ks1", "users")
+    sstable = users.flush()
+    sstable.write("Digest.crc32", b"12345")
+    scene.start(*node.data_dirs)
+    node.snapshot("daily")
+    page = scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert page["counts"]["digest_mismatch"] == 1
+    (loud,) = (line for line in scene.daemon.log().splitlines() if "Digest.crc32" in line)
+    assert " error " in loud
+    assert f"{sstable.stem}-Data.db" in loud
+
+
+@pytest.mark.slow
+def test_data_whose_digest_comes_later_is_held_against_it_all_the_same(scene: Scene, node: Node) -> None:
+    node.incremental = False
+    users = node.table("ks1", "users")
+    sstable = users.flush()
+    sstable.write("Digest.crc32", b"12345")
+    late = sstable.components.pop("Digest.crc32")
+    scene.start(*node.data_dirs, args=("--settle", "60"))
+    del sstable.components["Statistics.db"]
+    sstable.link("backups", node.history, users.unit())
+    wait_for(lambda: scene.page()["sent"]["files"] >= 6)
+    backups = users.directories()[0] / "backups"
+    for name in ("Digest.crc32", "Statistics.db"):
+        os.link(sstable.path(name), backups / f"{sstable.stem}-{name}")
+    node.history.add(users.unit(), backups / f"{sstable.stem}-Digest.crc32", late)
+    page = scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert page["counts"].get("digest_mismatch") == 1
+
+
+@pytest.mark.slow
+def test_a_heartbeat_says_that_the_daemon_lives_and_through_when_all_is_listed(scene: Scene, node: Node) -> None:
+    node.table("ks1", "users").flush()
+    scene.start(*node.data_dirs, args=("--heartbeat", "1"))
+    scene.settled()
+
+    def beats() -> list[str]:
+        return [key for key in scene.bucket.keys() if "/heartbeat/" in key]  # noqa: SIM118 - a method of ours
+
+    wait_for(lambda: len(beats()) >= 3)
+    pages = [json.loads(scene.bucket.get(key)) for key in beats()]
+    assert pages[-1]["pending_units"] == 0
+    assert pages[-1]["listed_through"] > pages[0]["listed_through"]
+
+
+@pytest.mark.slow
+def test_one_table_twice_on_a_real_store_sends_each_files_bytes_once(
+    scene: Scene, node: Node, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    users = node.table("ks1", "users")
+    between = proxy(moto)
+    scene.bucket, scene.environ = moto, moto.through(between.url)
+    scene.start(*node.data_dirs)
+    users.flush(size=20_000_000)
+    scene.settled()
+    sent = sum(bytes_sent(between.trace).values())
+    node.snapshot("monday")
+    node.snapshot("tuesday")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    more = {key for key, size in bytes_sent(between.trace).items() if "/snapshots/" in key and key.startswith("node1/")}
+    assert {os.path.basename(key) for key in more} == {"manifest.json", "schema.cql"}
+    assert sum(bytes_sent(between.trace).values()) < sent + 100_000
+    assert_written_once(between.trace)
