@@ -3126,7 +3126,7 @@ class Carrier:
     clock: Clock
     policy: Policy
     counts: Counter[str] = field(default_factory=Counter)
-    recovered: set[Unit] = field(default_factory=set)  # left by an earlier process: asked for before they are sent
+    recovered: set[Unit] = field(default_factory=set)  # left by an earlier process: looked up before they are sent
     _learned: set[str] = field(default_factory=set)
     _sure: dict[Unit, Stamp] = field(default_factory=dict)  # looked at after this manifest.json: nothing had vanished
     _first_seen: dict[tuple[str, ...], float] = field(default_factory=dict)  # SSTables that lack components
@@ -3139,6 +3139,10 @@ class Carrier:
 
     def carry(self, unit: Unit, waiting: Waiting) -> float | None:
         """Store and list a unit; None when it is done, else the seconds after which to carry it again."""
+        if unit in self.recovered:
+            return self._look_up(unit)
+        if any((other.keyspace, other.table) == (unit.keyspace, unit.table) for other in self.recovered):
+            return QUIET_S  # the same bytes may be there under the path of that unit
         with self.pinner.lock:
             self.pinner.close_batch(unit)
         load = Load(unit, waiting.touched, *self._read_pins(unit))
@@ -3153,6 +3157,18 @@ class Carrier:
             what = f"{len(load.unread)} files cannot be read, {quote(f'{directory}/{name}')}: {error.strerror}"
             raise Fault(what, "the disk may be failing: what could be read is stored")
         return delay
+
+    def _look_up(self, unit: Unit) -> float:
+        """Ask which pins of an earlier process had been sent, before anything of their table is."""
+        unknown = {self._key(pin): pin for pin in self._read_pins(unit)[0].values() if not self._known(pin)}
+        folders = {key.rpartition("/")[0] + "/" for key in unknown}
+        there = [head.key for folder in folders for head in self.store.list(folder) if head.key in unknown]
+        futures = [(unknown[key], self.uploaders.send(unknown[key], key, True, True)) for key in there]
+        for pin, future in futures:
+            with contextlib.suppress(Corrupt, OSError):  # the carrying will tell
+                self._record([_entry(pin, future.result())], self._run)
+        self.recovered.discard(unit)
+        return QUIET_S
 
     def everything_again(self) -> None:
         """Trust nothing that we remember of the bucket: it is not what it was."""
@@ -3311,7 +3327,6 @@ class Carrier:
                     self.pinner.released(area, relative)
                 else:
                     done = False
-        self.recovered.discard(unit)
         if not done:
             return 2.0
         self._sure.pop(unit, None)
@@ -3389,10 +3404,14 @@ class Carrier:
         bytes_of = self._bytes_of(pin)
         with self._lock:
             future = self._sending.get(bytes_of)
-            if future is None or future.done():
-                first = load.unit.urgent or pin.name in (MANIFEST, SCHEMA)
-                future = self.uploaders.send(pin, self._key(pin), first, load.unit in self.recovered)
-                self._sending[bytes_of] = future
+            if future and not (future.done() and (future.cancelled() or future.exception())):
+                return future
+            if entry := self._remembered(pin):  # since we asked last
+                future = Future()
+                future.set_result(Head(entry.key, pin.stamp.size, entry.etag, 0.0, entry.crc32, entry.crc32c))
+                return future
+            first = load.unit.urgent or pin.name in (MANIFEST, SCHEMA)
+            future = self._sending[bytes_of] = self.uploaders.send(pin, self._key(pin), first, False)
             return future
 
     def _check_digests(self, load: Load, sent: set[Path]) -> None:

@@ -44,8 +44,8 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     ("args", "said"),
     [
         (("watch", "/x", "--no-such-option"), "--no-such-option"),
-        (("statsu",), "did you mean 'status'"),
-        (("cofnig",), "did you mean 'config'"),
+        (("statsu",), "did you mean `cassbackup status`"),
+        (("cofnig",), "did you mean `cassbackup config`"),
         (("data",), "A path contains a /"),
         (("watch", "/x", "--bucket", "ftp://b"), "of no known kind"),
         (("watch", "/x", "--bucket", "s3://"), "of no known kind"),
@@ -55,8 +55,8 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
         (("watch", "/x", "--bucket", "file:///tmp/b", "--name", "../up"), "cannot be used"),
         (("watch", "/x", "--bucket", "file:///tmp/b", "--threads", "0"), "--threads '0' cannot be read"),
         (("watch", "/x", "--bucket", "file:///tmp/b", "--threads", "many"), "--threads 'many' cannot be read"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--settle", "soon"), "write a duration as"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--max-bandwidth", "fast"), "write a size as"),
+        (("watch", "/x", "--bucket", "file:///tmp/b", "--settle", "soon"), "write 90s, 15m, 26h or 7d"),
+        (("watch", "/x", "--bucket", "file:///tmp/b", "--max-bandwidth", "fast"), "write 50M or 1.5G"),
         (("watch", "/x", "--bucket", "file:///tmp/b", "--max-pinned", "lots"), "write a part of the disk"),
         (("watch", "/x", "--bucket", "file:///tmp/b", "--since", "yesterday"), "--since 'yesterday' cannot be read"),
         (("watch", "/x", "--bucket", "file:///tmp/b", "--include", "("), "--include '(' cannot be read"),
@@ -125,7 +125,7 @@ def run_as_nobody(command: list[str], home: Path) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(
     ("locked", "said"),
-    [("data", "cannot be read"), ("state", "state directory"), ("pins", "no pin area"), ("bucket", "cannot write to")],
+    [("data", "cannot be read"), ("state", "state directory"), ("pins", "no pin area"), ("bucket", "Permission denied")],
 )
 def test_what_may_not_be_read_or_written_is_named_with_exit_2(
     script: Path, tmp_path: Path, home: Path, locked: str, said: str
@@ -176,6 +176,7 @@ def test_without_any_credentials_it_says_so_with_exit_2(
     assert "credential" in complaint(done).lower()
 
 
+@pytest.mark.slow
 def test_a_node_that_belongs_to_another_machine_is_refused_unless_adopted(scene: Scene, node: Node) -> None:
     page = {"version": 1, "machine_id": "0123456789abcdef", "data_directories": ["/data"]}
     scene.bucket.put("node1.listings/owner.json", json.dumps(page).encode())
@@ -246,6 +247,7 @@ def test_config_shows_each_value_and_a_flag_beats_environment_beats_file_beats_d
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_secret_is_never_shown_or_logged(scene: Scene, node: Node) -> None:
     canary = "AKIACANARYCANARY"
     node.table("ks1", "users").flush()
@@ -268,6 +270,7 @@ def test_each_event_is_one_line_whatever_a_file_is_called(scene: Scene, node: No
     assert "two%0Alines" in done.stderr
 
 
+@pytest.mark.slow
 def test_lines_carry_priorities_where_journald_reads_them(
     script: Path, home: Path, tmp_path: Path, node: Node, tmp_bucket: FileBucket, basics: tuple[str, ...]
 ) -> None:

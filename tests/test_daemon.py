@@ -164,6 +164,7 @@ def test_a_second_daemon_ends_with_exit_1_and_names_the_first(scene: Scene, node
     scene.once(*node.data_dirs)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_daemon_in_good_order(scene: Scene, node: Node) -> None:
     node.table("ks1", "users").flush()
     scene.start(*node.data_dirs)
@@ -196,6 +197,7 @@ def test_sigterm_ends_the_daemon_within_30_s_while_the_store_is_down(
 # P8, signals are true
 
 
+@pytest.mark.slow
 def test_once_ends_with_0_only_when_everything_is_listed_whole_p8(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush()
@@ -228,7 +230,7 @@ def test_status_is_red_for_each_thing_that_is_wrong_p8(scene: Scene, node: Node,
     scene.start(*node.data_dirs)
     status = ("status", "--state-dir", scene.state)
     scene.settled()
-    assert "never backed up" in scene.run(*status, check=3).stdout
+    assert "no whole snapshot of ks1" in scene.run(*status, check=3).stdout
     node.snapshot("daily")
     scene.settled()
     assert "BEHIND" not in scene.run(*status, "--wait", check=0).stdout

@@ -95,6 +95,7 @@ def test_one_tag_taken_twice_while_the_store_is_down_becomes_two_whole_takings(
     assert_written_once(between.trace)
 
 
+@pytest.mark.slow
 def test_a_tag_cleared_and_taken_again_at_once_is_two_takings(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush()
@@ -138,6 +139,7 @@ def test_a_snapshot_without_a_manifest_is_listed_incomplete_after_the_settle_tim
     assert (listing.state, listing.document["missing"]) == ("incomplete", ["manifest.json"])
 
 
+@pytest.mark.slow
 def test_a_listing_is_completed_by_a_manifest_that_comes_late(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush()
@@ -298,6 +300,7 @@ def test_a_component_that_comes_late_completes_its_incremental(scene: Scene, nod
     assert {found.state for found in scene.listings("incremental")} == {"complete"}
 
 
+@pytest.mark.slow
 def test_a_roll_up_names_the_listings_that_it_replaces_and_holds_all_of_their_files(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     scene.start(*node.data_dirs)
@@ -431,7 +434,7 @@ def test_data_whose_digest_comes_later_is_held_against_it_all_the_same(scene: Sc
 @pytest.mark.slow
 def test_a_heartbeat_says_that_the_daemon_lives_and_through_when_all_is_listed(scene: Scene, node: Node) -> None:
     node.table("ks1", "users").flush()
-    scene.start(*node.data_dirs, args=("--heartbeat", "1"))
+    scene.start(*node.data_dirs, args=("--heartbeat", "1", "--reconcile", "1"))
     scene.settled()
 
     def beats() -> list[str]:

@@ -134,6 +134,7 @@ def test_a_directory_that_becomes_a_symlink_is_not_followed(scene: Scene, node: 
     assert scene.daemon.is_running
 
 
+@pytest.mark.slow
 def test_sparse_and_empty_files_are_stored_whole(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush(components=12, empty=["Filter.db"])
@@ -189,6 +190,7 @@ def test_every_name_that_a_file_system_can_hold_is_stored_and_listed(scene: Scen
     assert_no_pin_is_left(node.root / ".cassbackup")
 
 
+@pytest.mark.slow
 def test_odd_names_survive_a_kill_between_pin_and_listing(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     scene.start(*node.data_dirs, args=("--settle", "600"))
@@ -211,6 +213,7 @@ def test_odd_names_survive_a_kill_between_pin_and_listing(scene: Scene, node: No
 # Rights and limits
 
 
+@pytest.mark.slow
 def test_a_directory_that_may_not_be_read_is_named_and_listed_once_it_may(
     scene: Scene, node: Node, within: Within, tmp_path: Path
 ) -> None:
@@ -339,6 +342,7 @@ def test_started_as_root_it_becomes_the_owner_of_the_data(
     assert os.stat(f"/proc/{scene.daemon.pid}").st_uid == NOBODY
 
 
+@pytest.mark.slow
 def test_the_pins_go_inside_the_data_directory_where_nothing_may_be_made_beside_it(
     scene: Scene, node: Node, within: Within, tmp_path: Path
 ) -> None:
@@ -359,6 +363,7 @@ def test_the_pins_go_inside_the_data_directory_where_nothing_may_be_made_beside_
 # What the operator wants stored
 
 
+@pytest.mark.slow
 def test_filters_leave_out_what_they_say_and_count_what_is_too_old(scene: Scene, node: Node) -> None:
     for keyspace, name in (("ks1", "users"), ("ks1", "cache"), ("ks2", "users"), ("system", "local")):
         node.table(keyspace, name).flush()
@@ -372,6 +377,7 @@ def test_filters_leave_out_what_they_say_and_count_what_is_too_old(scene: Scene,
     assert scene.settled()["counts"]["skipped_since"] > 0
 
 
+@pytest.mark.slow
 def test_archive_directories_are_stored_when_they_are_asked_for(scene: Scene, node: Node, tmp_path: Path) -> None:
     logs = tmp_path / "commitlogs"
     logs.mkdir()

@@ -113,7 +113,7 @@ def test_storms_over_secondary_indexes_lose_nothing_p2(scene: Scene, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_queue_of_64_events_overflows_and_still_nothing_is_lost_p2(scene: Scene, tmp_path: Path) -> None:
+def test_nothing_is_lost_with_a_queue_of_64_events_p2(scene: Scene, tmp_path: Path) -> None:
     storm = Storm(tmp_path / "data", tables=100, components=8)
     with queue_of(64):
         storm.root.mkdir()
@@ -142,6 +142,7 @@ def test_a_snapshot_that_is_cleared_a_second_after_its_last_link_is_whole(
     assert_no_pin_is_left(tmp_path / ".cassbackup")
 
 
+@pytest.mark.slow
 def test_directories_that_are_renamed_moved_in_and_made_again_are_seen(
     scene: Scene, node: Node, tmp_path: Path
 ) -> None:
