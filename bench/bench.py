@@ -27,8 +27,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
-import cassbackup  # noqa: E402
 from storm import Storm  # noqa: E402
+
+import cassbackup  # noqa: E402
 
 ENVIRON = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true", "CASSBACKUP_FREE_FLOOR": "1%"}
 TICK = os.sysconf("SC_CLK_TCK")
@@ -58,7 +59,9 @@ def wait_for(reached: Callable[[], bool], limit_s: float = 300.0) -> float:
 
 
 @contextmanager
-def pinner(data: Path, listed: Callable[[str], dict[str, dict[str, str]]] = lambda _: {}) -> Iterator[cassbackup.Pinner]:
+def pinner(
+    data: Path, listed: Callable[[str], dict[str, dict[str, str]]] = lambda _: {}
+) -> Iterator[cassbackup.Pinner]:
     """Run the watching and pinning half alone."""
     area, stop = cassbackup.open_area(str(data)), threading.Event()
     clock, filters = cassbackup.Clock(), cassbackup.Filters()
@@ -150,7 +153,13 @@ def _pin_theirs(kind: str, clear_ms: int | None) -> None:
         after = resource.getrusage(resource.RUSAGE_SELF)
         used = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
         lost = files - len(seen) + 1
-        row(_title("pyinotify, as Tablesnap", kind, clear_ms), files=files, lost=lost, lag_s=f"{lag:.2f}", cpu_s=f"{used:.2f}")
+        row(
+            _title("pyinotify, as Tablesnap", kind, clear_ms),
+            files=files,
+            lost=lost,
+            lag_s=f"{lag:.2f}",
+            cpu_s=f"{used:.2f}",
+        )
         stop.set()
         thread.join()
 
@@ -202,7 +211,7 @@ def daemon(root: Path, *options: str, bucket: str = "") -> Iterator[subprocess.P
 def memory(pid: int, field: str) -> int:
     """Return a figure of /proc/PID/status in MiB."""
     text = Path(f"/proc/{pid}/status").read_text()
-    return int(text.partition(field)[2].split()[1]) // 1024
+    return int(text.partition(field)[2].split()[0]) // 1024
 
 
 def cpu_s(pid: int) -> float:
@@ -232,9 +241,16 @@ def bench_idle() -> None:
         storm.seed()
         storm.backups()
         with daemon(root) as process:
-            status = [sys.executable, str(HERE / "cassbackup.py"), "status", "--wait", "--state-dir", str(root / "state")]
+            status = [
+                sys.executable,
+                str(HERE / "cassbackup.py"),
+                "status",
+                "--wait",
+                "--state-dir",
+                str(root / "state"),
+            ]
             wait_for((root / "state" / "status.json").exists)
-            subprocess.run(status, env=ENVIRON, stdout=subprocess.DEVNULL)
+            subprocess.run(status, check=False, env=ENVIRON, stdout=subprocess.DEVNULL)
             time.sleep(5)
             before = cpu_s(process.pid)
             time.sleep(60)

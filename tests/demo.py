@@ -47,7 +47,8 @@ def say(text: str) -> None:
 def run(*words: str) -> str:
     """Run a cassbackup command, show it and its output."""
     print(f"$ cassbackup {' '.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, str(MODULE), *words], env=ENVIRON, capture_output=True, text=True)
+    command = [sys.executable, str(MODULE), *words]
+    done = subprocess.run(command, check=False, env=ENVIRON, capture_output=True, text=True)
     print(done.stdout + done.stderr, end="", flush=True)
     return done.stdout
 
@@ -55,7 +56,9 @@ def run(*words: str) -> str:
 def status() -> dict[str, Any]:
     """Return the daemon's own account, once everything that it found is listed."""
     command = [sys.executable, str(MODULE), "status", "--wait", "--json"]
-    return json.loads(subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=90).stdout)
+    done = subprocess.run(command, check=False, env=ENVIRON, capture_output=True, text=True, timeout=90)
+    page: dict[str, Any] = json.loads(done.stdout)
+    return page
 
 
 @contextmanager
@@ -79,7 +82,11 @@ def build() -> Node:
     """Make a data directory with two keyspaces, an index, large and empty files."""
     node = Node(DATA.parent, incremental=False)
     users, events = node.table("shop", "users", indexes=["users_by_name"]), node.table("shop", "events")
-    for table, sstables, size in ((users, 6, 400_000), (events, 12, 100_000), (node.table("system", "local"), 3, 2_000)):
+    for table, sstables, size in (
+        (users, 6, 400_000),
+        (events, 12, 100_000),
+        (node.table("system", "local"), 3, 2_000),
+    ):
         for _ in range(sstables):
             table.flush(size=size)
     events.flush(size=24_000_000)
@@ -115,7 +122,10 @@ def main() -> int:
     say("a Cassandra data directory is generated")
     node = build()
     before = oracle.survey(DATA)
-    print(f"{sum(1 for path in before if Path(path).suffix)} files in {len(node.tables)} tables below {DATA.relative_to(HERE)}")
+    print(
+        f"{sum(1 for path in before if Path(path).suffix)} files in {len(node.tables)} tables"
+        f" below {DATA.relative_to(HERE)}"
+    )
     with daemon():
         say("a snapshot is taken, and cleared at once")
         snapshot(node, "monday")
@@ -130,12 +140,18 @@ def main() -> int:
         snapshot(node, "tuesday")
         third = status()
         sent = third["sent"]["files"] - second["sent"]["files"]
-        print(f"sent: {sent} files; listed without sending: {third['counts']['listed_files'] - second['counts']['listed_files'] - sent}")
+        print(
+            f"sent: {sent} files; listed without sending: "
+            f"{third['counts']['listed_files'] - second['counts']['listed_files'] - sent}"
+        )
         say("how it stands")
         run("status", "--max-age", "1h")
     say("the bucket, compared with everything that had existed")
     wrong = compare(node)
-    print(f"\nHave a look: {BUCKET.relative_to(HERE)}, and the daemon's log in {(ROOT / 'cassbackup.log').relative_to(HERE)}")
+    print(
+        f"\nHave a look: {BUCKET.relative_to(HERE)},"
+        f" and the daemon's log in {(ROOT / 'cassbackup.log').relative_to(HERE)}"
+    )
     return 1 if wrong else 0
 
 

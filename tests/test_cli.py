@@ -125,7 +125,12 @@ def run_as_nobody(command: list[str], home: Path) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(
     ("locked", "said"),
-    [("data", "cannot be read"), ("state", "state directory"), ("pins", "no pin area"), ("bucket", "Permission denied")],
+    [
+        ("data", "cannot be read"),
+        ("state", "state directory"),
+        ("pins", "no pin area"),
+        ("bucket", "Permission denied"),
+    ],
 )
 def test_what_may_not_be_read_or_written_is_named_with_exit_2(
     script: Path, tmp_path: Path, home: Path, locked: str, said: str

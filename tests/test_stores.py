@@ -810,7 +810,9 @@ def test_a_delete_that_fails_for_some_is_told_for_those(weak: Retrying, faulty: 
 
 
 @pytest.mark.parametrize("kind", ["moto", "rclone"])
-def test_a_bucket_that_does_not_exist_is_named_with_what_to_do(kind: str, request: pytest.FixtureRequest, opened: Opener) -> None:
+def test_a_bucket_that_does_not_exist_is_named_with_what_to_do(
+    kind: str, request: pytest.FixtureRequest, opened: Opener
+) -> None:
     bucket = copy.copy(request.getfixturevalue(kind))
     bucket.bucket = "no-such-place"
     store = opened(bucket)
