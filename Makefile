@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_USE_PEP517 := 1
 
-.PHONY: help venv demo test test-fast test-pythons lint format clean
+.PHONY: help venv demo test test-fast test-pythons lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ lint: $(VENV)/.stamp ## ruff and mypy, nothing is changed
 format: $(VENV)/.stamp ## let ruff mend imports and layout
 	$(VENV)/bin/python -m ruff check --fix --select I .
 	$(VENV)/bin/python -m ruff format .
+
+bench: $(VENV)/.stamp ## measure what the README claims; takes some minutes
+	$(VENV)/bin/python bench/bench.py
 
 clean: ## remove all that make has made
 	rm -rf $(VENV) $(VENV)-* .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

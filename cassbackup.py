@@ -2094,9 +2094,10 @@ class Pinner:
     def look_everywhere(self) -> None:
         """Look into every directory there is."""
         began = time.time()
+        known = list(self._places.values())
         for area in self.areas:
-            self._enter(area, "")
-        for place in list(self._places.values()):
+            self._enter(area, "")  # and all that is below, at the start
+        for place in known:
             if self._places.get(place.path) is place:
                 self.look(place)
         self.looked = began

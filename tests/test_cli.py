@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Daemon, Run, clean_environ
+from conftest import REPOSITORY, Daemon, Run, clean_environ
 from scene import Scene
 from servers import Bucket, FileBucket
 from tree import Node
@@ -294,3 +294,11 @@ def test_lines_carry_priorities_where_journald_reads_them(
         env = clean_environ(home, {"JOURNAL_STREAM": "1:1"})
         subprocess.run(command, check=True, env=env, stderr=stderr, timeout=60)
     assert not [line for line in log.read_text().splitlines() if line.startswith("<")]
+
+
+def test_the_readme_names_every_option_and_its_variable(scene: Scene) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for command in ("watch", "status"):
+        said = scene.run(command, "--help", check=0).stdout
+        named = set(re.findall(r"--[a-z][a-z-]+|CASSBACKUP_[A-Z_]+|BUCKET_NAME|REGION", said)) - {"--help"}
+        assert [name for name in sorted(named) if name not in readme] == []
