@@ -9,19 +9,32 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import oracle
+import pytest
 from conftest import Daemon, Run
 from oracle import Listing
 from servers import Bucket
 from tree import Copy, History, Node
 
 SETTLE = ("--settle", "1", "--max-bandwidth", "0")
+
+
+def nobody() -> list[str]:
+    """Return what makes a command somebody else's; skip where that cannot be, or cannot read this Python."""
+    become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("needs root and setpriv to become somebody else")
+    if subprocess.run([*become, sys.executable, "-c", "import pyinotify"], check=False, capture_output=True).returncode:
+        pytest.skip(f"nobody else may read {sys.executable}")
+    return become
 
 
 def wait_for(predicate: Callable[[], object], timeout: float = 40.0) -> None:

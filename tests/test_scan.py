@@ -16,7 +16,7 @@ import oracle
 import pytest
 from conftest import Daemon, Run, clean_environ
 from faultproxy import FaultProxy
-from scene import SETTLE, Scene, assert_no_pin_is_left, wait_for
+from scene import SETTLE, Scene, assert_no_pin_is_left, nobody, wait_for
 from servers import Bucket, FileBucket
 from tree import Node, Table
 
@@ -48,15 +48,14 @@ def within(scene: Scene, script: Path, home: Path) -> Iterator[Within]:
 
 def as_nobody(scene: Scene, tmp_path: Path) -> list[str]:
     """Return a prefix that becomes nobody, for whom state directory, bucket and home are made."""
-    if os.geteuid() != 0 or not shutil.which("setpriv"):
-        pytest.skip("needs root and setpriv to become somebody else")
+    become = nobody()
     for folder in (tmp_path, *tmp_path.parents):
         if str(folder).startswith("/tmp/"):
             folder.chmod(folder.stat().st_mode | 0o055)
     scene.state.mkdir()
     for folder in (scene.state, tmp_path / "bucket", tmp_path / "home"):
         os.chown(folder, NOBODY, NOBODY)
-    return ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"]
+    return become
 
 
 def give(root: Path, user: int) -> None:
