@@ -1520,8 +1520,14 @@ class Ledger:
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-        db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-4096;" + self._TABLES)
-        db.execute("SELECT count(*) FROM facts").fetchone()
+        try:
+            db.executescript(
+                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-4096;" + self._TABLES
+            )
+            db.execute("SELECT count(*) FROM facts").fetchone()
+        except sqlite3.Error:
+            db.close()
+            raise
         return db
 
     def _sum(self, row: Sequence[str]) -> int:
