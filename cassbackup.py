@@ -52,7 +52,12 @@ Contents
     Upload          a pool whose unit of work is a part
     Publish         what is complete, and writing the listing
     Daemon          the one loop that joins them
-    Commands        watch, status, config
+    Catalog         what the bucket has: listings by their names, takings, nodes
+    Choose          what a table is restored from: pure functions
+    Restore         plan first, then file by file
+    Verify          is an object what a listing says
+    Prune           what may go, and deleting it without a lock
+    Commands        watch, status, config, list, verify, restore, prune
     Command line    options, logging, main
 """
 
@@ -71,7 +76,9 @@ import hashlib
 import heapq
 import itertools
 import json
+import keyword
 import logging
+import math
 import mmap
 import os
 import pwd
@@ -79,12 +86,14 @@ import queue
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
 import sqlite3
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -92,7 +101,7 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -108,6 +117,7 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("cassbackup")
 T = TypeVar("T")
+R = TypeVar("R")
 
 DONE, FAILED, MISUSED, BEHIND = 0, 1, 2, 3  # exit codes; 130 and 143 are the signals'
 
@@ -259,6 +269,7 @@ class Head:
     modified: float  # seconds, by the store's clock
     crc32: str = ""  # eight hex digits, where the store can tell
     crc32c: str = ""  # GCS, base64
+    cold: str = ""  # the storage class, where nothing can be read before it is thawed
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,6 +411,11 @@ def parse_pin_directory(name: str) -> tuple[str, str] | None:
     return ("" if relative == "." else relative), match[2]
 
 
+def is_utc(stamp: str) -> bool:
+    """Tell whether a text is a moment as it stands in keys."""
+    return bool(re.fullmatch(_UTC, stamp))
+
+
 def utc(seconds: float) -> str:
     """Return a moment as it stands in keys: 20261121T202438.123456Z."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
@@ -531,6 +547,15 @@ def load_listing(body: bytes) -> Listing:
         raise Corrupt(f"listing cannot be read ({error!r})", "do not delete it; `cassbackup verify` names it") from None
 
 
+def size_text(size: float) -> str:
+    """Return a size for people: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
 def crc32_combine(first: int, second: int, length: int, polynomial: int = 0xEDB88320) -> int:
     """Return the CRC of two blocks of bytes in a row, the second of them `length` bytes long.
 
@@ -619,14 +644,17 @@ class Store(Protocol):
     def unfinished(self, prefix: str) -> Iterator[tuple[str, str, float]]:
         """Yield (key, upload, begun) of uploads that were never finished."""
 
-    def get(self, key: str, start: int = 0) -> Iterator[bytes]:
-        """Yield an object's bytes from an offset on. Raises Missing."""
+    def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield an object's bytes from an offset on, up to another. Raises Missing."""
 
     def head(self, key: str) -> Head | None:
         """Return what the store knows of an object, None if there is none."""
 
     def list(self, prefix: str, after: str = "") -> Iterator[Head]:
         """Yield the objects under a prefix in the order of their keys, those after a key where one is given."""
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """Yield the components that come next after a prefix ("" or ending in /) and have something below them."""
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         """Delete objects; return why for each that stayed. An absent one is no error."""
@@ -641,6 +669,13 @@ def _fsync(path: str, flags: int = os.O_DIRECTORY) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _read_span(file: Any, start: int, end: int | None) -> Iterator[bytes]:
+    file.seek(start)
+    while chunk := file.read(MIB if end is None else min(MIB, end - start)):
+        start += len(chunk)
+        yield chunk
 
 
 class DirStore:
@@ -710,10 +745,9 @@ class DirStore:
         with self._faults(), os.scandir(self._uploads) as entries:
             yield from ((entry.name, entry.path, entry.stat().st_mtime) for entry in entries)
 
-    def get(self, key: str, start: int = 0) -> Iterator[bytes]:
+    def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         with self._faults(), open(self._path(key), "rb") as file:
-            file.seek(start)
-            yield from iter(lambda: file.read(MIB), b"")
+            yield from _read_span(file, start, end)
 
     def head(self, key: str) -> Head | None:
         path, crc32 = self._path(key), ""
@@ -730,6 +764,10 @@ class DirStore:
 
     def list(self, prefix: str, after: str = "") -> Iterator[Head]:
         return self._walk(prefix.rpartition("/")[0], prefix, after)
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        with contextlib.suppress(Missing), self._faults(), os.scandir(os.path.join(self._root, prefix)) as entries:
+            yield from sorted(entry.name for entry in entries if entry.is_dir() and entry.name != ".unfinished")
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -852,6 +890,12 @@ def _s3_encryption(access: Access) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if value}
 
 
+def _cold(told: Mapping[str, Any]) -> str:
+    """Return the storage class of what S3 can only give hours after RestoreObject, "" of all else."""
+    kind = told.get("ArchiveStatus") or told.get("StorageClass", "")
+    return str(kind) if kind in ("GLACIER", "DEEP_ARCHIVE", "ARCHIVE_ACCESS", "DEEP_ARCHIVE_ACCESS") else ""
+
+
 _S3_THROTTLED = re.compile("SlowDown|Throttl|TooManyRequests|RequestLimitExceeded")
 
 
@@ -946,8 +990,9 @@ class S3Store:
         for upload in self._pages("list_multipart_uploads", "Uploads", Prefix=self._prefix + prefix):
             yield upload["Key"].removeprefix(self._prefix), upload["UploadId"], upload["Initiated"].timestamp()
 
-    def get(self, key: str, start: int = 0) -> Iterator[bytes]:
-        wanted = {"Range": f"bytes={start}-"} if start else {}
+    def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        last = "" if end is None else end - 1
+        wanted = {"Range": f"bytes={start}-{last}"} if start or end is not None else {}
         with self._faults(key):
             yield from self._call("get_object", key, **wanted)["Body"].iter_chunks(MIB)
 
@@ -959,14 +1004,20 @@ class S3Store:
         crc32 = next((value for name, value in reply["Metadata"].items() if name.lower() == "crc32"), "")
         if not crc32 and reply.get("ChecksumCRC32") and "-" not in reply["ChecksumCRC32"]:  # -N is a composite
             crc32 = base64.b64decode(reply["ChecksumCRC32"]).hex()
-        return Head(key, reply["ContentLength"], reply["ETag"], reply["LastModified"].timestamp(), crc32)
+        cold = "" if 'ongoing-request="false"' in reply.get("Restore", "") else _cold(reply)  # else a thawed copy
+        return Head(key, reply["ContentLength"], reply["ETag"], reply["LastModified"].timestamp(), crc32, cold=cold)
 
     def list(self, prefix: str, after: str = "") -> Iterator[Head]:
         wanted = {"StartAfter": self._prefix + after} if after else {}
         for item in self._pages("list_objects_v2", "Contents", Prefix=self._prefix + prefix, **wanted):
             key = item["Key"].removeprefix(self._prefix)
             if key > after:  # not every server knows StartAfter
-                yield Head(key, item["Size"], item["ETag"], item["LastModified"].timestamp())
+                yield Head(key, item["Size"], item["ETag"], item["LastModified"].timestamp(), cold=_cold(item))
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        whole = self._prefix + prefix
+        for item in self._pages("list_objects_v2", "CommonPrefixes", Prefix=whole, Delimiter="/"):
+            yield item["Prefix"].removeprefix(whole).rstrip("/")
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -1005,7 +1056,8 @@ class S3Store:
     def _pages(self, operation: str, items: str, **more: Any) -> Iterator[Any]:
         with self._faults(more.get("Key") or more["Prefix"]):
             for page in self._client.get_paginator(operation).paginate(Bucket=self._bucket, **more):
-                self._answered(page, *{"Contents": ("Name",), "Parts": ("UploadId",)}.get(items, ()))
+                told = {"Contents": ("Name",), "CommonPrefixes": ("Name",), "Parts": ("UploadId",)}
+                self._answered(page, *told.get(items, ()))
                 yield from page.get(items, ())
 
     @contextlib.contextmanager
@@ -1123,10 +1175,9 @@ class GCSStore:
     def unfinished(self, prefix: str) -> Iterator[tuple[str, str, float]]:
         return iter(())  # GCS has no list of sessions, and drops them by itself after a week
 
-    def get(self, key: str, start: int = 0) -> Iterator[bytes]:
+    def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         with self._faults(key), self._blob(key).open("rb", chunk_size=4 * MIB, **self._CALL) as file:
-            file.seek(start)
-            yield from iter(lambda: file.read(MIB), b"")
+            yield from _read_span(file, start, end)
 
     def head(self, key: str) -> Head | None:
         with self._faults(key):
@@ -1138,6 +1189,14 @@ class GCSStore:
         with self._faults(prefix, no_object=False):
             blobs = self._client.list_blobs(self._bucket, prefix=self._prefix + prefix, **wanted, **self._CALL)
             yield from (head for head in map(self._head, blobs) if head.key > after)
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        whole, found = self._prefix + prefix, set()
+        with self._faults(prefix, no_object=False):
+            blobs = self._client.list_blobs(self._bucket, prefix=whole, delimiter="/", **self._CALL)
+            for page in blobs.pages:
+                found |= set(page.prefixes)
+        yield from (name.removeprefix(whole).rstrip("/") for name in sorted(found))
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -1240,6 +1299,7 @@ class Retrying:
         self.put_part = self._retried(self._put_part)
         self.finish = self._retried(self._finish)
         self.delete = self._retried(self._delete)
+        self.folders = self._retried(self._folders)
 
     def put_now(self, key: str, body: Body, crc32: int) -> Head:
         """Put in one attempt: whoever writes a listing must look around before the next."""
@@ -1277,13 +1337,22 @@ class Retrying:
         with contextlib.suppress(Denied, Missing):  # Missing: how rclone says that there are none
             yield from self._store.unfinished(prefix)
 
-    def get(self, key: str, start: int = 0) -> Iterator[bytes]:
-        """Yield an object's bytes from an offset on, going on where it broke off."""
-        return self._stream(functools.partial(self._store.get, key), start, lambda at, chunk: at + len(chunk))
+    def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """Yield an object's bytes from an offset on, up to another, going on where it broke off."""
+
+        def begin(at: int) -> Iterator[bytes]:
+            return iter(()) if end is not None and at >= end else self._store.get(key, at, end)
+
+        for chunk in self._stream(begin, start, lambda at, chunk: at + len(chunk)):
+            self._charge(chunk)
+            yield chunk
 
     def list(self, prefix: str, after: str = "") -> Iterator[Head]:
         """Yield the objects under a prefix, going on where it broke off."""
         return self._stream(functools.partial(self._store.list, prefix), after, lambda _, head: head.key)
+
+    def _folders(self, prefix: str) -> Sequence[str]:
+        return [*self._store.folders(prefix)]
 
     def _put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
         self._charge(body)
@@ -2793,12 +2862,20 @@ def judge_sstables(files: Mapping[Path, Stored], read: Callable[[Stored], bytes]
     return {missing: paths for missing, paths in judged.items() if missing}
 
 
-def _sum(listings: Sequence[Listing]) -> Listing | None:
+def add_up(listings: Sequence[Listing]) -> Listing | None:
     """Add up listings of one unit: of each file the later entry, complete once any says so."""
     if not listings:
         return None
     files = {(entry.directory, entry.name): entry for listing in listings for entry in listing.files}
     return replace(listings[-1], files=tuple(files.values()), complete=any(listing.complete for listing in listings))
+
+
+def heads_of(store: Retrying, keys: set[str]) -> dict[str, Head]:
+    """Return what is there of these keys, by HEAD or by listing their folders: a page of a list tells a thousand."""
+    folders = {key.rpartition("/")[0] + "/" for key in keys}
+    if len(keys) > 3 * len(folders):
+        return {head.key: head for folder in folders for head in store.list(folder) if head.key in keys}
+    return {key: head for key in keys if (head := store.head(key))}
 
 
 def _newest(named: Named) -> str:
@@ -2841,7 +2918,7 @@ class Publisher:
         if unit.kind != "snapshot":
             named = self._named(prefix, prefix + unit.since[:-1])
             ours = [key for key in named if key.startswith(prefix + unit.since) and named[key][1] != "rollup"]
-            return unit, _sum(self.read(ours)), _newest(named)
+            return unit, add_up(self.read(ours)), _newest(named)
         above = prefix[: -len(unit.since) - 1]
         takings: dict[str, Named] = {}
         for key, parsed in self._named(above).items():
@@ -2850,7 +2927,7 @@ class Publisher:
         for since in sorted(takings, reverse=True):
             newest = _newest(takings[since])
             if since == unit.since or newest >= written:
-                listing = _sum(self.read(takings[since]))
+                listing = add_up(self.read(takings[since]))
                 stamps = {entry.stamp for entry in listing.files if entry.name == MANIFEST} if listing else set()
                 if since == unit.since or manifest in stamps:
                     return replace(unit, since=since), listing, newest
@@ -2916,14 +2993,9 @@ class Publisher:
 
     def absent(self, entries: Sequence[Stored]) -> set[str]:
         """Return the keys that are not there as recorded: same size and etag, or else the same content."""
-        heads: dict[str, Head] = {}
-        folders = {entry.key.rpartition("/")[0] + "/" for entry in entries}
-        if len(entries) > 3 * len(folders):  # a page of a list tells a thousand
-            wanted = {entry.key for entry in entries}
-            heads = {head.key: head for folder in folders for head in self._store.list(folder) if head.key in wanted}
-        bad = set()
+        heads, bad = heads_of(self._store, {entry.key for entry in entries}), set()
         for entry in entries:
-            head = heads.get(entry.key) or self._store.head(entry.key)
+            head = heads.get(entry.key)
             if head and (head.size, head.etag) == (entry.stamp.size, entry.etag):
                 continue
             try:
@@ -3772,6 +3844,1034 @@ class Daemon:
 
 
 # ======================================================================================================
+# Catalog
+# ======================================================================================================
+
+_LISTING_BYTES: Final = 256 * MIB  # some 600,000 files; nothing larger is a listing of ours
+
+
+class Filed(NamedTuple):
+    """A listing as its key tells, without reading it."""
+
+    key: str
+    unit: Unit  # its `since` only of a snapshot; names too long for a key are hashed
+    listed: str
+    state: str
+    files: int
+    size: int
+    body: int  # bytes of JSON
+    when: float  # listed, or stored if that is later: of two clocks the younger counts
+
+
+@functools.lru_cache(1000)
+def _shelf(folder: str) -> Unit | None:
+    """Return what the listings in a folder below <node>.listings/ are of; None where there are none."""
+    match [unquote(part) for part in folder.split("/")]:
+        case [keyspace, table, "snapshots", tag, since] if is_utc(since):
+            return Unit("snapshot", keyspace, table, tag, since)
+        case [keyspace, table, "backups"]:
+            return Unit("incremental", keyspace, table, "", "")
+        case ["archive", directory]:
+            return Unit("archive", "", "", directory, "")
+    return None
+
+
+def filed_as(node: str, head: Head) -> Filed | None:
+    """Read a listing's key; None for owner.json, heartbeats and the like. Raises Corrupt for what is not ours."""
+    folder, _, name = head.key.removeprefix(f"{node}.listings/").rpartition("/")
+    if folder == "heartbeat" or folder.startswith("tags/") or (not folder and name.startswith(("owner.", "node."))):
+        return None
+    unit, told = _shelf(folder), parse_listing_name(name)
+    if not unit or not told:
+        raise Corrupt(f"{head.key} is none of our listings", "nobody else should write below <node>.listings/")
+    listed, state, files, size = told
+    return Filed(head.key, unit, listed, state, files, size, head.size, max(seconds_of(listed), head.modified))
+
+
+def filed_in(store: Retrying, node: str, below: str = "") -> Iterator[Filed]:
+    """Yield a node's listings, table by table. Raises Corrupt where something else lies among them."""
+    for head in store.list(f"{node}.listings/{below}"):
+        if filed := filed_as(node, head):
+            yield filed
+
+
+def read_filed(store: Retrying, node: str, filed: Filed) -> Listing:
+    """Read a listing. Raises Corrupt unless it says what its key says, and every key in it is of this node."""
+    if filed.body > _LISTING_BYTES:
+        raise Corrupt(f"{filed.key} has {filed.body} bytes", "that is no listing of ours")
+    listing = load_listing(b"".join(store.get(filed.key, 0, filed.body)))
+    if filed.key != listings_of(node, listing.unit) + listing_name(listing) or listing.node != node:
+        raise Corrupt(f"{filed.key} does not say what its name says", "it was moved here or damaged")
+    for entry in listing.files:
+        if not entry.key.startswith(f"{node}/") or {"", ".", ".."} & set(entry.key.split("/")):
+            raise Corrupt(f"{filed.key} names {quote(entry.key)}", "that is no file of this node")
+    return listing
+
+
+@dataclass(frozen=True, slots=True)
+class Taking:
+    """One life of a tag's directory, of one table: its listings, the oldest first."""
+
+    unit: Unit
+    filed: tuple[Filed, ...]
+
+    @property
+    def newest(self) -> Filed:
+        """Return the listing that was written last; it holds all that the others do."""
+        return self.filed[-1]
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether any of the listings says so."""
+        return any(filed.state == "complete" for filed in self.filed)
+
+
+def takings_of(filed: Iterable[Filed]) -> list[Taking]:
+    """Sort the listings of snapshots by taking."""
+    takings: dict[Unit, list[Filed]] = {}
+    for one in filed:
+        if one.unit.kind == "snapshot":
+            takings.setdefault(one.unit, []).append(one)
+    return [Taking(unit, tuple(sorted(listings, key=lambda one: one.listed))) for unit, listings in takings.items()]
+
+
+def backups_of(takings: Iterable[Taking]) -> list[list[Taking]]:
+    """Put together the takings of all tables that one `nodetool snapshot` made, the oldest first.
+
+    They have the tag, and come one after the other: a table that comes again, or an hour without any, begins
+    another taking of the tag.
+    """
+    backups: list[list[Taking]] = []
+    for taking in sorted(takings, key=lambda taking: (taking.unit.tag, taking.unit.since)):
+        last = backups[-1] if backups and backups[-1][0].unit.tag == taking.unit.tag else []
+        tables = {(other.unit.keyspace, other.unit.table) for other in last}
+        new = not last or (taking.unit.keyspace, taking.unit.table) in tables
+        if new or seconds_of(taking.unit.since) > seconds_of(last[-1].unit.since) + 3600:
+            backups.append([taking])
+        else:
+            last.append(taking)
+    return sorted(backups, key=lambda backup: backup[0].unit.since)
+
+
+def read_taking(store: Retrying, node: str, taking: Taking) -> Listing:
+    """Read all listings of a taking and add them up."""
+    whole = add_up([read_filed(store, node, filed) for filed in taking.filed])
+    assert whole  # a taking has a listing
+    return whole
+
+
+def is_selected(unit: Unit, words: Sequence[str]) -> bool:
+    """Tell whether one of ks, ks.table and ks.table-<id>, all of them globs, means this table; none means all."""
+    table = unit.table
+    names = (unit.keyspace, f"{unit.keyspace}.{table_id_of(table)[0]}", f"{unit.keyspace}.{table}")
+    return not words or any(fnmatchcase(name, word) for name in names for word in words)
+
+
+def read_page(store: Retrying, prefix: str) -> dict[str, Any]:
+    """Return the newest of <prefix>.json and <prefix>.<UTC>.json, {} where there is none. Raises Corrupt."""
+    keys = [head.key for head in store.list(f"{prefix}.")]
+    newest = max(keys, key=lambda key: (len(key), key), default="")
+    try:
+        page = json.loads(b"".join(store.get(newest))) if newest else {}
+        if not isinstance(page, dict):
+            raise TypeError("it is no object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Corrupt(f"{newest} cannot be read ({error})", "it was damaged; put it right or delete it") from None
+    return page
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the bucket tells of a node: its place in the ring (node.json), and when it was last heard of."""
+
+    name: str
+    heard: str = ""  # UTC of the newest heartbeat
+    cluster: str = ""
+    host_id: str = ""
+    dc: str = ""
+    rack: str = ""
+    addresses: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+
+
+def about_node(store: Retrying, name: str) -> About:
+    """Ask the bucket who a node is. Raises Corrupt."""
+    page = read_page(store, f"{name}.listings/node")
+    beats = [head.key.rpartition("/")[2].removesuffix(".json") for head in store.list(f"{name}.listings/heartbeat/")]
+    cluster, host_id, dc, rack = (str(page.get(word, "")) for word in ("cluster", "host_id", "dc", "rack"))
+    addresses, tokens = (tuple(map(str, page.get(word, ()))) for word in ("addresses", "tokens"))
+    heard = max(filter(is_utc, beats), default="")
+    return About(name, heard, cluster, host_id, dc, rack, addresses, tokens)
+
+
+def node_names(store: Retrying) -> list[str]:
+    """Return the names of the nodes that have listings."""
+    return [folder.removesuffix(".listings") for folder in store.folders("") if folder.endswith(".listings")]
+
+
+def spread(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Do something with each item on so many threads; yield the results in order, and hold few of them."""
+    pool, waiting = ThreadPoolExecutor(threads), deque[Future[R]]()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def find_nodes(store: Retrying, word: str, cluster: str, threads: int) -> list[About]:
+    """Return the nodes that a word means: a name, else any part of a name, host id or address; "" means all.
+
+    Raises Missing, with near names.
+    """
+    names = node_names(store)
+    nodes = list(spread(functools.partial(about_node, store), [word] if word in names else names, threads))
+    found = [about for about in nodes if cluster in ("", about.cluster)]
+    if word not in names:
+        found = [about for about in found if any(word in t for t in (about.name, about.host_id, *about.addresses))]
+    if not found:
+        near = difflib.get_close_matches(word, names, 3, 0.3) or names[:5]
+        what = f"no node {word!r} in {store.url}" + (f" of cluster {cluster!r}" if cluster else "")
+        raise Missing(what, f"there are {', '.join(near)}" if near else "nothing has been stored there")
+    return found
+
+
+# ======================================================================================================
+# Choose
+# ======================================================================================================
+
+_AUTOMATIC = re.compile(r"(truncated|dropped|pre-scrub)-\d+.*|\d+-(compact|upgrade)-.*")
+_EMPTIED = re.compile(r"(?:truncated|dropped)-(\d{10,})-.*")
+_SLACK_S: Final = 3600.0  # between Cassandra's clock as it writes a file, and as it says when a snapshot began
+
+
+def is_automatic(tag: str) -> bool:
+    """Tell whether Cassandra took a snapshot by itself (ColumnFamilyStore, Keyspace.getTimestampedSnapshotName)."""
+    return bool(_AUTOMATIC.fullmatch(tag))
+
+
+def emptied_at(tag: str) -> float:
+    """Return when the table was truncated or dropped right after this snapshot, in seconds; 0.0 for other tags."""
+    match = _EMPTIED.fullmatch(tag)
+    return int(match[1]) / 1000 if match else 0.0
+
+
+def origin_of(unit: Unit, entry: Stored) -> tuple[str, str]:
+    """Return an entry's data directory, and its folder below the table's directory: "" or .idx/.
+
+    Raises Corrupt for what Cassandra cannot have written, since a listing comes from outside.
+    """
+    middle = f"/{unit.keyspace}/{unit.table}/" + (f"snapshots/{unit.tag}" if unit.kind == "snapshot" else "backups")
+    home, found, tail = entry.directory.rpartition(middle)
+    parts = [*home.split("/")[1:], unit.keyspace, unit.table, *tail.split("/")[1:], entry.name]
+    good = found and home.startswith("/") and tail[:1] in ("", "/") and entry.mode <= 0o777
+    for part in parts:
+        good = good and part not in ("", ".", "..") and not re.search("[/\0]", part) and len(os.fsencode(part)) <= 255
+    if not good:
+        raise Corrupt(
+            f"a listing names {quote(entry.directory)}/{quote(entry.name)}", "no restore can put that anywhere"
+        )
+    return home, "/".join([*tail.split("/")[1:], ""])
+
+
+@dataclass(frozen=True, slots=True)
+class SSTable:
+    """An SSTable as listings know it."""
+
+    home: str  # the data directory that it came from
+    name: str  # nb-1-big, of an index .idx/nb-1-big
+    seen: str  # UTC: when we first saw it, or the taking
+    files: tuple[Stored, ...]
+    lacking: tuple[str, ...] = ()  # components that its TOC.txt names
+
+    @property
+    def data(self) -> Stored | None:
+        """Return Data.db, which never changes."""
+        return next((entry for entry in self.files if entry.name.endswith("-Data.db")), None)
+
+    @property
+    def identity(self) -> tuple[str, int, int, str]:
+        """Return what is the same in a snapshot and in backups/, and differs where a generation came again."""
+        data = self.data
+        return (self.name, data.stamp.size, data.stamp.mtime_ns, data.crc32) if data else (self.name, 0, 0, "")
+
+    @property
+    def written(self) -> float:
+        """Return when it was flushed, in seconds."""
+        return self.identity[2] / 1e9
+
+    @property
+    def age(self) -> tuple[int, int, str]:
+        """Return what sorts SSTables of one table: numbers, and after them UUIDs, whose text sorts by time."""
+        words = self.name.rpartition("/")[2].split("-")
+        number = words[-1] if words[-1].isdigit() else words[1]  # <ks>-<table>-ka-1 until 2.1
+        return (0, int(number), "") if number.isdigit() else (1, 0, number)
+
+
+def sstables_of(listings: Iterable[Listing]) -> list[SSTable]:
+    """Put the components of one table's listings together.
+
+    Components of one name that came with different batches are one SSTable, unless both brought the same component:
+    then a generation number was given twice.
+    """
+    found: dict[tuple[str, str, str], dict[str, Stored]] = {}
+    lacking: dict[tuple[str, str, str], set[str]] = {}
+    for listing in listings:
+        for entry in listing.files:
+            home, folder = origin_of(listing.unit, entry)
+            if split := sstable_of(entry.name):
+                place = (home, folder + split[0], entry.seen or listing.unit.since)
+                found.setdefault(place, {})[entry.name] = entry
+                names = (name for name in (*listing.missing, *listing.lost) if name.startswith(split[0] + "-"))
+                lacking.setdefault(place, set()).update(names)
+    whole: list[tuple[tuple[str, str, str], dict[str, Stored], set[str]]] = []
+    for place, files in sorted(found.items()):
+        if whole and whole[-1][0][:2] == place[:2] and not whole[-1][1].keys() & files.keys():
+            whole[-1][1].update(files)
+            whole[-1][2].update(lacking[place])
+        else:
+            whole.append((place, dict(files), lacking[place]))
+    return [
+        SSTable(*place, tuple(files.values()), tuple(sorted(missing - files.keys()))) for place, files, missing in whole
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a restore to a moment begins with: a whole snapshot, or nothing, from a truncate on."""
+
+    start: float = 0.0  # what was flushed since then may be lacking in it
+    end: float = 0.0
+    listing: Listing | None = None
+    newest: tuple[int, int, str] | None = None  # the youngest id that was there, where there was one
+
+    def adds(self, sstable: SSTable, before: float) -> bool:
+        """Tell whether an SSTable of backups/ belongs to the table as it was at a moment.
+
+        It was flushed since the base; or its id is younger than all of the base's, and it was seen in time: what
+        was imported or streamed keeps its old modification time.
+        """
+        flushed = self.start <= sstable.written <= before
+        younger = self.newest is not None and "/" not in sstable.name and sstable.age > self.newest
+        return flushed or (younger and seconds_of(sstable.seen) <= before)
+
+
+def base_on(listing: Listing, created: float = 0.0) -> Base | None:
+    """Return a snapshot as a base; `created` is its manifest's created_at in seconds, where it has one.
+
+    None without a manifest.json, whose last change is the snapshot's end.
+    """
+    ends = [entry.stamp.mtime_ns / 1e9 for entry in listing.files if entry.name == MANIFEST]
+    if not ends:
+        return None
+    newest = max((sstable.age for sstable in sstables_of([listing]) if "/" not in sstable.name), default=None)
+    return Base((created or max(ends) - 3600.0) - _SLACK_S, max(ends), listing, newest)
+
+
+def choose_base(takings: Sequence[Taking], before: float, read: Callable[[Taking], Base | None]) -> Base:
+    """Return what a restore of one table to a moment begins with.
+
+    The newest whole snapshot that had ended by then; none that Cassandra took before it emptied the table: from
+    there on, the table is empty. Snapshots are read only as far as they can be newer than what was found.
+    """
+    best, moment, emptied = Base(), 0.0, None
+    for taking in takings:
+        if moment < emptied_at(taking.unit.tag) <= before:
+            moment, emptied = emptied_at(taking.unit.tag), taking
+    for taking in sorted(takings, key=lambda taking: taking.newest.listed, reverse=True):
+        if best.listing and seconds_of(taking.newest.listed) <= best.end:
+            break
+        if taking.complete and not emptied_at(taking.unit.tag):
+            base = read(taking)
+            if base and best.end < base.end <= before:
+                best = base
+    if emptied and moment > best.end:
+        last = read(emptied) if emptied.complete else None
+        return Base(moment, moment, None, last.newest if last else None)
+    return best
+
+
+def unreplaced(batches: Iterable[Filed], read: Callable[[Filed], Listing]) -> list[Listing]:
+    """Read the listings of incrementals, but for those that a roll-up replaces."""
+    batches = list(batches)
+    rollups = [read(filed) for filed in batches if filed.state == "rollup"]
+    replaced = {name for listing in rollups for name in listing.replaces}
+    others = [filed for filed in batches if filed.state != "rollup" and filed.key.rpartition("/")[2] not in replaced]
+    return rollups + [read(filed) for filed in others]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What one table is restored from, and why."""
+
+    keyspace: str
+    table: str  # the directory's name
+    sstables: tuple[SSTable, ...]
+    base: Base
+    added: int = 0  # how many of the SSTables come from backups/
+    others: tuple[tuple[str, Stored], ...] = ()  # (data directory, entry): schema.cql, manifest.json
+    troubles: tuple[str, ...] = ()
+
+    @property
+    def why(self) -> str:
+        """Say what the table is restored from."""
+        if listing := self.base.listing:
+            state = "" if listing.complete else "INCOMPLETE "
+            text = (
+                f"{state}snapshot {quote(listing.unit.tag)}@{listing.unit.since}, taken {rfc3339(utc(self.base.end))}"
+            )
+        elif self.base.end:
+            text = f"empty since it was truncated or dropped at {rfc3339(utc(self.base.end))}"
+        else:
+            text = "no snapshot"
+        return text + (f", and {self.added} SSTables of backups/" if self.added else "")
+
+
+def _others(listing: Listing, names: Sequence[str]) -> tuple[tuple[str, Stored], ...]:
+    return tuple((origin_of(listing.unit, entry)[0], entry) for entry in listing.files if entry.name in names)
+
+
+def choose_at(keyspace: str, table: str, base: Base, batches: Iterable[Listing], before: float) -> Chosen:
+    """Choose the SSTables of one table as it was at a moment."""
+    snapshot = sstables_of([base.listing] if base.listing else [])
+    there = {sstable.identity for sstable in snapshot}
+    fitting = [one for one in sstables_of(batches) if one.identity not in there and base.adds(one, before)]
+    added = [one for one in fitting if one.data and not one.lacking]
+    troubles = [f"{one.name} is not whole in backups/, left out" for one in fitting if one not in added]
+    unique = {one.identity: one for one in added}
+    others = _others(base.listing, (SCHEMA,)) if base.listing else ()
+    chosen = {one.identity: one for one in snapshot} | unique
+    return Chosen(keyspace, table, tuple(chosen.values()), base, len(unique), others, tuple(troubles))
+
+
+def choose_taking(listing: Listing) -> Chosen:
+    """Choose a snapshot alone, as it was."""
+    base, unit = base_on(listing) or Base(0.0, seconds_of(listing.unit.since), listing), listing.unit
+    lacks = sorted({*listing.missing, *listing.lost})
+    troubles = () if listing.complete else (f"its snapshot is not complete, it lacks {quote(' '.join(lacks))}",)
+    others = _others(listing, (SCHEMA, MANIFEST))
+    unique = {one.identity: one for one in sstables_of([listing])}
+    return Chosen(unit.keyspace, unit.table, tuple(unique.values()), base, 0, others, troubles)
+
+
+# ======================================================================================================
+# Restore
+# ======================================================================================================
+
+_RANGE_BYTES: Final = 64 * MIB  # what one thread fetches of a large file at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """A file to be restored: which object becomes which file."""
+
+    entry: Stored
+    keyspace: str
+    table: str  # the directory's name
+    home: str  # the data directory that it came from
+    name: str  # below the table's directory; of another generation where two SSTables share a name
+
+
+def renamed(sstable: SSTable, generation: int) -> str:
+    """Return an SSTable's name with another generation: nb-7-big."""
+    folder, slash, name = sstable.name.rpartition("/")
+    words = name.split("-")
+    words[-1 if words[-1].isdigit() else 1] = str(generation)
+    return folder + slash + "-".join(words)
+
+
+def fetches_of(chosen: Chosen) -> Iterator[Fetch]:
+    """Yield the files of a table. Where a generation was given twice, the second SSTable gets a free one."""
+    numbers = [sstable.age[1] for sstable in chosen.sstables]
+    taken, free = set[str](), max(numbers, default=0)
+    for sstable in chosen.sstables:
+        name = sstable.name
+        while name in taken:
+            free += 1
+            name = renamed(sstable, free)
+        taken.add(name)
+        folder = sstable.name.rpartition("/")[0]
+        for entry in sstable.files:
+            component = entry.name.removeprefix(sstable.name.removeprefix(folder).lstrip("/"))
+            yield Fetch(entry, chosen.keyspace, chosen.table, sstable.home, name + component)
+    names = set[str]()
+    for home, entry in chosen.others:
+        if entry.name not in names:  # of several data directories each may have its own copy
+            names.add(entry.name)
+            yield Fetch(entry, chosen.keyspace, chosen.table, home, entry.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a restore would do, all of it known before the first byte is written."""
+
+    node: str
+    moment: str  # what was asked for
+    tables: tuple[Chosen, ...]
+    fetches: tuple[Fetch, ...]
+    troubles: tuple[str, ...]  # what will be lacking
+    absent: tuple[str, ...] = ()  # keys that are not there as listed
+    cold: tuple[str, ...] = ()  # keys that must be thawed first
+
+    @property
+    def size(self) -> int:
+        """Return the bytes to fetch."""
+        return sum(fetch.entry.stamp.size for fetch in self.fetches)
+
+
+def look_up(store: Retrying, entries: Iterable[Stored], threads: int) -> tuple[list[str], list[str]]:
+    """Return the keys that are not there with the listed size, and those that must be thawed first."""
+    sizes = {entry.key: entry.stamp.size for entry in entries}
+    folders: dict[str, set[str]] = {}
+    for key in sizes:
+        folders.setdefault(key.rpartition("/")[0], set()).add(key)
+    heads: dict[str, Head] = {}
+    for found in spread(functools.partial(heads_of, store), folders.values(), threads):
+        heads |= found
+    absent = [key for key, size in sizes.items() if key not in heads or heads[key].size != size]
+    frozen = [key for key in sizes if key in heads and heads[key].cold]
+    return absent, [key for key in frozen if (head := store.head(key)) and head.cold]  # only HEAD tells what is thawed
+
+
+@functools.lru_cache(1000)
+def _owner(user: str, group: str) -> tuple[int, int]:
+    """Return the ids of a user and a group, -1 for what this machine does not know."""
+    uid = gid = -1
+    with contextlib.suppress(KeyError):
+        uid = int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
+    with contextlib.suppress(KeyError):
+        gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    return uid, gid
+
+
+@contextlib.contextmanager
+def open_folder(root: str, parts: Sequence[str], owner: tuple[int, int]) -> Iterator[int]:
+    """Open root/part/part, and make what is not there; nothing below the root may be a symbolic link."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parts:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o755, dir_fd=fd)
+                if os.geteuid() == 0:
+                    os.chown(part, *owner, dir_fd=fd, follow_symlinks=False)
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class Arriving:
+    """A file on its way: written under another name, in ranges that may come in any order, until its CRC is right.
+
+    What has the right bytes already is kept; what has others is never overwritten.
+    """
+
+    def __init__(self, store: Retrying, fetch: Fetch, root: str, path: str) -> None:
+        self.fetch, self.path = fetch, os.path.join(root, path)
+        self._store, self._root = store, root
+        *self._folder, self._name = path.split("/")
+        self._temporary = f".cassbackup-{hashlib.sha1(self._name.encode('utf-8', 'surrogateescape')).hexdigest()}"
+        self._owner = _owner(fetch.entry.user, fetch.entry.group)
+        self._crcs: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def ranges(self) -> range:
+        """Return where each range begins; an empty file has one as well."""
+        return range(0, max(1, self.fetch.entry.stamp.size), _RANGE_BYTES)
+
+    def check(self) -> int:
+        """Return the bytes of a file that is there already. Raises Conflict if that is another one."""
+        entry = self.fetch.entry
+        with open_folder(self._root, self._folder, self._owner) as folder:
+            fd = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        with open(fd, "rb") as file:
+            size = os.fstat(fd).st_size
+            if size != entry.stamp.size or hex32(_crc32_of(_read_span(file, 0, None))) != entry.crc32:
+                raise Conflict(f"{quote(self.path)} has other content", "move it away, or choose another --into")
+        return size
+
+    def receive(self, start: int) -> int:
+        """Fetch the range that begins here; with the last of them the file is there. Returns its bytes."""
+        size, crc32 = self.fetch.entry.stamp.size, 0
+        end = min(start + _RANGE_BYTES, size)
+        with open_folder(self._root, self._folder, self._owner) as folder:
+            fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+            with open(fd, "wb") as file:
+                file.seek(start)
+                for chunk in self._store.get(self.fetch.entry.key, start, end):
+                    crc32 = zlib.crc32(chunk, crc32)
+                    file.write(chunk)
+                at = file.tell()
+            if at != end:
+                raise Corrupt(f"{self.fetch.entry.key} ended at {at} of {size} bytes", "run cassbackup verify")
+            with self._lock:
+                self._crcs[start] = crc32
+                last = len(self._crcs) == len(self.ranges())
+            if last:
+                self._commit(folder)
+        return end - start
+
+    def abandon(self) -> None:
+        """Take away what came of a file that did not become one."""
+        with contextlib.suppress(OSError), open_folder(self._root, self._folder, self._owner) as folder:
+            os.unlink(self._temporary, dir_fd=folder)
+
+    def _commit(self, folder: int) -> None:
+        """Give the file its name if it is whole: bytes first, then owner, mode and time, durable before visible."""
+        entry, crc32 = self.fetch.entry, 0
+        for start in self.ranges():
+            crc32 = crc32_combine(crc32, self._crcs[start], min(_RANGE_BYTES, entry.stamp.size - start))
+        self._crcs.clear()
+        if hex32(crc32) != entry.crc32:
+            raise Corrupt(
+                f"{entry.key} has CRC-32 {hex32(crc32)}, listed as {entry.crc32}", "run cassbackup verify --deep"
+            )
+        with open(os.open(self._temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder), "rb+") as file:
+            os.ftruncate(file.fileno(), entry.stamp.size)  # what an earlier run left may be longer
+            if os.geteuid() == 0:
+                os.fchown(file.fileno(), *self._owner)
+            os.fchmod(file.fileno(), entry.mode & 0o777)
+            os.utime(file.fileno(), ns=(entry.stamp.mtime_ns, entry.stamp.mtime_ns))
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.link(self._temporary, self._name, src_dir_fd=folder, dst_dir_fd=folder)  # refuses to overwrite
+        os.unlink(self._temporary, dir_fd=folder)
+
+
+Placed = tuple[Fetch, str, str]  # what, below which root, at which path there
+
+
+def place_staged(plan: Plan, into: str) -> list[Placed]:
+    """Return where files go so that `nodetool import` and sstableloader take them: <into>/<ks>/<table>/."""
+    tables: dict[tuple[str, str], str] = {}
+    for fetch in plan.fetches:
+        name = (fetch.keyspace, table_id_of(fetch.table)[0])
+        if tables.setdefault(name, fetch.table) != fetch.table:
+            raise Usage(f"two tables are called {'.'.join(name)}", f"choose one: --table {name[0]}.{fetch.table}")
+    return [
+        (fetch, into, "/".join((fetch.keyspace, table_id_of(fetch.table)[0], fetch.name))) for fetch in plan.fetches
+    ]
+
+
+def place_live(plan: Plan, homes: Mapping[str, str]) -> list[Placed]:
+    """Return where files go in the data directories of a stopped node: to the one that they came from."""
+    sstables = [fetch for fetch in plan.fetches if sstable_of(fetch.entry.name)]
+    return [(fetch, homes[fetch.home], "/".join((fetch.keyspace, fetch.table, fetch.name))) for fetch in sstables]
+
+
+def check_target(placed: Sequence[Placed]) -> None:
+    """Refuse a target where a symbolic link, or no directory, stands where one is needed. Raises Usage."""
+    for root, path in {(root, path.rpartition("/")[0]) for _, root, path in placed}:
+        at = root
+        for part in path.split("/"):
+            at = os.path.join(at, part)
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(os.lstat(at).st_mode):
+                    raise Usage(f"{quote(at)} is not a directory", "a restore follows no symbolic link: move it away")
+
+
+def check_space(placed: Sequence[Placed]) -> None:
+    """Refuse to fill a disk. Raises Fault."""
+    wanted: Counter[int] = Counter()
+    roots: dict[int, str] = {}
+    for fetch, root, path in placed:
+        at = os.path.join(root, path)
+        device = os.stat(root).st_dev
+        roots[device] = root
+        if not os.path.lexists(at):
+            wanted[device] += fetch.entry.stamp.size
+    for device, size in wanted.items():
+        disk = os.statvfs(roots[device])
+        if size > (free := disk.f_bavail * disk.f_frsize):
+            what = f"{quote(roots[device])} has {size_text(free)} free, and {size_text(size)} are to be restored"
+            raise Fault(what, "choose another --into, or fewer tables")
+
+
+@contextlib.contextmanager
+def only_restore(roots: Iterable[str]) -> Iterator[None]:
+    """Hold the directories against another restore. Raises Busy."""
+    with contextlib.ExitStack() as stack:
+        for root in sorted(set(roots)):
+            fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"another restore writes to {quote(root)}", "wait for it") from None
+        yield
+
+
+def _attempt(
+    store: Retrying, placed: Sequence[Placed], threads: int, progress: Callable[[int], None]
+) -> dict[str, Exception]:
+    """Restore files; return what went wrong, by path."""
+    wrong: dict[str, tuple[Arriving, Exception]] = {}
+
+    def jobs() -> Iterator[tuple[Arriving, int]]:
+        for fetch, root, path in placed:
+            arriving = Arriving(store, fetch, root, path)
+            there = os.path.lexists(arriving.path)
+            yield from ((arriving, start) for start in ((-1,) if there else arriving.ranges()))
+
+    def work(job: tuple[Arriving, int]) -> tuple[Arriving, int, Exception | None]:
+        arriving, start = job
+        try:
+            return arriving, arriving.check() if start < 0 else arriving.receive(start), None
+        except (Corrupt, Missing, Conflict, OSError) as error:
+            return arriving, 0, error
+
+    done = 0
+    for arriving, size, error in spread(work, jobs(), threads):
+        if error:
+            wrong[arriving.path] = (arriving, error)
+        done += size
+        progress(done)
+    for arriving, _ in wrong.values():
+        arriving.abandon()
+    return {path: error for path, (_, error) in wrong.items()}
+
+
+def receive_all(
+    store: Retrying, placed: Sequence[Placed], threads: int, progress: Callable[[int], None]
+) -> dict[str, Exception]:
+    """Restore files; return what went wrong, by path. `progress` is told how many bytes are there by now."""
+    wrong = _attempt(store, placed, threads, progress)
+    damaged = [one for one in placed if isinstance(wrong.get(os.path.join(*one[1:])), Corrupt)]
+    if damaged:  # perhaps on its way: once more
+        wrong = {path: error for path, error in wrong.items() if not isinstance(error, Corrupt)}
+        wrong |= _attempt(store, damaged, threads, lambda size: None)
+    folders = {root for _, root, _ in placed}
+    for _, root, path in placed:
+        parts = path.split("/")
+        folders |= {os.path.join(root, *parts[:depth]) for depth in range(1, len(parts))}
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            _fsync(folder)
+    return wrong
+
+
+def tables_of(
+    filed: Iterable[Filed], words: Sequence[str], exclude: Sequence[str]
+) -> dict[tuple[str, str], list[Filed]]:
+    """Sort the listings of the selected tables by (keyspace, the table's directory)."""
+    tables: dict[tuple[str, str], list[Filed]] = {}
+    for one in filed:
+        if (
+            one.unit.kind != "archive"
+            and is_selected(one.unit, words)
+            and not (exclude and is_selected(one.unit, exclude))
+        ):
+            tables.setdefault((one.unit.keyspace, one.unit.table), []).append(one)
+    return tables
+
+
+def choose_backup(takings: Iterable[Taking], word: str) -> list[Taking]:
+    """Return what TAG, or TAG@<the beginning of a taking's UTC>, means: of all tables, the newest. Raises Missing."""
+    backups = backups_of(takings)
+    tags = {backup[0].unit.tag for backup in backups}
+    tag, _, since = (word, "", "") if word in tags else word.rpartition("@") if "@" in word else (word, "", "")
+    fitting = [one for one in backups if one[0].unit.tag == tag and any(t.unit.since.startswith(since) for t in one)]
+    if not fitting:
+        near = difflib.get_close_matches(tag, sorted(tags), 3, 0.3) or sorted(tags)[-3:]
+        raise Missing(
+            f"no snapshot {word!r}", f"there are {', '.join(near)}" if near else "`cassbackup list` shows what is"
+        )
+    return fitting[-1]
+
+
+def created_of(store: Retrying, listing: Listing) -> float:
+    """Return created_at of a snapshot's manifest.json in seconds (Cassandra 4.1, CASSANDRA-16789), 0.0 without."""
+    for entry in listing.files:
+        if entry.name == MANIFEST:
+            with contextlib.suppress(ValueError, KeyError, TypeError, Missing):
+                created = json.loads(b"".join(store.get(entry.key)))["created_at"]
+                return datetime.fromisoformat(created.replace("Z", "+00:00")).timestamp()
+    return 0.0
+
+
+def choose_table(store: Retrying, node: str, table: tuple[str, str], filed: Sequence[Filed], before: float) -> Chosen:
+    """Read as many listings of a table as it takes, and choose what it is restored from."""
+
+    def read(taking: Taking) -> Base | None:
+        listing = read_taking(store, node, taking)
+        return base_on(listing, created_of(store, listing))
+
+    base = choose_base(takings_of(filed), before, read)
+    batches = [one for one in filed if one.unit.kind == "incremental" and seconds_of(one.listed) >= base.start]
+    return choose_at(*table, base, unreplaced(batches, functools.partial(read_filed, store, node)), before)
+
+
+def newest_of_names(tables: Iterable[Chosen]) -> list[Chosen]:
+    """Keep of each name the table with the newest unit: one that was dropped and made again has two ids."""
+    newest: dict[tuple[str, str], tuple[float, Chosen]] = {}
+    for chosen in tables:
+        moment = max((chosen.base.end, *(sstable.written for sstable in chosen.sstables)))
+        name = (chosen.keyspace, table_id_of(chosen.table)[0])
+        if moment and (name not in newest or newest[name][0] < moment):
+            newest[name] = (moment, chosen)
+    return [chosen for _, chosen in newest.values()]
+
+
+def make_plan(store: Retrying, node: str, moment: str, tables: Sequence[Chosen], threads: int) -> Plan:
+    """Turn what was chosen into files, and look for every object. Raises Corrupt for a listing that lies."""
+    fetches = tuple(fetch for chosen in tables for fetch in fetches_of(chosen))
+    troubles = [f"{one.keyspace}.{one.table}: {trouble}" for one in tables for trouble in one.troubles]
+    absent, cold = look_up(store, (fetch.entry for fetch in fetches), threads)
+    return Plan(node, moment, tuple(tables), fetches, tuple(troubles), tuple(absent), tuple(cold))
+
+
+# ======================================================================================================
+# Verify
+# ======================================================================================================
+
+
+def trouble_of(entry: Stored, head: Head | None) -> str:
+    """Return how an object differs from what a listing says of it, "" if it does not."""
+    if head is None:
+        return "is not there"
+    if head.size != entry.stamp.size:
+        return f"has {head.size} bytes, listed with {entry.stamp.size}"
+    if head.crc32 and head.crc32 != entry.crc32:
+        return f"has CRC-32 {head.crc32}, listed with {entry.crc32}"
+    if head.crc32c and entry.crc32c and head.crc32c != entry.crc32c:
+        return f"has CRC-32C {head.crc32c}, listed with {entry.crc32c}"
+    return ""
+
+
+def read_deeply(store: Retrying, entry: Stored) -> str:
+    """Download an object; return how it differs from its listing, "" if it does not."""
+    try:
+        crc32, size = 0, 0
+        for chunk in store.get(entry.key):
+            crc32, size = zlib.crc32(chunk, crc32), size + len(chunk)
+    except Missing:
+        return "is not there"
+    return trouble_of(entry, Head(entry.key, size, "", 0.0, hex32(crc32)))
+
+
+def stale_digests(store: Retrying, listings: Sequence[Listing]) -> Iterator[tuple[Stored, str]]:
+    """Yield each Data.db whose content is not what Cassandra's own Digest.crc32 says, and what that says."""
+    for sstable in sstables_of(listings):
+        digest = next((entry for entry in sstable.files if entry.name.endswith("-Digest.crc32")), None)
+        if digest and sstable.data and digest.stamp.size < 100:
+            with contextlib.suppress(Missing):
+                text = b"".join(store.get(digest.key)).decode("ascii", "replace").strip()
+                if text != str(int(sstable.data.crc32, 16)):
+                    yield sstable.data, text
+
+
+# ======================================================================================================
+# Prune
+# ======================================================================================================
+
+_GRACE_S: Final = 24 * 3600.0  # from condemning to deleting; a publication takes an hour at most
+_AUTOMATIC_S: Final = 14 * 24 * 3600.0
+_SILENT_S: Final = 30 * 24 * 3600.0  # a node that was heard of within this time is not retired
+
+
+def hear_time(store: Retrying, node: str) -> float:
+    """Return the store's time as of a fresh reply."""
+    store.head(f"{node}.condemned/clock")
+    return store.now()
+
+
+def condemn(store: Retrying, node: str, keys: Iterable[str]) -> str:
+    """Write down what must not be listed any more, and may be deleted when nothing names it; return the file's key.
+
+    The daemon stores such a file anew when it lists it the next time.
+    """
+    body = json.dumps({"version": 1, "keys": sorted(keys)}).encode()
+    key = f"{node}.condemned/{utc(hear_time(store, node))}.json"
+    store.put(key, body, zlib.crc32(body))
+    return key
+
+
+def condemned_of(store: Retrying, node: str) -> Iterator[tuple[Head, list[str]]]:
+    """Yield the condemned files of a node and the keys in each. Raises Corrupt for what nobody may act upon."""
+    for head in store.list(f"{node}.condemned/"):
+        try:
+            keys = json.loads(b"".join(store.get(head.key)))["keys"]
+            if not all(key.startswith(f"{node}/") for key in keys):
+                raise ValueError("it names what is not of this node")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(
+                f"{head.key} cannot be read ({error})", "nothing is deleted; look at it, or remove it"
+            ) from None
+        yield head, keys
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What is to be kept of each table's snapshots; durations in seconds, 0 for what was not asked for."""
+
+    last: int = 0
+    within: float = 0.0
+    daily: int = 0
+    weekly: int = 0
+    monthly: int = 0
+    tag: str = ""  # one backup goes, TAG or TAG@<taking>, and nothing else
+    force: bool = False
+
+
+def _kept(takings: Sequence[Taking], retention: Retention, now: float) -> tuple[set[Unit], set[Unit]]:
+    """Return a table's snapshots to be kept, and those of them from which on every moment can be restored."""
+    good = [one for one in takings if one.complete and not is_automatic(one.unit.tag)]
+    good.sort(key=lambda one: one.newest.when, reverse=True)
+    kept = good[: max(1, retention.last)]  # never the last good one
+    kept += [one for one in good if now - one.newest.when <= retention.within]
+    periods = []
+    for count, period in ((retention.daily, "%Y%m%d"), (retention.weekly, "%G%V"), (retention.monthly, "%Y%m")):
+        newest: dict[str, Taking] = {}
+        for one in good:
+            newest.setdefault(datetime.fromtimestamp(one.newest.when, timezone.utc).strftime(period), one)
+        periods.append(list(newest.values())[:count])
+    window = {one.unit for one in (*kept, *periods[0])}
+    others = [one for one in takings if one not in good]
+    spared = [one for one in others if not good or now - one.newest.when <= (retention.within or _AUTOMATIC_S)]
+    return window | {one.unit for one in (*periods[1], *periods[2], *spared)}, window
+
+
+def _chosen_by_tag(takings: Sequence[Taking], retention: Retention) -> set[Unit]:
+    """Return the takings that --tag means, but for the last good one of the table."""
+    tag, _, since = retention.tag.rpartition("@") if "@" in retention.tag else (retention.tag, "", "")
+    chosen = {one.unit for one in takings if one.unit.tag == tag and one.unit.since.startswith(since)}
+    good = [one for one in takings if one.complete and not is_automatic(one.unit.tag)]
+    last = max(good, key=lambda one: one.newest.when, default=None)
+    return chosen - {last.unit} if last and not retention.force else chosen
+
+
+def expired_listings(
+    filed: Sequence[Filed], listings: Mapping[str, Listing], retention: Retention, now: float
+) -> set[str]:
+    """Return the keys of one table's listings that are to go.
+
+    Incrementals go when no snapshot whose moments can be restored would add them, by the very rule of a restore. A
+    listing that a roll-up replaces goes if every file of it is in the roll-up.
+    """
+    takings = takings_of(filed)
+    if retention.tag:
+        gone = _chosen_by_tag(takings, retention)
+        return {one.key for taking in takings if taking.unit in gone for one in taking.filed}
+    kept, window = _kept(takings, retention, now)
+    expired = {one.key for taking in takings if taking.unit not in kept for one in taking.filed}
+    whole = [add_up([listings[one.key] for one in taking.filed]) for taking in takings if taking.unit in window]
+    bases = [base_on(listing) for listing in whole if listing]
+    for one in filed:
+        listing = listings[one.key]
+        if one.unit.kind == "archive" and retention.within and now - one.when > retention.within:
+            expired.add(one.key)
+        if one.unit.kind == "incremental" and bases and None not in bases:
+            sstables = sstables_of([listing])
+            if not any(base.adds(sstable, math.inf) for base in bases if base for sstable in sstables):
+                expired.add(one.key)
+    by_name = {one.key.rpartition("/")[2]: one.key for one in filed if one.unit.kind == "incremental"}
+    for one in filed:
+        there = {(entry.directory, entry.name, entry.key) for entry in listings[one.key].files}
+        for key in (by_name[name] for name in listings[one.key].replaces if name in by_name):
+            if key != one.key and {(entry.directory, entry.name, entry.key) for entry in listings[key].files} <= there:
+                expired.add(key)
+    return expired
+
+
+class Pruning:
+    """Deletes what retention lets go of one node, without a lock: first condemned, deleted by a later run.
+
+    Whatever stops it, nothing that a listing names is gone, and the next run goes on.
+    """
+
+    def __init__(self, store: Retrying, node: str) -> None:
+        self._store, self._node = store, node
+        self._known: set[str] = set()  # listings whose keys are among the named
+        self._named: set[str] = set()  # keys that must stay
+        self.listings: list[str] = []  # that go
+        self.objects: dict[str, int] = {}  # their keys that nothing else names, and bytes
+        self.refused: dict[str, str] = {}  # what the store would not delete, and why
+
+    def plan(self, retention: Retention, threads: int) -> None:
+        """Read every listing and decide. Raises Corrupt for any that cannot be read, before anything is deleted."""
+        going: dict[str, int] = {}
+        now = hear_time(self._store, self._node)
+        tables = itertools.groupby(filed_in(self._store, self._node), lambda one: (one.unit.keyspace, one.unit.table))
+        for _, group in tables:
+            filed = list(group)
+            read = spread(functools.partial(read_filed, self._store, self._node), filed, threads)
+            listings = {one.key: listing for one, listing in zip(filed, read, strict=True)}
+            expired = expired_listings(filed, listings, retention, now)
+            self.listings += sorted(expired)
+            self._known |= listings.keys()
+            for key, listing in listings.items():
+                if key in expired:
+                    going |= {entry.key: entry.stamp.size for entry in listing.files}
+                else:
+                    self._named |= {entry.key for entry in listing.files}
+        self.listings += self._empty_tags()
+        self.objects = {key: size for key, size in going.items() if key not in self._named}
+        share = len(self.objects) / max(1, len(self.objects) + len(self._named))
+        if share > 0.5 and not retention.force:
+            what = f"{len(self.objects)} objects of {self._node} would go, {share:.0%} of all that are listed"
+            raise Fault(what, "nothing was deleted; if that is meant, pass --force")
+
+    def _empty_tags(self) -> list[str]:
+        """Return the records of tags whose listings all go."""
+        staying = self._known - set(self.listings)
+        records = [head.key for head in self._store.list(f"{self._node}.listings/tags/")]
+        pages = {key: json.loads(b"".join(self._store.get(key))) for key in records}
+        return [key for key, page in pages.items() if page.get("listings") and not staying & set(page["listings"])]
+
+    def plan_retirement(self) -> None:
+        """Let everything of a node go. Raises Usage if it was heard of within the last 30 days."""
+        now, newest = hear_time(self._store, self._node), 0.0
+        for head in self._store.list(f"{self._node}.listings/"):
+            self.listings.append(head.key)
+            newest = max(newest, head.modified)
+        if now - newest < _SILENT_S:
+            what = f"{self._node} was heard of at {rfc3339(utc(newest))}"
+            raise Usage(what, "a node is retired when it has been silent for 30 days; stop its daemon")
+        self.objects = {head.key: head.size for head in self._store.list(f"{self._node}/")}
+
+    def confirm(self) -> int:
+        """Condemn, delete the listings, and delete what was condemned a day ago; return how many objects went."""
+        condemned = [(head, keys) for head, keys in condemned_of(self._store, self._node)]
+        fresh = self.objects.keys() - set(itertools.chain(*(keys for _, keys in condemned)))
+        if fresh:
+            condemn(self._store, self._node, fresh)
+        self._delete(self.listings)
+        if self.refused:  # a listing that stays names what would be deleted
+            return 0
+        now = hear_time(self._store, self._node)
+        return sum(self._sweep(head, keys) for head, keys in condemned if now - head.modified >= _GRACE_S)
+
+    def _sweep(self, head: Head, keys: Sequence[str]) -> int:
+        """Delete what a condemned file names and no listing does by now; and the file, when all of it is gone."""
+        count, left = 0, list(keys)
+        while left and self._store.head(head.key):
+            self._read_new()
+            batch, left = left[:1000], left[1000:]
+            count += self._delete([key for key in batch if key not in self._named])
+        if not left and not self._named & set(keys) and not self.refused.keys() & set(keys):
+            self._delete([head.key])
+        return count
+
+    def _read_new(self) -> None:
+        """Read listings that were written since the last look: what they name stays."""
+        for filed in filed_in(self._store, self._node):
+            if filed.key not in self._known:
+                self._named |= {entry.key for entry in read_filed(self._store, self._node, filed).files}
+                self._known.add(filed.key)
+
+    def _delete(self, keys: Sequence[str]) -> int:
+        why = self._store.delete(keys) if keys else {}
+        self.refused |= why
+        return len(keys) - len(why)
+
+
+# ======================================================================================================
 # Commands
 # ======================================================================================================
 
@@ -3884,38 +4984,42 @@ def host_name() -> str:
     return socket.gethostname() if full.startswith("localhost") else full
 
 
+def url_of(settings: Settings, scheme: str) -> str:
+    """Return the store's URL; a bucket's bare name needs the scheme of the cloud that we run in. Raises Usage."""
+    bucket, prefix = settings.bucket, settings.prefix.strip("/")
+    if "://" not in bucket:
+        if scheme not in ("s3", "gs"):
+            hint = f"write BUCKET_NAME=s3://{bucket}, gs://{bucket} or file:///directory"
+            raise Usage("neither AWS nor GCE answers, so this bucket could be anywhere", hint)
+        bucket = f"{scheme}://{bucket}"
+    return f"{bucket.rstrip('/')}/{prefix}" if prefix else bucket
+
+
 def identify(settings: Settings, environ: Mapping[str, str], known: Mapping[str, str]) -> Identity:
     """Decide the node's name and the store's URL.
 
     A changed host name with the same instance id keeps the name; a changed instance id is a new node; a failed
     detection changes nothing.
     """
-    bucket, prefix, machine_id = settings.bucket, settings.prefix.strip("/"), read_machine_id()
-    bare = "://" not in bucket
+    bare, machine_id = "://" not in settings.bucket, read_machine_id()
     settled = settings.name or known.get("instance") == machine_id[:12]  # off cloud, and still the same machine
     cloud = detect_cloud(environ) if bare or not settled else None
     instance = cloud.instance if cloud else known.get("instance", machine_id[:12])
     scheme = cloud.scheme if cloud else known.get("url", "").partition(":")[0]
-    if bare and scheme not in ("s3", "gs"):
-        hint = f"write BUCKET_NAME=s3://{bucket}, gs://{bucket} or file:///directory"
-        raise Usage("neither AWS nor GCE answers, so this bucket could be anywhere", hint)
+    url = url_of(settings, scheme)
     if settings.name:
         node = check_node(settings.name)
     elif known.get("node") and known.get("instance") == instance:
         node = known["node"]
     else:
         node = name_node(cloud, host_name(), machine_id)
-    url = f"{scheme}://{bucket}" if bare else bucket
-    url = f"{url.rstrip('/')}/{prefix}" if prefix else url
     return Identity(node, instance, url, settings.region or (cloud.region if cloud else known.get("region", "")))
 
 
 def claim(store: Retrying, identity: Identity, areas: Sequence[Area], adopt: bool, memories: Iterable[str]) -> None:
     """Be the owner of the node's name in the bucket, or become it. Raises Usage where somebody else is."""
     prefix, owner = f"{identity.node}.listings/owner", read_machine_id() or areas[0].id
-    keys = [head.key for head in store.list(prefix)]
-    newest = max(keys, key=lambda key: (len(key), key), default="")  # owner.json, then owner.<UTC>.json
-    page = json.loads(b"".join(store.get(newest))) if newest else {}
+    page = read_page(store, prefix)
     ours = page.get("machine_id") == owner
     if page and not ours and not adopt:
         hint = "give this node another --name; or --adopt, if it is the same node, rebuilt around its disk"
@@ -3991,15 +5095,6 @@ def assemble(settings: Settings, areas: Sequence[Area], node: str, store: Retryi
     carrier = Carrier(pinner, store, uploaders, node, ledger, clock, policy)
     limits, timing = Limits(settings.max_pinned, settings.free_floor), Timing(settings.reconcile, settings.heartbeat)
     return Daemon(settings.state_dir, pinner, backlog, carrier, uploaders, store, ledger, clock, limits, timing, stop)
-
-
-def size_text(size: float) -> str:
-    """Return a size for people: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def show_progress(page: Mapping[str, Any]) -> None:
@@ -4134,6 +5229,683 @@ def config(settings: Settings, environ: Mapping[str, str]) -> int:
     return DONE
 
 
+def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
+    """Return a table for people."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
+
+
+def short_time(stamp: str) -> str:
+    """Return a UTC stamp for people: 2026-11-21T20:24:38Z, - for none."""
+    return rfc3339(stamp)[:19] + "Z" if stamp else "-"
+
+
+def open_bucket(settings: Settings, environ: Mapping[str, str]) -> Retrying:
+    """Open the bucket for a command, which gives up after two minutes. Raises Usage."""
+    known = read_json(os.path.join(settings.state_dir, "identity.json"))
+    cloud, url = None, known.get("url", "")
+    if settings.bucket:
+        if "://" not in settings.bucket and not url:
+            cloud = detect_cloud(environ)
+        url = url_of(settings, cloud.scheme if cloud else url.partition(":")[0])
+    if not url:
+        raise Usage("no bucket", "set BUCKET_NAME, or pass --bucket")
+    region = settings.region or (cloud.region if cloud else known.get("region", ""))
+    pause = threading.Event()
+    return Retrying(
+        open_store(url, access_of(settings, region), new=False), pause.wait, 120.0, Budget(settings.max_bandwidth)
+    )
+
+
+def one_node(store: Retrying, settings: Settings) -> About:
+    """Return the node that --node means; else this machine's own, else the only one. Raises Usage, Missing."""
+    names = node_names(store)
+    own = read_json(os.path.join(settings.state_dir, "identity.json")).get("node", "")
+    with contextlib.suppress(Usage):
+        own = own if own in names else name_node(None, host_name(), read_machine_id())
+    word = settings.node or (own if own in names else "")
+    found = find_nodes(store, word, settings.cluster, settings.threads)
+    if len(found) > 1:
+        raise Usage(f"{len(found)} nodes are meant", f"pass --node; there are {', '.join(a.name for a in found[:9])}")
+    return found[0]
+
+
+class Shown(NamedTuple):
+    """What `list` knows of a node."""
+
+    about: About
+    backups: list[list[Taking]]
+    batches: dict[str, list[Filed]]  # incrementals, by ks.table
+    last: float  # when something was heard of it
+
+
+def look_at_node(store: Retrying, settings: Settings, about: About) -> Shown:
+    """Read the names of a node's listings."""
+    filed: list[Filed] = []
+    batches: dict[str, list[Filed]] = {}
+    for head in store.list(f"{about.name}.listings/"):
+        try:
+            one = filed_as(about.name, head)
+        except Corrupt as fault:
+            log.warning("not a listing, left out error=%s", quote(str(fault)))
+            continue
+        if one and one.unit.kind != "archive" and is_selected(one.unit, settings.table):
+            filed.append(one)
+    backups = backups_of(taking for taking in takings_of(filed) if settings.tag in ("", taking.unit.tag))
+    for one in filed:
+        if one.unit.kind == "incremental":
+            batches.setdefault(f"{one.unit.keyspace}.{one.unit.table}", []).append(one)
+    last = max([one.when for one in filed] + [seconds_of(about.heard)] * bool(about.heard), default=0.0)
+    return Shown(about, backups, batches, last)
+
+
+def _backup_page(store: Retrying, node: str, backup: Sequence[Taking], deep: bool) -> dict[str, Any]:
+    """Return what JSON says of one backup; `deep` reads its listings: what is missing, and what was sent for it."""
+    lacking = [taking for taking in backup if not taking.complete]
+    page = {
+        "tag": backup[0].unit.tag,
+        "taking": backup[0].unit.since,
+        "taken": rfc3339(backup[0].unit.since),
+        "tables": len(backup),
+        "files": sum(taking.newest.files for taking in backup),
+        "bytes": sum(taking.newest.size for taking in backup),
+        "complete": not lacking,
+        "incomplete": [f"{taking.unit.keyspace}.{taking.unit.table}" for taking in lacking],
+    }
+    if deep:
+        listings = [read_taking(store, node, taking) for taking in backup]
+        entries = [entry for listing in listings for entry in listing.files]
+        own = [
+            one
+            for one in entries
+            if one.key.split("@")[0] == object_key(node, f"{one.directory}/{one.name}").split("@")[0]
+        ]
+        page["bytes_sent"] = sum(entry.stamp.size for entry in own)
+        missing = [name for listing in listings if not listing.complete for name in (*listing.missing, *listing.lost)]
+        page["missing"] = sorted(map(quote, missing))
+    return page
+
+
+def _node_page(store: Retrying, shown: Shown, now: float, deep: bool) -> dict[str, Any]:
+    """Return what JSON says of one node."""
+    about = shown.about
+    incrementals = [
+        {
+            "table": table,
+            "from": rfc3339(min(one.listed for one in batches)),
+            "to": rfc3339(max(one.listed for one in batches)),
+            "listings": len(batches),
+        }
+        for table, batches in sorted(shown.batches.items())
+    ]
+    return asdict(about) | {
+        "silent_s": max(0.0, now - shown.last),
+        "last": rfc3339(utc(shown.last)) if shown.last else "",
+        "snapshots": [_backup_page(store, about.name, backup, deep) for backup in shown.backups],
+        "incrementals": incrementals,
+    }
+
+
+def _continues(pages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return, by name, the older node that a node continues: another instance with the same host id."""
+    by_host: dict[str, list[Mapping[str, Any]]] = {}
+    for page in sorted(pages, key=lambda page: str(page["last"])):
+        by_host.setdefault(page["host_id"] or page["name"], []).append(page)
+    return {str(new["name"]): str(old["name"]) for same in by_host.values() for old, new in itertools.pairwise(same)}
+
+
+def _tag_lines(pages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say of each tag on how many of the nodes its newest taking is complete."""
+    tags: dict[str, dict[str, bool]] = {}
+    for page in pages:
+        for backup in page["snapshots"]:
+            tags.setdefault(backup["tag"], {})[page["name"]] = backup["complete"]
+    lines = []
+    for tag, nodes in tags.items():
+        lacking = [page["name"] for page in pages if not nodes.get(page["name"])]
+        ending = f", missing {', '.join(lacking)}" if lacking else ""
+        lines.append(f"tag {quote(tag)}: complete on {len(pages) - len(lacking)} of {len(pages)} nodes{ending}")
+    return lines
+
+
+def list_text(pages: Sequence[Mapping[str, Any]], details: bool) -> str:
+    """Return the list for people: a line for each node; with details, its snapshots and incrementals."""
+    older = _continues(pages)
+    rows: list[Sequence[object]] = [("node", "cluster", "addresses", "last heard of", "")]
+    for page in pages:
+        notes = [f"silent for {page['silent_s'] / 3600:.0f} h"] * (page["silent_s"] > 3 * HEARTBEAT_S)
+        notes += [f"continues {older[page['name']]}"] if page["name"] in older else []
+        where = " ".join(page["addresses"]) or "-"
+        rows.append((page["name"], page["cluster"] or "-", where, page["last"][:19] + "Z", ", ".join(notes)))
+    parts = [columns(rows)]
+    for page in pages if details else ():
+        rows = [(f"{page['name']}: tag", "taken", "tables", "files", "bytes", "")]
+        for one in page["snapshots"]:
+            state = "complete" if one["complete"] else f"INCOMPLETE: {' '.join(one['incomplete'])}"
+            state += f", lacks {' '.join(one['missing'])}" if one.get("missing") else ""
+            state += f", {size_text(one['bytes_sent'])} sent for it" if "bytes_sent" in one else ""
+            rows.append((quote(one["tag"]), one["taken"], one["tables"], one["files"], size_text(one["bytes"]), state))
+        parts.append(columns(rows) if len(rows) > 1 else f"{page['name']}: no snapshots")
+        rows = [("incrementals of", "from", "to")]
+        rows += [(one["table"], one["from"][:19] + "Z", one["to"][:19] + "Z") for one in page["incrementals"]]
+        parts += [columns(rows)] * (len(rows) > 1)
+    return "\n\n".join([*parts, "\n".join(_tag_lines(pages))])
+
+
+def topology_text(shown: Sequence[Shown], before: float) -> str:
+    """Return, node by node, what a new cluster of the same shape needs: the place in the ring, and what to restore."""
+    parts = []
+    for one in shown:
+        about = one.about
+        whole = [b for b in one.backups if all(t.complete for t in b) and seconds_of(b[0].newest.listed) <= before]
+        tag = f"{quote(whole[-1][0].unit.tag)}@{whole[-1][0].unit.since}" if whole else "none"
+        size = size_text(sum(taking.newest.size for taking in whole[-1])) if whole else "0 B"
+        lines = [
+            ("node", about.name),
+            ("addresses", " ".join(about.addresses) or "-"),
+            ("host id", about.host_id or "-"),
+        ]
+        lines += [
+            ("dc, rack", f"{about.dc or '-'}, {about.rack or '-'}"),
+            ("newest complete snapshot", f"{tag}, {size}"),
+        ]
+        parts.append(columns(lines) + f"\ninitial_token: {','.join(about.tokens) or '(not recorded)'}")
+    return "\n\n".join(parts)
+
+
+def list_(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches."""
+    store = open_bucket(settings, environ)
+    nodes = find_nodes(store, settings.node, settings.cluster, settings.threads)
+    work = functools.partial(look_at_node, store, settings)
+    shown = [one for one in spread(work, nodes, settings.threads) if one.backups or (one.batches and not settings.tag)]
+    if not shown and (settings.tag or settings.table):
+        takings = (taking for about in nodes for taking in takings_of(filed_in(store, about.name)))
+        tags = sorted({taking.unit.tag for taking in takings})
+        near = difflib.get_close_matches(settings.tag, tags, 3, 0.3) or tags[-3:]
+        what = f"nothing matches below {store.url}/{nodes[0].name if len(nodes) == 1 else '*'}.listings/"
+        raise Missing(what, f"there are the tags {', '.join(map(quote, near))}" if near else "there are no snapshots")
+    if settings.topology:
+        print(topology_text(shown, settings.at or time.time()))
+        return DONE
+    now = store.now()
+    pages = [_node_page(store, one, now, bool(settings.tag)) for one in shown]
+    details = bool(settings.node or settings.tag or settings.table or len(pages) == 1)
+    document = {"schema": 1, "bucket": store.url, "nodes": pages, "continues": _continues(pages)}
+    print(json.dumps(document) if settings.json else list_text(pages, details))
+    return DONE
+
+
+def show_rate(what: str, total: int, shown: bool) -> Callable[[int], None]:
+    """Return what tells how far a transfer of so many bytes is: on a terminal, or every ten seconds in the log."""
+    began, said = time.monotonic(), [time.monotonic()]
+
+    def show(done: int) -> None:
+        now = time.monotonic()
+        if now - said[0] < (0.2 if shown else 10.0) and done < total:
+            return
+        said[0], rate = now, done / max(0.001, now - began)
+        eta = f", {(total - done) / rate:.0f} s to go" if rate and done < total else ""
+        text = f"{what} {size_text(done)} of {size_text(total)} ({size_text(rate)}/s){eta}"
+        if shown:
+            print(f"\033[K{text}", end="\n" if done >= total else "\r", file=sys.stderr, flush=True)
+        else:
+            log.info("%s", text)
+
+    return show
+
+
+def selected(store: Retrying, settings: Settings, node: str) -> list[Filed]:
+    """Return the listings that --tag, --table and --latest mean. Raises Missing."""
+    filed = [one for one in filed_in(store, node) if is_selected(one.unit, settings.table)]
+    if settings.tag:
+        chosen = {taking.unit for taking in choose_backup(takings_of(filed), settings.tag)}
+        filed = [one for one in filed if one.unit in chosen]
+    elif settings.latest:
+        whole: dict[tuple[str, str], Taking] = {}
+        for taking in sorted((t for t in takings_of(filed) if t.complete), key=lambda taking: taking.newest.listed):
+            whole[taking.unit.keyspace, taking.unit.table] = taking
+        filed = [one for taking in whole.values() for one in taking.filed]
+    if not filed:
+        raise Missing(f"no listing of {node} is meant", "`cassbackup list` shows what there is")
+    return filed
+
+
+def _label(unit: Unit) -> str:
+    what = f"{quote(unit.tag)}@{unit.since}" if unit.kind == "snapshot" else unit.kind
+    return f"{unit.keyspace}.{unit.table} {what}"
+
+
+class Verification:
+    """Compares objects with the listings that name them, a table at a time."""
+
+    def __init__(self, store: Retrying, node: str, settings: Settings) -> None:
+        self._store, self._node, self._threads, self._deep = store, node, settings.threads, settings.deep
+        self._ask = bool(settings.tag or settings.latest or settings.table)
+        self.count = self.size = 0
+        self.bad: list[dict[str, Any]] = []  # key, what, spoils
+        self.cold: list[str] = []
+        self.stale: list[str] = []
+
+    def check_table(self, filed: Iterable[Filed], progress: Callable[[int], None]) -> None:
+        """Check everything that these listings name."""
+        listings = []
+        for one in filed:
+            try:
+                listings.append(read_filed(self._store, self._node, one))
+            except (Corrupt, Missing) as fault:
+                self.bad.append({"key": one.key, "what": fault.what, "spoils": [_label(one.unit)]})
+        named: dict[str, list[tuple[Stored, Unit]]] = {}
+        for listing in listings:
+            for entry in listing.files:
+                named.setdefault(entry.key, []).append((entry, listing.unit))
+        entries = [users[0][0] for users in named.values()]
+        for entry, (what, cold) in zip(entries, self._look(entries), strict=True):
+            users = named[entry.key]
+            others = {(one.stamp.size, one.crc32) for one, _ in users} - {(entry.stamp.size, entry.crc32)}
+            what = what or ("is listed with different contents" if others else "")
+            if what:
+                self.bad.append({"key": entry.key, "what": what, "spoils": sorted({_label(unit) for _, unit in users})})
+            self.cold += [entry.key] if cold else []
+            self.count, self.size = self.count + 1, self.size + entry.stamp.size
+            progress(self.size)
+        for data, told in stale_digests(self._store, listings) if self._deep else ():
+            self.stale.append(f"{data.key} has CRC-32 {int(data.crc32, 16)}, and its Digest.crc32 says {told}")
+
+    def _look(self, entries: Sequence[Stored]) -> Iterator[tuple[str, str]]:
+        """Yield (what is wrong, the storage class where it must be thawed) of each object."""
+        if not self._ask and not self._deep:
+            folders: dict[str, set[str]] = {}
+            for entry in entries:
+                folders.setdefault(entry.key.rpartition("/")[0], set()).add(entry.key)
+            found = spread(functools.partial(heads_of, self._store), folders.values(), self._threads)
+            heads = {key: head for part in found for key, head in part.items()}
+            yield from (
+                (trouble_of(one, heads.get(one.key)), getattr(heads.get(one.key), "cold", "")) for one in entries
+            )
+            return
+
+        def look(entry: Stored) -> tuple[str, str]:
+            head = self._store.head(entry.key)
+            trouble, cold = trouble_of(entry, head), head.cold if head else ""
+            return (trouble or read_deeply(self._store, entry) if self._deep and not cold else trouble), cold
+
+        yield from spread(look, entries, self._threads)
+
+
+def verify(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Compare the bucket with its listings. Exit 1: something is bad; 3: it must be thawed first, or looks odd."""
+    store = open_bucket(settings, environ)
+    about = one_node(store, settings)
+    filed = selected(store, settings, about.name)
+    checking = Verification(store, about.name, settings)
+    progress = show_rate("checked", sum(one.size for one in filed), False) if settings.deep else lambda size: None
+    for _, group in itertools.groupby(filed, lambda one: (one.unit.keyspace, one.unit.table)):
+        checking.check_table(group, progress)
+    bad = {one["key"] for one in checking.bad if one["key"].startswith(f"{about.name}/")}
+    condemned = condemn(store, about.name, bad) if settings.condemn and bad else ""
+    page = {"schema": 1, "node": about.name, "objects": checking.count, "bytes": checking.size, "bad": checking.bad}
+    page |= {"needs_thaw": checking.cold, "stale_digests": checking.stale, "condemned": condemned}
+    lines = [f"BAD {one['key']} {one['what']}; it spoils {', '.join(one['spoils'])}" for one in checking.bad]
+    lines += [f"needs thaw: {key}" for key in checking.cold]
+    lines += [f"odd: {text} (a scrub can leave that)" for text in checking.stale]
+    how = (
+        "read whole"
+        if settings.deep
+        else "with checksums"
+        if settings.tag or settings.latest or settings.table
+        else "sizes"
+    )
+    lines.append(f"{checking.count} objects, {size_text(checking.size)} ({how}): {len(checking.bad)} bad")
+    lines += [f"condemned in {condemned}: the daemon stores them again with the next listing"] * bool(condemned)
+    print(json.dumps(page) if settings.json else "\n".join(lines))
+    return FAILED if checking.bad else BEHIND if checking.cold or checking.stale else DONE
+
+
+def plan_of(store: Retrying, node: str, settings: Settings) -> Plan:
+    """Choose what to restore, and look for every object of it. Raises Missing, Corrupt, Usage."""
+    exclude = settings.exclude_table
+    exclude += ("system.local", "system.peers*") if settings.new_node else ()
+    exclude += () if settings.table or settings.in_place else ("system", "system_*")  # those cannot be imported
+    tables = tables_of(filed_in(store, node), settings.table, exclude)
+    if settings.tag:
+        backup = choose_backup((taking for filed in tables.values() for taking in takings_of(filed)), settings.tag)
+        read = spread(functools.partial(read_taking, store, node), backup, settings.threads)
+        chosen, moment = list(map(choose_taking, read)), f"{quote(backup[0].unit.tag)}@{backup[0].unit.since}"
+    else:
+        before = settings.at or store.now()
+        moment = rfc3339(utc(before))
+
+        def choose(item: tuple[tuple[str, str], list[Filed]]) -> Chosen:
+            return choose_table(store, node, *item, before)
+
+        chosen = newest_of_names(spread(choose, tables.items(), settings.threads))
+    if not chosen:
+        hint = "`cassbackup list` shows what there is; a TIME without a zone is UTC"
+        raise Missing(f"nothing of {node} is there to restore for {moment}", hint)
+    return make_plan(store, node, moment, chosen, settings.threads)
+
+
+def notes_on(store: Retrying, plan: Plan, before: float) -> list[str]:
+    """Return what an operator should know of a plan: how far the bucket reaches, and how old the data is."""
+    notes = []
+    beats = [head.key for head in store.list(f"{plan.node}.listings/heartbeat/")]
+    if beats:
+        through = str(json.loads(b"".join(store.get(beats[-1]))).get("listed_through", ""))
+        if through < rfc3339(utc(before)):
+            notes.append(f"what {plan.node} found after {through} may not be in the bucket")
+    if store.now() - before > 10 * 86400:
+        notes.append(
+            "older than 10 days (the default gc_grace_seconds): what was deleted since can come back on a live node"
+        )
+    return notes
+
+
+def plan_page(plan: Plan, notes: Sequence[str]) -> dict[str, Any]:
+    """Return a plan as JSON."""
+    tables = [
+        {
+            "table": f"{one.keyspace}.{one.table}",
+            "from": one.why,
+            "sstables": len(one.sstables),
+            "incrementals": [sstable.name for sstable in one.sstables[len(one.sstables) - one.added :]],
+        }
+        for one in plan.tables
+    ]
+    page = {"schema": 1, "node": plan.node, "moment": plan.moment, "tables": tables, "files": len(plan.fetches)}
+    page |= {"bytes": plan.size, "troubles": plan.troubles, "absent": plan.absent, "needs_thaw": plan.cold}
+    return page | {"notes": list(notes)}
+
+
+def plan_text(plan: Plan, notes: Sequence[str], where: str) -> str:
+    """Return a plan for people."""
+    rows = [("table", "SSTables", "from")]
+    rows += [(f"{one.keyspace}.{one.table}", str(len(one.sstables)), one.why) for one in plan.tables]
+    lines = [f"{plan.node} as of {plan.moment}, into {where}", columns(rows, "  ")]
+    lines.append(f"{len(plan.fetches)} files, {size_text(plan.size)}")
+    lines += [f"lacking: {trouble}" for trouble in plan.troubles]
+    lines += [f"not in the bucket as listed: {key}" for key in plan.absent[:20]]
+    lines += [f"needs thaw: {key}" for key in plan.cold[:20]]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+
+def cassandra_pids() -> list[str]:
+    """Return the processes on this machine that are a Cassandra."""
+    pids = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+            if b"org.apache.cassandra.service.CassandraDaemon" in file.read():
+                pids.append(pid)
+    return pids
+
+
+def map_homes(homes: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """Return where each data directory's files go: OLD=NEW, one for all, or as many as there were. Raises Usage."""
+    pairs = dict(word.split("=", 1) for word in given if "=" in word)
+    plain = [word for word in given if "=" not in word]
+    mapped = {home: home for home in homes}
+    if len(plain) == 1 or len(plain) == len(homes):
+        mapped = dict(zip(homes, plain * len(homes) if len(plain) == 1 else plain, strict=True))
+    elif plain:
+        raise Usage(f"{len(plain)} data directories for {len(homes)}", f"pass OLD=NEW for each of {' '.join(homes)}")
+    mapped |= {home: pairs[home] for home in homes if home in pairs}
+    for home in mapped.values():
+        if not os.path.isdir(home):
+            raise Usage(f"data directory {quote(home)} is not there", "create it, or pass --data-dir OLD=NEW")
+    return {home: os.path.abspath(target) for home, target in mapped.items()}
+
+
+def strangers_in(placed: Sequence[Placed]) -> dict[str, list[str]]:
+    """Return the SSTables and transaction logs that stand where files go and are not of the plan, by folder."""
+    planned: dict[str, dict[str, Stamp]] = {}
+    for fetch, root, path in placed:
+        folder, name = os.path.split(os.path.join(root, path))
+        planned.setdefault(folder, {})[name] = fetch.entry.stamp
+    strangers: dict[str, list[str]] = {}
+    for folder, names in planned.items():
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                info, stamp = entry.stat(follow_symlinks=False), names.get(entry.name)
+                same = stamp and (info.st_size, info.st_mtime_ns) == (stamp.size, stamp.mtime_ns)
+                if not same and (sstable_of(entry.name) or "_txn_" in entry.name):
+                    strangers.setdefault(folder, []).append(entry.name)
+    return strangers
+
+
+def move_aside(strangers: Mapping[str, Sequence[str]]) -> None:
+    """Put SSTables into a snapshot directory of their table, where Cassandra lets them be: nothing is deleted."""
+    tag = f"aside-{utc(time.time())[:15]}"
+    for folder, names in strangers.items():
+        above, _, index = folder.rpartition("/.")
+        target = f"{above}/snapshots/{tag}/.{index}" if above else f"{folder}/snapshots/{tag}"
+        os.makedirs(target, exist_ok=True)
+        for name in names:
+            os.rename(os.path.join(folder, name), os.path.join(target, name))
+        log.info("moved aside files=%d to=%s", len(names), quote(target))
+
+
+class Nodetool:
+    """Cassandra's own nodetool, as the operator calls it."""
+
+    def __init__(self, command: str) -> None:
+        self._command = shlex.split(command)
+
+    def __call__(self, *words: str) -> str:
+        """Run a command of nodetool; return what it says. Raises Fault where it fails."""
+        try:
+            done = subprocess.run([*self._command, *words], check=False, capture_output=True, text=True)
+        except OSError as error:
+            raise Usage(f"{self._command[0]} cannot be run ({error.strerror})", "pass --nodetool") from None
+        if done.returncode:
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise Fault(f"nodetool {' '.join(words)}: {''.join(last)}", "is Cassandra running?")
+        return done.stdout
+
+    def check(self, tables: Iterable[tuple[str, str]]) -> str:
+        """Return Cassandra's version, after a look whether it answers and has these tables. Raises Fault, Missing."""
+        version = self("version").partition(":")[2].strip()
+        absent = []
+        for keyspace, table in tables:
+            try:
+                self("tablestats", f"{keyspace}.{table}")
+            except Fault:
+                absent.append(f"{keyspace}.{table}")
+        if absent:
+            hint = "create them first; `cassbackup restore --schema-only` brings their schema"
+            raise Missing(f"Cassandra has no table {', '.join(absent)}", hint)
+        if "not running" not in self("statusbackup"):
+            log.warning(
+                "incremental backup is on: what is imported is linked into backups/ hint=nodetool disablebackup"
+            )
+        return version
+
+
+def _put_live(staged: str, keyspace: str, table: str) -> None:
+    """Rename staged SSTables into the table's newest directory, under generations that are free there."""
+    homes = [os.path.join(data, keyspace) for data in data_directories(())]
+    found = [os.path.join(home, name) for home in homes if os.path.isdir(home) for name in os.listdir(home)]
+    live = max(
+        (one for one in found if table_id_of(os.path.basename(one))[0] == table), key=os.path.getmtime, default=""
+    )
+    if not live:
+        raise Missing(f"no directory of {keyspace}.{table}", "create the table first")
+    names = [name for folder in (live, f"{live}/backups") if os.path.isdir(folder) for name in os.listdir(folder)]
+    ages = [SSTable("", split[0], "", ()).age[1] for name in names if (split := sstable_of(name))]
+    free, numbers = max(ages, default=0), dict[str, int]()
+    for name in sorted(os.listdir(staged), key=lambda name: name.endswith("-Data.db")):  # Data.db last
+        if split := sstable_of(name):
+            number = numbers.setdefault(split[0], free + len(numbers) + 1)
+            target = f"{renamed(SSTable('', split[0], '', ()), number)}-{split[1]}"
+            os.rename(os.path.join(staged, name), os.path.join(live, target))
+
+
+def import_tables(nodetool: Nodetool, version: str, into: str, tables: Iterable[tuple[str, str]]) -> None:
+    """Hand staged tables to Cassandra: nodetool import; before 4.0 into the live directory, and refresh."""
+    for keyspace, table in tables:
+        staged = os.path.join(into, keyspace, table)
+        if version.startswith(("2.", "3.")):
+            _put_live(staged, keyspace, table)
+            nodetool("refresh", keyspace, table)
+        else:
+            nodetool("import", keyspace, table, staged)
+        log.info("imported table=%s.%s", keyspace, table)
+
+
+def write_schema(store: Retrying, plan: Plan, into: str) -> list[str]:
+    """Write the schema: what DESCRIBE SCHEMA said when the tag was taken, else each table's schema.cql."""
+    tags = {one.base.listing.unit.tag for one in plan.tables if one.base.listing}
+    texts = {}
+    for tag in tags if len(tags) == 1 else ():
+        records = [head.key for head in store.list(f"{plan.node}.listings/tags/{quote(tag)}/")]
+        if records and (text := json.loads(b"".join(store.get(records[-1]))).get("schema")):
+            texts["schema.cql"] = str(text).encode()
+    for fetch in plan.fetches if not texts else ():
+        if fetch.entry.name == SCHEMA:
+            path = f"{fetch.keyspace}/{table_id_of(fetch.table)[0]}/{SCHEMA}"
+            texts[path] = b"".join(store.get(fetch.entry.key))
+    for path, text in texts.items():
+        *parts, name = path.split("/")
+        with open_folder(into, parts, (-1, -1)) as folder:
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=folder)
+            with open(fd, "wb") as file:
+                file.write(text)
+    return [os.path.join(into, path) for path in texts]
+
+
+def _restore_staged(store: Retrying, plan: Plan, settings: Settings, into: str) -> dict[str, Exception]:
+    tables = sorted({(one.keyspace, table_id_of(one.table)[0]) for one in plan.tables})
+    placed = place_staged(plan, into)
+    check_target(placed)
+    check_space(placed)
+    nodetool = Nodetool(settings.nodetool)
+    version = nodetool.check(tables) if settings.import_ else ""
+    with only_restore([into]):
+        wrong = receive_all(store, placed, settings.threads, show_rate("restored", plan.size, sys.stderr.isatty()))
+    if settings.import_ and not wrong:
+        import_tables(nodetool, version, into, tables)
+    elif not wrong:
+        keyspace, table = tables[0]
+        log.info("next: nodetool import %s %s %s/%s/%s", keyspace, table, quote(into), keyspace, table)
+    return wrong
+
+
+def _restore_in_place(store: Retrying, plan: Plan, settings: Settings, about: About) -> dict[str, Exception]:
+    if pids := cassandra_pids():
+        raise Usage(f"Cassandra is running (pid {' '.join(pids)})", "stop it first: it would not see these files")
+    homes = map_homes(sorted({fetch.home for fetch in plan.fetches}), settings.data_dir)
+    placed = place_live(plan, homes)
+    check_target(placed)
+    check_space(placed)
+    strangers = strangers_in(placed)
+    if strangers and not settings.move_aside:
+        folder, names = next(iter(strangers.items()))
+        what = f"{quote(folder)} holds {quote(names[0])}, which is not of this backup"
+        raise Usage(what, "--move-aside puts such SSTables into a snapshot directory of their table")
+    with only_restore(homes.values()):
+        move_aside(strangers)
+        wrong = receive_all(store, placed, settings.threads, show_rate("restored", plan.size, sys.stderr.isatty()))
+    above = os.path.dirname(next(iter(homes.values()), "/var/lib/cassandra/data"))
+    print(f"before the start, empty commitlog, hints and saved_caches (usually in {above}): they would be replayed")
+    if settings.new_node:
+        tokens = ",".join(about.tokens) or "(node.json has none: take it from the old cassandra.yaml)"
+        print(f"in cassandra.yaml:\n  num_tokens: {len(about.tokens) or '?'}\n  initial_token: {tokens}")
+        print(f"  auto_bootstrap: false\nin the snitch's file:\n  dc={about.dc or '?'}\n  rack={about.rack or '?'}")
+    return wrong
+
+
+def restore_directory(settings: Settings) -> str:
+    """Return --into; else a directory beside the data, so that an import renames instead of copying."""
+    if settings.into:
+        return os.path.abspath(str(settings.into))
+    with contextlib.suppress(Usage):
+        return os.path.join(os.path.dirname(data_directories(())[0]), "cassbackup-restore")
+    return os.path.abspath("cassbackup-restore")
+
+
+def restore(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Bring back tables. Exit 1: something went wrong; 3: restored, but the backup itself lacks something."""
+    if sum(map(bool, (settings.tag, settings.at, settings.latest))) != 1:
+        raise Usage("what is to be restored?", "pass one of --tag TAG, --at TIME and --latest")
+    if settings.in_place and settings.same_node == settings.new_node:
+        raise Usage(
+            "--in-place needs one of --same-node and --new-node", "a new node must not have the old one's identity"
+        )
+    store = open_bucket(settings, environ)
+    about = one_node(store, settings)
+    plan = plan_of(store, about.name, settings)
+    notes, into = notes_on(store, plan, settings.at or store.now()), restore_directory(settings)
+    where = "the data directories" if settings.in_place else into
+    print(json.dumps(plan_page(plan, notes)) if settings.json else plan_text(plan, notes, where))
+    incomplete = [one for one in plan.tables if one.base.listing and not one.base.listing.complete]
+    if plan.absent or plan.cold or (incomplete and not settings.incomplete):
+        hint = (
+            "thaw them in the bucket first" if plan.cold else "`cassbackup verify` tells more; choose another snapshot"
+        )
+        hint = hint if plan.absent or plan.cold else "--incomplete restores what there is"
+        raise Fault("nothing was restored, since not all is there", hint)
+    if settings.dry_run:
+        return BEHIND if plan.troubles else DONE
+    if not settings.in_place:
+        os.makedirs(into, exist_ok=True)
+    if settings.schema_only:
+        written = write_schema(store, plan, into)
+        print("\n".join(written) or "the backup has no schema")
+        return DONE if written else FAILED
+    wrong = (
+        _restore_in_place(store, plan, settings, about)
+        if settings.in_place
+        else _restore_staged(store, plan, settings, into)
+    )
+    for path, error in sorted(wrong.items()):
+        log.error("not restored path=%s error=%s", quote(path), quote(str(error)))
+    return FAILED if wrong else BEHIND if plan.troubles else DONE
+
+
+def prune_text(pages: Sequence[Mapping[str, Any]], confirmed: bool) -> str:
+    """Return what prune did, or would do, for people."""
+    lines = []
+    for page in pages:
+        lines += [f"listing {'gone' if confirmed else 'to go'}: {key}" for key in page["listings"]]
+        lines += [f"stays: {key} ({why})" for key, why in page["refused"].items()]
+        what = (
+            f"{page['node']}: {len(page['listings'])} listings, {page['objects']} objects, {size_text(page['bytes'])}"
+        )
+        ending = f"{page['deleted']} condemned objects deleted" if confirmed else "to go"
+        lines.append(f"{what}{' condemned, ' if confirmed else ' '}{ending}")
+    ending = "objects are deleted by the first run that is a day younger than what condemned them"
+    return "\n".join([*lines, ending if confirmed else "nothing was deleted; pass --confirm to do it"])
+
+
+def prune(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Delete what retention lets go; without --confirm, say what would go."""
+    terms = (settings.keep_last, settings.keep_within, settings.keep_daily, settings.keep_weekly, settings.keep_monthly)
+    if bool(any(terms)) + bool(settings.tag) + bool(settings.retire) != 1:
+        raise Usage("what is to go?", "pass --keep-last, -within, -daily, -weekly or -monthly; or --tag; or --retire")
+    store, confirm = open_bucket(settings, environ), settings.confirm and not settings.dry_run
+    if settings.retire:
+        names = [settings.retire]
+    elif settings.all_nodes:
+        names = [about.name for about in find_nodes(store, "", settings.cluster, settings.threads)]
+    else:
+        names = [one_node(store, settings).name]
+    pages, code = [], DONE
+    for name in names:
+        pruning = Pruning(store, name)
+        if settings.retire:
+            pruning.plan_retirement()
+        else:
+            pruning.plan(Retention(*terms, settings.tag, settings.force), settings.threads)
+        gone = pruning.confirm() if confirm else 0
+        code = max(code, FAILED if pruning.refused else DONE)
+        page = {"node": name, "listings": pruning.listings, "objects": len(pruning.objects), "refused": pruning.refused}
+        pages.append(page | {"bytes": sum(pruning.objects.values()), "deleted": gone})
+    print(
+        json.dumps({"schema": 1, "confirmed": confirm, "nodes": pages}) if settings.json else prune_text(pages, confirm)
+    )
+    return code
+
+
 # ======================================================================================================
 # Command line
 # ======================================================================================================
@@ -4145,10 +5917,11 @@ _EXAMPLES: Final = MappingProxyType(
         "COUNT": "a number from 1 to 256",
         "DURATION": "90s, 15m, 26h or 7d",
         "KIND": "AES256 or aws:kms",
+        "NUMBER": "a whole number",
         "PART": "a part of the disk, as 10%",
         "RATE": "50M or 1.5G",
         "REGEX": "a regular expression",
-        "TIME": "2026-11-21 or 2026-11-21T20:24Z",
+        "TIME": "2026-11-21, 2026-11-21T20:24Z, or 20:24 for the last such moment",
     }
 )
 
@@ -4168,8 +5941,10 @@ def read_value(kind: str, text: str) -> Any:
             return word in ("yes", "on", "true", "1")
         case "COUNT" if 1 <= int(text) <= 256:
             return int(text)
+        case "NUMBER" if text.isdigit():
+            return int(text)
         case "DURATION":
-            return _scaled(word, {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400})
+            return _scaled(word, {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400})
         case "KIND" if text in ("AES256", "aws:kms"):
             return text
         case "PART" if (part := _scaled(word, {"%": 0.01})) < 1:
@@ -4179,6 +5954,9 @@ def read_value(kind: str, text: str) -> Any:
             return _scaled(word, {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40})
         case "REGEX":
             return re.compile(text)
+        case "TIME" if re.fullmatch(r"\d\d?:\d\d", word):
+            today = seconds_of(f"{utc(time.time())[:9]}{word.replace(':', '').zfill(4)}00.000000Z")
+            return today if today <= time.time() else today - 86400
         case "TIME":  # UTC without a zone
             moment = datetime.fromisoformat(word.upper().replace("Z", "+00:00"))
             return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
@@ -4199,7 +5977,8 @@ class Option:
     @property
     def key(self) -> str:
         """Return the name in Settings."""
-        return self.flags.split()[0].lstrip("-").replace("-", "_")
+        name = self.flags.split()[0].lstrip("-").replace("-", "_")
+        return name + "_" * keyword.iskeyword(name)
 
     @property
     def variable(self) -> str:
@@ -4233,6 +6012,55 @@ _STORE = (
     Option("--secret-key -s", "KEY", "", "discouraged, as -s of tablesnap"),
     Option("--threads -t", "COUNT", 8, "threads that send"),
     Option("--max-bandwidth", "RATE", 50.0 * MIB, "bytes a second for the whole node, as 50M; 0 is no limit"),
+)
+_BUCKET = tuple(option for option in _STORE if option.key not in ("name", "max_bandwidth")) + (
+    Option("--max-bandwidth", "RATE", 0.0, "bytes a second, as 50M; 0 is no limit"),
+    _STATE,
+)
+_NODE = (
+    Option("--node", "WORD", "", "a node: any unique part of its name, host id or address (default: this one)"),
+    Option("--cluster", "NAME", "", "only nodes of this cluster"),
+    Option("--json", "", False, "print JSON"),
+)
+_TABLES = Option("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; globs work")
+_TAG = Option("--tag", "TAG", "", "this snapshot; TAG@<taking> where the tag was taken more than once")
+_AT = Option(
+    "--at", "TIME", 0.0, "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such"
+)
+_LATEST = Option("--latest", "", False, "the newest there is of each table")
+_LIST = (_TAG, _TABLES, Option("--topology", "", False, "for a new cluster: tokens, rack, newest snapshot"), _AT)
+_VERIFY = (
+    *(_TAG, _LATEST, _TABLES),
+    Option("--deep", "", False, "download everything and compare its bytes"),
+    Option("--condemn", "", False, "have the daemon store again what is bad"),
+)
+_RESTORE = (
+    *(_TAG, _AT, _LATEST, _TABLES),
+    Option("--exclude-table", "KS[.TABLE]", (), "not these"),
+    Option("--dry-run", "", False, "only say what would be restored"),
+    Option("--into", "DIR", "", "stage <DIR>/<ks>/<table>/ (default: cassbackup-restore/ beside the data)"),
+    Option("--import", "", False, "then hand each table to the running Cassandra (nodetool import)"),
+    Option("--nodetool", "CMD", "nodetool", "how to call nodetool, as 'nodetool -u me -pwf file'"),
+    Option("--schema-only", "", False, "only the schema"),
+    Option("--incomplete", "", False, "restore a snapshot that lacks files, as far as it goes"),
+    Option("--in-place", "", False, "into the data directories of a stopped node; all keyspaces"),
+    Option("--same-node", "", False, "in place: the node itself comes back, with its host id and tokens"),
+    Option("--new-node", "", False, "in place: another node takes its place; system.local and peers are left out"),
+    Option("--data-dir", "[OLD=]NEW", (), "in place: the data directory, or which one for which"),
+    Option("--move-aside", "", False, "in place: put SSTables that are in the way into a snapshot directory"),
+)
+_PRUNE = (
+    Option("--keep-last", "NUMBER", 0, "keep so many snapshots of each table"),
+    Option("--keep-within", "DURATION", 0.0, "keep what is younger, as 30d; also Cassandra's own snapshots (else 14d)"),
+    Option("--keep-daily", "NUMBER", 0, "keep the newest of so many days"),
+    Option("--keep-weekly", "NUMBER", 0, "of so many weeks"),
+    Option("--keep-monthly", "NUMBER", 0, "of so many months"),
+    _TAG,
+    Option("--retire", "NODE", "", "everything of a node that has been silent for 30 days"),
+    Option("--all-nodes", "", False, "every node of the bucket, or of --cluster"),
+    Option("--force", "", False, "even more than half of a node's objects; even the last good snapshot of a table"),
+    Option("--confirm", "", False, "do it"),
+    Option("--dry-run", "", False, "only say what would go (so it is without --confirm)"),
 )
 _WHAT = (
     Option("--keyspace", "GLOB", (), "only these keyspaces (a restore needs those of the system too)"),
@@ -4279,9 +6107,19 @@ class Command(NamedTuple):
 
 
 _DAEMON = (("store", _STORE), ("what to store", _WHAT), ("on this node", _HERE), ("always", _ALWAYS))
+_WHERE = (("bucket", _BUCKET), ("node", _NODE))
+_LAST = ("always", _ALWAYS)
 COMMANDS: Final = MappingProxyType(
     {
         "watch": Command(watch, "watch and store (the default command)", _DAEMON),
+        "list": Command(
+            list_, "nodes, snapshots and incrementals in the bucket", (*_WHERE, ("what to show", _LIST), _LAST)
+        ),
+        "verify": Command(verify, "compare the bucket with its listings", (*_WHERE, ("what to check", _VERIFY), _LAST)),
+        "restore": Command(restore, "bring back tables", (*_WHERE, ("what and where to", _RESTORE), _LAST)),
+        "prune": Command(
+            prune, "delete old backups; a dry run unless --confirm", (*_WHERE, ("what to keep", _PRUNE), _LAST)
+        ),
         "status": Command(status, "how far behind the daemon is; exit 3 when it is", (("status", _ASK + _ALWAYS),)),
         "config": Command(config, "each setting, its value and where it came from", _DAEMON),
     }
@@ -4407,7 +6245,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     command = COMMANDS[flags["command"]]
     file = read_config(flags["config"] or environ.get("CASSBACKUP_CONFIG", ""))
     settled = settle((option for _, options in command.groups for option in options), flags, environ, file)
-    if not settled["state_dir"].value:
+    if "state_dir" in settled and not settled["state_dir"].value:
         settled["state_dir"] = Setting(default_state_dir(environ), "default")
     settings = Settings(settled)
     set_up_log(settings.verbose, environ)

@@ -27,12 +27,12 @@ MODULE = ROOT / "cassbackup.py"
 
 ROOMS = (
     "Facts", "Errors", "Things", "Names", "Stores", "Cloud", "Ledger", "Watch", "Scan and pin", "Upload",
-    "Publish", "Daemon", "Commands", "Command line",
+    "Publish", "Daemon", "Catalog", "Choose", "Restore", "Verify", "Prune", "Commands", "Command line",
 )  # fmt: skip
 
 # The house was drawn for 3,000. Built, with what reviews and faults asked for, it needs more; but it may not grow
 # unnoticed.
-MAX_LINES = 4500
+MAX_LINES = 6300
 MAX_FUNCTION = 50
 SHORT_FUNCTION, SHORT_SHARE = 15, 0.60
 MAX_BROAD_HANDLERS = 5
@@ -63,6 +63,11 @@ NEVER = {
     "Stores": ("Ledger", "Watch", "Scan and pin"),
     "Watch": ("Upload",),
     "Upload": ("Ledger",),
+    "Catalog": ("Ledger", "Watch", "Scan and pin", "Upload"),
+    "Choose": ("Ledger", "Watch", "Scan and pin", "Upload"),
+    "Restore": ("Ledger", "Watch", "Scan and pin", "Upload"),
+    "Verify": ("Ledger", "Watch", "Scan and pin", "Upload"),
+    "Prune": ("Ledger", "Watch", "Scan and pin", "Upload"),
 }
 GO_BETWEENS = {"Ledger": {"ledger"}, "Watch": {"watcher"}, "Scan and pin": {"pins"}, "Upload": {"uploaders"}}
 
