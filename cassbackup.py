@@ -131,7 +131,7 @@ RECONCILE_S: Final = 60.0
 HEARTBEAT_S: Final = 900.0
 HEARTBEATS_KEPT: Final = 100
 CONDEMNED_LOOK_S: Final = 60.0
-FRESH_S: Final = 24 * 3600.0  # how long a confirmation by the store is good for
+FRESH_S: Final = 12 * 3600.0  # how long a confirmation by the store is good for; far less than prune's grace
 PUBLISH_LIMIT_S: Final = 3600.0  # prune's grace is a day; a publication that takes an hour looks again
 STOP_S: Final = 30.0
 
@@ -413,7 +413,9 @@ def parse_pin_directory(name: str) -> tuple[str, str] | None:
 
 def is_utc(stamp: str) -> bool:
     """Tell whether a text is a moment as it stands in keys."""
-    return bool(re.fullmatch(_UTC, stamp))
+    with contextlib.suppress(ValueError):
+        return bool(re.fullmatch(_UTC, stamp)) and seconds_of(stamp) >= 0
+    return False
 
 
 def utc(seconds: float) -> str:
@@ -759,7 +761,8 @@ class DirStore:
         if stat.S_ISDIR(info.st_mode):
             return None
         with contextlib.suppress(OSError):
-            crc32 = os.getxattr(path, "user.crc32").decode()
+            crc32, _, then = os.getxattr(path, "user.crc32").decode().partition(" ")
+        crc32 = crc32 if crc32 and then == f"{info.st_mtime_ns:x}" else ""  # else somebody has written to it since
         return Head(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime, crc32)
 
     def list(self, prefix: str, after: str = "") -> Iterator[Head]:
@@ -767,7 +770,8 @@ class DirStore:
 
     def folders(self, prefix: str) -> Iterator[str]:
         with contextlib.suppress(Missing), self._faults(), os.scandir(os.path.join(self._root, prefix)) as entries:
-            yield from sorted(entry.name for entry in entries if entry.is_dir() and entry.name != ".unfinished")
+            names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name != ".unfinished")
+            yield from (name for name in names if any(self.list(f"{prefix}{name}/")))
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -793,7 +797,7 @@ class DirStore:
         path = self._path(key)
         with self._faults():
             with contextlib.suppress(OSError):  # a file system without attributes: compared by reading back
-                os.setxattr(upload, "user.crc32", hex32(crc32).encode())
+                os.setxattr(upload, "user.crc32", f"{hex32(crc32)} {os.stat(upload).st_mtime_ns:x}".encode())
             _fsync(upload, 0)
             try:
                 os.link(upload, path)  # refuses to overwrite, as rename would not
@@ -1002,8 +1006,8 @@ class S3Store:
         except Missing:
             return None
         crc32 = next((value for name, value in reply["Metadata"].items() if name.lower() == "crc32"), "")
-        if not crc32 and reply.get("ChecksumCRC32") and "-" not in reply["ChecksumCRC32"]:  # -N is a composite
-            crc32 = base64.b64decode(reply["ChecksumCRC32"]).hex()
+        if reply.get("ChecksumCRC32") and "-" not in reply["ChecksumCRC32"]:  # -N is a composite
+            crc32 = base64.b64decode(reply["ChecksumCRC32"]).hex()  # the server's own, better than what we said
         cold = "" if 'ongoing-request="false"' in reply.get("Restore", "") else _cold(reply)  # else a thawed copy
         return Head(key, reply["ContentLength"], reply["ETag"], reply["LastModified"].timestamp(), crc32, cold=cold)
 
@@ -2878,6 +2882,18 @@ def heads_of(store: Retrying, keys: set[str]) -> dict[str, Head]:
     return {key: head for key in keys if (head := store.head(key))}
 
 
+def load_condemned(node: str, key: str, body: bytes) -> tuple[frozenset[str], bool]:
+    """Return the keys in a condemned file, and whether they are deleted already. Raises Corrupt."""
+    try:
+        page = json.loads(body)
+        keys, deleted = frozenset(page["keys"]), page.get("deleted", False)
+        if not all(one.startswith(f"{node}/") for one in keys):
+            raise ValueError("it names what is not of this node")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Corrupt(f"{key} cannot be read ({error!r})", "nothing is deleted; look at it, or remove it") from None
+    return keys, bool(deleted)
+
+
 def _newest(named: Named) -> str:
     return max((listed for listed, *_ in named.values()), default="")
 
@@ -2891,7 +2907,7 @@ class Publisher:
     def __init__(self, store: Retrying, node: str, fresh: Callable[[Stored], bool]) -> None:
         self._store, self.node, self._fresh = store, node, fresh
         self._condemned: dict[str, frozenset[str]] = {}  # by the key of prune's file
-        self._condemned_at = -CONDEMNED_LOOK_S
+        self._condemned_at = 0.0  # by the store's clock: a machine's own may stand still while it is suspended
         self._lock = threading.Lock()
 
     def read(self, keys: Iterable[str]) -> list[Listing]:
@@ -3008,13 +3024,14 @@ class Publisher:
     def _read_condemned(self) -> frozenset[str]:
         """Return the keys that prune is about to delete. One look serves a minute."""
         with self._lock:
-            if time.monotonic() - self._condemned_at >= CONDEMNED_LOOK_S:
-                began, there = time.monotonic(), [head.key for head in self._store.list(f"{self.node}.condemned/")]
-                for key in there:
-                    if key not in self._condemned:
-                        self._condemned[key] = frozenset(json.loads(b"".join(self._store.get(key)))["keys"])
-                self._condemned = {key: self._condemned[key] for key in there}
-                self._condemned_at = began
+            if abs((began := self._store.now()) - self._condemned_at) >= CONDEMNED_LOOK_S:
+                condemned = {}
+                for head in self._store.list(f"{self.node}.condemned/"):
+                    with contextlib.suppress(Missing):  # deleted since; we ask for its keys after this
+                        keys = self._condemned.get(head.key)
+                        body = b"" if keys is not None else b"".join(self._store.get(head.key))
+                        condemned[head.key] = load_condemned(self.node, head.key, body)[0] if keys is None else keys
+                self._condemned, self._condemned_at = condemned, began
             return frozenset().union(*self._condemned.values())
 
     def roll_up(self, unit: Unit, before: str, clock: Callable[[], str]) -> Listing | None:
@@ -3866,7 +3883,7 @@ class Filed(NamedTuple):
 @functools.lru_cache(1000)
 def _shelf(folder: str) -> Unit | None:
     """Return what the listings in a folder below <node>.listings/ are of; None where there are none."""
-    match [unquote(part) for part in folder.split("/")]:
+    match [part if part.startswith("%%") else unquote(part) for part in folder.split("/")]:
         case [keyspace, table, "snapshots", tag, since] if is_utc(since):
             return Unit("snapshot", keyspace, table, tag, since)
         case [keyspace, table, "backups"]:
@@ -3882,16 +3899,28 @@ def filed_as(node: str, head: Head) -> Filed | None:
     if folder == "heartbeat" or folder.startswith("tags/") or (not folder and name.startswith(("owner.", "node."))):
         return None
     unit, told = _shelf(folder), parse_listing_name(name)
-    if not unit or not told:
+    if not unit or not told or not is_utc(told[0]):
         raise Corrupt(f"{head.key} is none of our listings", "nobody else should write below <node>.listings/")
     listed, state, files, size = told
     return Filed(head.key, unit, listed, state, files, size, head.size, max(seconds_of(listed), head.modified))
 
 
-def filed_in(store: Retrying, node: str, below: str = "") -> Iterator[Filed]:
-    """Yield a node's listings, table by table. Raises Corrupt where something else lies among them."""
-    for head in store.list(f"{node}.listings/{below}"):
-        if filed := filed_as(node, head):
+def warn_of(fault: Corrupt) -> None:
+    """Name in the log what lies among the listings and is none."""
+    log.warning("left out error=%s", quote(str(fault)))
+
+
+def filed_in(store: Retrying, node: str, odd: Callable[[Corrupt], None] | None = None) -> Iterator[Filed]:
+    """Yield a node's listings, table by table. Raises Corrupt where something else lies among them, or tells `odd`."""
+    for head in store.list(f"{node}.listings/"):
+        try:
+            filed = filed_as(node, head)
+        except Corrupt as fault:
+            if not odd:
+                raise
+            odd(fault)
+            continue
+        if filed:
             yield filed
 
 
@@ -3903,7 +3932,8 @@ def read_filed(store: Retrying, node: str, filed: Filed) -> Listing:
     if filed.key != listings_of(node, listing.unit) + listing_name(listing) or listing.node != node:
         raise Corrupt(f"{filed.key} does not say what its name says", "it was moved here or damaged")
     for entry in listing.files:
-        if not entry.key.startswith(f"{node}/") or {"", ".", ".."} & set(entry.key.split("/")):
+        good = entry.key.startswith(f"{node}/") and entry.key.isprintable()
+        if not good or {"", ".", ".."} & set(entry.key.split("/")):
             raise Corrupt(f"{filed.key} names {quote(entry.key)}", "that is no file of this node")
     return listing
 
@@ -3942,15 +3972,22 @@ def backups_of(takings: Iterable[Taking]) -> list[list[Taking]]:
     another taking of the tag.
     """
     backups: list[list[Taking]] = []
+    tables, until = set[tuple[str, str]](), 0.0
     for taking in sorted(takings, key=lambda taking: (taking.unit.tag, taking.unit.since)):
-        last = backups[-1] if backups and backups[-1][0].unit.tag == taking.unit.tag else []
-        tables = {(other.unit.keyspace, other.unit.table) for other in last}
-        new = not last or (taking.unit.keyspace, taking.unit.table) in tables
-        if new or seconds_of(taking.unit.since) > seconds_of(last[-1].unit.since) + 3600:
-            backups.append([taking])
-        else:
-            last.append(taking)
+        table, since = (taking.unit.keyspace, taking.unit.table), seconds_of(taking.unit.since)
+        if not backups or backups[-1][0].unit.tag != taking.unit.tag or table in tables or since > until:
+            backups.append([])
+            tables.clear()
+        backups[-1].append(taking)
+        tables.add(table)
+        until = since + 3600
     return sorted(backups, key=lambda backup: backup[0].unit.since)
+
+
+def is_meant(backup: Sequence[Taking], word: str) -> bool:
+    """Tell whether TAG, or TAG@<the beginning of a taking's UTC>, means a backup; "" means all."""
+    names = {f"{taking.unit.tag}@{taking.unit.since}" for taking in backup}
+    return not word or backup[0].unit.tag == word or ("@" in word and any(name.startswith(word) for name in names))
 
 
 def read_taking(store: Retrying, node: str, taking: Taking) -> Listing:
@@ -3995,11 +4032,16 @@ class About:
 
 
 def about_node(store: Retrying, name: str) -> About:
-    """Ask the bucket who a node is. Raises Corrupt."""
-    page = read_page(store, f"{name}.listings/node")
+    """Ask the bucket who a node is. Of a damaged node.json only the log tells: other nodes are none the worse."""
+    page: dict[str, Any] = {}
+    try:
+        page = read_page(store, f"{name}.listings/node")
+    except Corrupt as fault:
+        warn_of(fault)
     beats = [head.key.rpartition("/")[2].removesuffix(".json") for head in store.list(f"{name}.listings/heartbeat/")]
-    cluster, host_id, dc, rack = (str(page.get(word, "")) for word in ("cluster", "host_id", "dc", "rack"))
-    addresses, tokens = (tuple(map(str, page.get(word, ()))) for word in ("addresses", "tokens"))
+    cluster, host_id, dc, rack = (str(page.get(word) or "") for word in ("cluster", "host_id", "dc", "rack"))
+    lists = (page.get(word) for word in ("addresses", "tokens"))
+    addresses, tokens = (tuple(map(str, texts if isinstance(texts, list) else ())) for texts in lists)
     heard = max(filter(is_utc, beats), default="")
     return About(name, heard, cluster, host_id, dc, rack, addresses, tokens)
 
@@ -4035,7 +4077,8 @@ def find_nodes(store: Retrying, word: str, cluster: str, threads: int) -> list[A
         found = [about for about in found if any(word in t for t in (about.name, about.host_id, *about.addresses))]
     if not found:
         near = difflib.get_close_matches(word, names, 3, 0.3) or names[:5]
-        what = f"no node {word!r} in {store.url}" + (f" of cluster {cluster!r}" if cluster else "")
+        near += [f"the cluster {name!r}" for name in sorted({about.cluster for about in nodes} - {""})] * bool(cluster)
+        what = f"no node{f' {word!r}' * bool(word)} in {store.url}" + (f" of cluster {cluster!r}" if cluster else "")
         raise Missing(what, f"there are {', '.join(near)}" if near else "nothing has been stored there")
     return found
 
@@ -4681,29 +4724,21 @@ def hear_time(store: Retrying, node: str) -> float:
     return store.now()
 
 
-def condemn(store: Retrying, node: str, keys: Iterable[str]) -> str:
+def condemn(store: Retrying, node: str, keys: Iterable[str], deleted: bool = False) -> str:
     """Write down what must not be listed any more, and may be deleted when nothing names it; return the file's key.
 
     The daemon stores such a file anew when it lists it the next time.
     """
-    body = json.dumps({"version": 1, "keys": sorted(keys)}).encode()
-    key = f"{node}.condemned/{utc(hear_time(store, node))}.json"
+    body = json.dumps({"version": 1, "keys": sorted(keys), "deleted": deleted}).encode()
+    key = f"{node}.condemned/{utc(hear_time(store, node) + random.random())}.json"  # S3 tells whole seconds
     store.put(key, body, zlib.crc32(body))
     return key
 
 
-def condemned_of(store: Retrying, node: str) -> Iterator[tuple[Head, list[str]]]:
-    """Yield the condemned files of a node and the keys in each. Raises Corrupt for what nobody may act upon."""
+def condemned_of(store: Retrying, node: str) -> Iterator[tuple[Head, frozenset[str], bool]]:
+    """Yield the condemned files of a node, the keys in each, and whether they are deleted. Raises Corrupt."""
     for head in store.list(f"{node}.condemned/"):
-        try:
-            keys = json.loads(b"".join(store.get(head.key)))["keys"]
-            if not all(key.startswith(f"{node}/") for key in keys):
-                raise ValueError("it names what is not of this node")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Corrupt(
-                f"{head.key} cannot be read ({error})", "nothing is deleted; look at it, or remove it"
-            ) from None
-        yield head, keys
+        yield head, *load_condemned(node, head.key, b"".join(store.get(head.key)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -4747,9 +4782,13 @@ def _chosen_by_tag(takings: Sequence[Taking], retention: Retention) -> set[Unit]
 
 
 def expired_listings(
-    filed: Sequence[Filed], listings: Mapping[str, Listing], retention: Retention, now: float
+    filed: Sequence[Filed],
+    listings: Mapping[str, Listing],
+    bases: Mapping[Unit, Base | None],
+    retention: Retention,
+    now: float,
 ) -> set[str]:
-    """Return the keys of one table's listings that are to go.
+    """Return the keys of one table's listings that are to go; `bases` has its complete snapshots.
 
     Incrementals go when no snapshot whose moments can be restored would add them, by the very rule of a restore. A
     listing that a roll-up replaces goes if every file of it is in the roll-up.
@@ -4759,17 +4798,23 @@ def expired_listings(
         gone = _chosen_by_tag(takings, retention)
         return {one.key for taking in takings if taking.unit in gone for one in taking.filed}
     kept, window = _kept(takings, retention, now)
-    expired = {one.key for taking in takings if taking.unit not in kept for one in taking.filed}
-    whole = [add_up([listings[one.key] for one in taking.filed]) for taking in takings if taking.unit in window]
-    bases = [base_on(listing) for listing in whole if listing]
-    for one in filed:
-        listing = listings[one.key]
-        if one.unit.kind == "archive" and retention.within and now - one.when > retention.within:
-            expired.add(one.key)
-        if one.unit.kind == "incremental" and bases and None not in bases:
-            sstables = sstables_of([listing])
-            if not any(base.adds(sstable, math.inf) for base in bases if base for sstable in sstables):
-                expired.add(one.key)
+    oldest = min((base.end if base else 0.0 for unit, base in bases.items() if unit in window), default=0.0)
+    # That a table was emptied is told by the snapshot that Cassandra took before: without it, the rows would be back.
+    left = [one for one in takings if one.unit in kept or emptied_at(one.unit.tag) >= oldest > 0]
+    expired = {one.key for taking in takings if taking not in left for one in taking.filed}
+    if retention.within:
+        expired |= {one.key for one in filed if one.unit.kind == "archive" and now - one.when > retention.within}
+    ends = {base.end for one in left if (base := bases.get(one.unit))} | {emptied_at(one.unit.tag) for one in left}
+    reached = [choose_base(left, end, lambda taking: bases[taking.unit]) for end in sorted(ends) if end >= oldest > 0]
+    batches = [one for one in filed if one.unit.kind == "incremental"]
+    wanted = {
+        entry.key
+        for sstable in sstables_of(unreplaced(batches, lambda one: listings[one.key]))
+        if any(base.adds(sstable, math.inf) for base in reached)
+        for entry in sstable.files
+    }
+    if reached:
+        expired |= {one.key for one in batches if wanted.isdisjoint(entry.key for entry in listings[one.key].files)}
     by_name = {one.key.rpartition("/")[2]: one.key for one in filed if one.unit.kind == "incremental"}
     for one in filed:
         there = {(entry.directory, entry.name, entry.key) for entry in listings[one.key].files}
@@ -4796,13 +4841,17 @@ class Pruning:
     def plan(self, retention: Retention, threads: int) -> None:
         """Read every listing and decide. Raises Corrupt for any that cannot be read, before anything is deleted."""
         going: dict[str, int] = {}
+        records = self._tag_records()  # before the listings: what they name, and no listing is there, is gone
         now = hear_time(self._store, self._node)
         tables = itertools.groupby(filed_in(self._store, self._node), lambda one: (one.unit.keyspace, one.unit.table))
         for _, group in tables:
             filed = list(group)
             read = spread(functools.partial(read_filed, self._store, self._node), filed, threads)
             listings = {one.key: listing for one, listing in zip(filed, read, strict=True)}
-            expired = expired_listings(filed, listings, retention, now)
+            complete = [one for one in takings_of(filed) if one.complete]
+            bases = spread(lambda one: self._base([listings[filed.key] for filed in one.filed]), complete, threads)
+            found = dict(zip((one.unit for one in complete), bases, strict=True))
+            expired = expired_listings(filed, listings, found, retention, now)
             self.listings += sorted(expired)
             self._known |= listings.keys()
             for key, listing in listings.items():
@@ -4810,19 +4859,26 @@ class Pruning:
                     going |= {entry.key: entry.stamp.size for entry in listing.files}
                 else:
                     self._named |= {entry.key for entry in listing.files}
-        self.listings += self._empty_tags()
+        staying = self._known - set(self.listings)
+        self.listings += [key for key, named in records.items() if named and staying.isdisjoint(named)]
         self.objects = {key: size for key, size in going.items() if key not in self._named}
         share = len(self.objects) / max(1, len(self.objects) + len(self._named))
         if share > 0.5 and not retention.force:
             what = f"{len(self.objects)} objects of {self._node} would go, {share:.0%} of all that are listed"
             raise Fault(what, "nothing was deleted; if that is meant, pass --force")
 
-    def _empty_tags(self) -> list[str]:
-        """Return the records of tags whose listings all go."""
-        staying = self._known - set(self.listings)
+    def _base(self, listings: Sequence[Listing]) -> Base | None:
+        whole = add_up(listings)
+        return base_on(whole, created_of(self._store, whole)) if whole else None
+
+    def _tag_records(self) -> dict[str, list[str]]:
+        """Return the records of tags, and the listings that each names."""
         records = [head.key for head in self._store.list(f"{self._node}.listings/tags/")]
-        pages = {key: json.loads(b"".join(self._store.get(key))) for key in records}
-        return [key for key, page in pages.items() if page.get("listings") and not staying & set(page["listings"])]
+        try:
+            pages = {key: json.loads(b"".join(self._store.get(key))) for key in records}
+            return {key: list(map(str, page.get("listings", ()))) for key, page in pages.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise Corrupt(f"a tag record of {self._node} cannot be read ({error})", "nothing is deleted") from None
 
     def plan_retirement(self) -> None:
         """Let everything of a node go. Raises Usage if it was heard of within the last 30 days."""
@@ -4834,27 +4890,34 @@ class Pruning:
             what = f"{self._node} was heard of at {rfc3339(utc(newest))}"
             raise Usage(what, "a node is retired when it has been silent for 30 days; stop its daemon")
         self.objects = {head.key: head.size for head in self._store.list(f"{self._node}/")}
+        if not (self.listings or self.objects or any(self._store.list(f"{self._node}.condemned/"))):
+            raise Missing(f"no node {self._node!r} in {self._store.url}", "`cassbackup list` shows what is there")
 
     def confirm(self) -> int:
         """Condemn, delete the listings, and delete what was condemned a day ago; return how many objects went."""
-        condemned = [(head, keys) for head, keys in condemned_of(self._store, self._node)]
-        fresh = self.objects.keys() - set(itertools.chain(*(keys for _, keys in condemned)))
+        condemned = list(condemned_of(self._store, self._node))
+        fresh = self.objects.keys() - set(itertools.chain(*(keys for _, keys, deleted in condemned if not deleted)))
         if fresh:
             condemn(self._store, self._node, fresh)
         self._delete(self.listings)
         if self.refused:  # a listing that stays names what would be deleted
             return 0
         now = hear_time(self._store, self._node)
-        return sum(self._sweep(head, keys) for head, keys in condemned if now - head.modified >= _GRACE_S)
+        return sum(self._sweep(*one) for one in condemned if now - one[0].modified >= _GRACE_S)
 
-    def _sweep(self, head: Head, keys: Sequence[str]) -> int:
-        """Delete what a condemned file names and no listing does by now; and the file, when all of it is gone."""
-        count, left = 0, list(keys)
+    def _sweep(self, head: Head, keys: frozenset[str], deleted: bool) -> int:
+        """Delete what a condemned file names and no listing does by now; and the file, when all of it is gone.
+
+        A daemon may have asked for such an object a moment before, so that another file names it for one day more.
+        """
+        count, left = 0, [] if deleted else sorted(keys)
         while left and self._store.head(head.key):
             self._read_new()
             batch, left = left[:1000], left[1000:]
             count += self._delete([key for key in batch if key not in self._named])
-        if not left and not self._named & set(keys) and not self.refused.keys() & set(keys):
+        if not left and (deleted or not keys & (self._named | self.refused.keys())):
+            if not deleted:
+                condemn(self._store, self._node, keys, True)
             self._delete([head.key])
         return count
 
@@ -5231,14 +5294,9 @@ def config(settings: Settings, environ: Mapping[str, str]) -> int:
 
 def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
     """Return a table for people."""
-    texts = [[str(cell) for cell in row] for row in rows]
+    texts = [[quote(str(cell)).replace("%25", "%") for cell in row] for row in rows]  # some are quoted already
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
-
-
-def short_time(stamp: str) -> str:
-    """Return a UTC stamp for people: 2026-11-21T20:24:38Z, - for none."""
-    return rfc3339(stamp)[:19] + "Z" if stamp else "-"
 
 
 def open_bucket(settings: Settings, environ: Mapping[str, str]) -> Retrying:
@@ -5271,169 +5329,190 @@ def one_node(store: Retrying, settings: Settings) -> About:
     return found[0]
 
 
-class Shown(NamedTuple):
-    """What `list` knows of a node."""
-
-    about: About
-    backups: list[list[Taking]]
-    batches: dict[str, list[Filed]]  # incrementals, by ks.table
-    last: float  # when something was heard of it
-
-
-def look_at_node(store: Retrying, settings: Settings, about: About) -> Shown:
-    """Read the names of a node's listings."""
-    filed: list[Filed] = []
-    batches: dict[str, list[Filed]] = {}
-    for head in store.list(f"{about.name}.listings/"):
-        try:
-            one = filed_as(about.name, head)
-        except Corrupt as fault:
-            log.warning("not a listing, left out error=%s", quote(str(fault)))
-            continue
-        if one and one.unit.kind != "archive" and is_selected(one.unit, settings.table):
-            filed.append(one)
-    backups = backups_of(taking for taking in takings_of(filed) if settings.tag in ("", taking.unit.tag))
-    for one in filed:
-        if one.unit.kind == "incremental":
-            batches.setdefault(f"{one.unit.keyspace}.{one.unit.table}", []).append(one)
-    last = max([one.when for one in filed] + [seconds_of(about.heard)] * bool(about.heard), default=0.0)
-    return Shown(about, backups, batches, last)
-
-
-def _backup_page(store: Retrying, node: str, backup: Sequence[Taking], deep: bool) -> dict[str, Any]:
-    """Return what JSON says of one backup; `deep` reads its listings: what is missing, and what was sent for it."""
-    lacking = [taking for taking in backup if not taking.complete]
-    page = {
+def _backup_page(backup: Sequence[Taking]) -> dict[str, Any]:
+    """Return what JSON says of one backup, by the names of its listings."""
+    lacking = [f"{taking.unit.keyspace}.{taking.unit.table}" for taking in backup if not taking.complete]
+    return {
         "tag": backup[0].unit.tag,
         "taking": backup[0].unit.since,
         "taken": rfc3339(backup[0].unit.since),
+        "ended": rfc3339(max(taking.unit.since for taking in backup)),
         "tables": len(backup),
         "files": sum(taking.newest.files for taking in backup),
         "bytes": sum(taking.newest.size for taking in backup),
         "complete": not lacking,
-        "incomplete": [f"{taking.unit.keyspace}.{taking.unit.table}" for taking in lacking],
+        "incomplete": lacking,
     }
-    if deep:
-        listings = [read_taking(store, node, taking) for taking in backup]
-        entries = [entry for listing in listings for entry in listing.files]
-        own = [
-            one
-            for one in entries
-            if one.key.split("@")[0] == object_key(node, f"{one.directory}/{one.name}").split("@")[0]
-        ]
-        page["bytes_sent"] = sum(entry.stamp.size for entry in own)
-        missing = [name for listing in listings if not listing.complete for name in (*listing.missing, *listing.lost)]
-        page["missing"] = sorted(map(quote, missing))
-    return page
 
 
-def _node_page(store: Retrying, shown: Shown, now: float, deep: bool) -> dict[str, Any]:
-    """Return what JSON says of one node."""
-    about = shown.about
+def _read_backup(store: Retrying, node: str, backup: Sequence[Taking], known: set[str], threads: int) -> dict[str, Any]:
+    """Read the listings of a backup: what was sent for it, beyond the keys known before, and what is missing."""
+
+    def read(taking: Taking) -> Listing | Fault:
+        try:
+            return read_taking(store, node, taking)
+        except (Corrupt, Missing) as fault:
+            return fault
+
+    sent, missing, damaged = dict[str, int](), list[str](), list[str]()
+    for listing in spread(read, backup, threads):
+        if isinstance(listing, Fault):
+            damaged.append(listing.what)
+            continue
+        for entry in listing.files:
+            own = object_key(node, f"{entry.directory}/{entry.name}").split("@")[0]
+            if entry.key.split("@")[0] == own and entry.key not in known:
+                sent[entry.key] = entry.stamp.size
+        missing += () if listing.complete else map(quote, (*listing.missing, *listing.lost))
+        known |= {entry.key for entry in listing.files}
+    return {"bytes_sent": sum(sent.values()), "missing": sorted(missing), "damaged": damaged}
+
+
+def look_at_node(store: Retrying, settings: Settings, about: About) -> dict[str, Any]:
+    """Return what JSON says of one node, by the names of its listings; with --tag they are read as well."""
+    filed, last, batches = list[Filed](), about.heard, dict[str, list[str]]()
+    for one in filed_in(store, about.name, warn_of):
+        last = max(last, one.listed)
+        if is_selected(one.unit, settings.table):
+            filed.append(one)
+            if one.unit.kind != "snapshot" and not settings.tag:
+                batches.setdefault(one.unit.tag or f"{one.unit.keyspace}.{one.unit.table}", []).append(one.listed)
+    backups = [one for one in backups_of(takings_of(filed)) if is_meant(one, settings.tag)]
+    pages, known = list(map(_backup_page, backups)), set[str]()
+    for page, backup in zip(pages, backups, strict=True) if settings.tag else ():
+        page |= _read_backup(store, about.name, backup, known, settings.threads)
     incrementals = [
-        {
-            "table": table,
-            "from": rfc3339(min(one.listed for one in batches)),
-            "to": rfc3339(max(one.listed for one in batches)),
-            "listings": len(batches),
-        }
-        for table, batches in sorted(shown.batches.items())
+        {"table": table, "from": rfc3339(min(listed)), "to": rfc3339(max(listed)), "listings": len(listed)}
+        for table, listed in sorted(batches.items())
     ]
     return asdict(about) | {
-        "silent_s": max(0.0, now - shown.last),
-        "last": rfc3339(utc(shown.last)) if shown.last else "",
-        "snapshots": [_backup_page(store, about.name, backup, deep) for backup in shown.backups],
+        "heard": rfc3339(about.heard) if about.heard else "",
+        "last": rfc3339(last) if last else "",
+        "silent_s": max(0.0, store.now() - seconds_of(last)) if last else None,
+        "snapshots": pages,
         "incrementals": incrementals,
     }
 
 
-def _continues(pages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _continues(nodes: Sequence[About]) -> dict[str, str]:
     """Return, by name, the older node that a node continues: another instance with the same host id."""
-    by_host: dict[str, list[Mapping[str, Any]]] = {}
-    for page in sorted(pages, key=lambda page: str(page["last"])):
-        by_host.setdefault(page["host_id"] or page["name"], []).append(page)
-    return {str(new["name"]): str(old["name"]) for same in by_host.values() for old, new in itertools.pairwise(same)}
+    by_host: dict[str, list[str]] = {}
+    for about in sorted(nodes, key=lambda about: about.heard):
+        by_host.setdefault(about.host_id or about.name, []).append(about.name)
+    return {new: old for names in by_host.values() for old, new in itertools.pairwise(names)}
 
 
-def _tag_lines(pages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say of each tag on how many of the nodes its newest taking is complete."""
+def _tag_pages(pages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Say of each tag that people took on which of the nodes its newest taking is not complete."""
     tags: dict[str, dict[str, bool]] = {}
     for page in pages:
         for backup in page["snapshots"]:
-            tags.setdefault(backup["tag"], {})[page["name"]] = backup["complete"]
-    lines = []
+            if not is_automatic(backup["tag"]):
+                tags.setdefault(backup["tag"], {})[page["name"]] = backup["complete"]
+    found = []
     for tag, nodes in tags.items():
-        lacking = [page["name"] for page in pages if not nodes.get(page["name"])]
-        ending = f", missing {', '.join(lacking)}" if lacking else ""
-        lines.append(f"tag {quote(tag)}: complete on {len(pages) - len(lacking)} of {len(pages)} nodes{ending}")
-    return lines
+        missing = [page["name"] for page in pages if page["name"] not in nodes]
+        incomplete = [name for name, complete in nodes.items() if not complete]
+        whole = len(nodes) - len(incomplete)
+        found.append({"tag": tag, "complete": whole, "nodes": len(pages), "incomplete": incomplete, "missing": missing})
+    return found
 
 
-def list_text(pages: Sequence[Mapping[str, Any]], details: bool) -> str:
+def _tag_line(page: Mapping[str, Any]) -> str:
+    lacking = [f", {what} {', '.join(page[what])}" for what in ("incomplete", "missing") if page[what]]
+    return f"tag {quote(page['tag'])}: complete on {page['complete']} of {page['nodes']} nodes{''.join(lacking)}"
+
+
+def _backup_row(page: Mapping[str, Any]) -> Sequence[object]:
+    state = ["complete" if page["complete"] else f"INCOMPLETE: {' '.join(page['incomplete'])}"]
+    state += [f"lacks {' '.join(page['missing'])}"] if page.get("missing") else []
+    state += [f"DAMAGED: {what}" for what in page.get("damaged", ())]
+    state += [f"{size_text(page['bytes_sent'])} sent for it"] if "bytes_sent" in page else []
+    name, taken = f"{page['tag']}@{page['taking'][:15]}", f"{page['taken'][:19]}Z"
+    return name, taken, page["tables"], page["files"], size_text(page["bytes"]), ", ".join(state)
+
+
+def list_text(pages: Sequence[Mapping[str, Any]], older: Mapping[str, str], details: bool) -> str:
     """Return the list for people: a line for each node; with details, its snapshots and incrementals."""
-    older = _continues(pages)
     rows: list[Sequence[object]] = [("node", "cluster", "addresses", "last heard of", "")]
     for page in pages:
-        notes = [f"silent for {page['silent_s'] / 3600:.0f} h"] * (page["silent_s"] > 3 * HEARTBEAT_S)
+        silent = page["silent_s"]
+        notes = [f"silent for {silent / 3600:.0f} h"] if silent is not None and silent > 3 * HEARTBEAT_S else []
         notes += [f"continues {older[page['name']]}"] if page["name"] in older else []
-        where = " ".join(page["addresses"]) or "-"
-        rows.append((page["name"], page["cluster"] or "-", where, page["last"][:19] + "Z", ", ".join(notes)))
+        last = f"{page['last'][:19]}Z" if page["last"] else "never"
+        rows.append((page["name"], page["cluster"] or "-", " ".join(page["addresses"]) or "-", last, ", ".join(notes)))
     parts = [columns(rows)]
     for page in pages if details else ():
-        rows = [(f"{page['name']}: tag", "taken", "tables", "files", "bytes", "")]
-        for one in page["snapshots"]:
-            state = "complete" if one["complete"] else f"INCOMPLETE: {' '.join(one['incomplete'])}"
-            state += f", lacks {' '.join(one['missing'])}" if one.get("missing") else ""
-            state += f", {size_text(one['bytes_sent'])} sent for it" if "bytes_sent" in one else ""
-            rows.append((quote(one["tag"]), one["taken"], one["tables"], one["files"], size_text(one["bytes"]), state))
-        parts.append(columns(rows) if len(rows) > 1 else f"{page['name']}: no snapshots")
-        rows = [("incrementals of", "from", "to")]
-        rows += [(one["table"], one["from"][:19] + "Z", one["to"][:19] + "Z") for one in page["incrementals"]]
+        rows = [(f"snapshots of {page['name']}", "taken", "tables", "files", "bytes", "")]
+        rows += map(_backup_row, page["snapshots"])
+        parts.append(columns(rows) if len(rows) > 1 else f"no snapshots of {page['name']}")
+        rows = [(f"incrementals of {page['name']}", "from", "to")]
+        rows += [(one["table"], f"{one['from'][:19]}Z", f"{one['to'][:19]}Z") for one in page["incrementals"]]
         parts += [columns(rows)] * (len(rows) > 1)
-    return "\n\n".join([*parts, "\n".join(_tag_lines(pages))])
+    return "\n\n".join([*parts, *["\n".join(map(_tag_line, _tag_pages(pages)))] * (len(pages) > 1)]).rstrip()
 
 
-def topology_text(shown: Sequence[Shown], before: float) -> str:
+def _place(page: Mapping[str, Any], before: str) -> dict[str, Any]:
+    """Return a node's place in the ring, and its newest complete snapshot as of a moment."""
+    fit = [one for one in page["snapshots"] if one["complete"] and one["ended"] <= before]
+    whole = [one for one in fit if not is_automatic(one["tag"])]
+    place = {word: page[word] for word in ("name", "last", "cluster", "host_id", "dc", "rack", "addresses", "tokens")}
+    return place | {"initial_token": ",".join(page["tokens"]), "snapshot": whole[-1] if whole else None}
+
+
+def topology_text(places: Sequence[Mapping[str, Any]], older: Mapping[str, str], before: str) -> str:
     """Return, node by node, what a new cluster of the same shape needs: the place in the ring, and what to restore."""
-    parts = []
-    for one in shown:
-        about = one.about
-        whole = [b for b in one.backups if all(t.complete for t in b) and seconds_of(b[0].newest.listed) <= before]
-        tag = f"{quote(whole[-1][0].unit.tag)}@{whole[-1][0].unit.since}" if whole else "none"
-        size = size_text(sum(taking.newest.size for taking in whole[-1])) if whole else "0 B"
-        lines = [
-            ("node", about.name),
-            ("addresses", " ".join(about.addresses) or "-"),
-            ("host id", about.host_id or "-"),
-        ]
-        lines += [
-            ("dc, rack", f"{about.dc or '-'}, {about.rack or '-'}"),
-            ("newest complete snapshot", f"{tag}, {size}"),
-        ]
-        parts.append(columns(lines) + f"\ninitial_token: {','.join(about.tokens) or '(not recorded)'}")
+    parts = [f"as of {before[:19]}Z"]
+    for place in places:
+        snapshot, name = "none", place["name"]
+        if page := place["snapshot"]:
+            snapshot = f"{page['tag']}@{page['taking'][:15]}, {page['tables']} tables, {size_text(page['bytes'])}"
+        lines = [("node", name), *[("continues", older.get(name, ""))] * (name in older)]
+        lines += [("addresses", " ".join(place["addresses"]) or "-"), ("host id", place["host_id"] or "-")]
+        lines += [("dc, rack", f"{place['dc'] or '-'}, {place['rack'] or '-'}")]
+        lines += [("newest complete snapshot", snapshot)]
+        token = f"initial_token: {place['initial_token']}" if place["tokens"] else "# initial_token: not recorded"
+        parts.append(f"{columns(lines)}\n{quote(token)}")
     return "\n\n".join(parts)
+
+
+def _nothing_matches(store: Retrying, nodes: Sequence[About], settings: Settings) -> Missing:
+    """Return the fault that names the prefix searched, and what comes near."""
+    units = {one.unit for about in nodes for one in filed_in(store, about.name, warn_of)}
+    word, what = settings.tag, "tags"
+    names = {unit.tag for unit in units if unit.kind == "snapshot" and is_selected(unit, settings.table)}
+    if not word or not names:
+        word, what = settings.table[0] if settings.table else "", "tables"
+        names = {f"{unit.keyspace}.{table_id_of(unit.table)[0]}" for unit in units if unit.kind != "archive"}
+    near = difflib.get_close_matches(word, sorted(names), 3, 0.3) or sorted(names)[-3:]
+    where = f"{store.url}/{nodes[0].name if len(nodes) == 1 else '*'}.listings/"
+    return Missing(
+        f"nothing matches below {where}",
+        f"there are the {what} {', '.join(map(quote, near))}" if near else "there are no snapshots",
+    )
 
 
 def list_(settings: Settings, environ: Mapping[str, str]) -> int:
     """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches."""
+    if settings.at and not settings.topology:
+        raise Usage("--at is for --topology", "without it, list shows all that there is")
     store = open_bucket(settings, environ)
     nodes = find_nodes(store, settings.node, settings.cluster, settings.threads)
-    work = functools.partial(look_at_node, store, settings)
-    shown = [one for one in spread(work, nodes, settings.threads) if one.backups or (one.batches and not settings.tag)]
-    if not shown and (settings.tag or settings.table):
-        takings = (taking for about in nodes for taking in takings_of(filed_in(store, about.name)))
-        tags = sorted({taking.unit.tag for taking in takings})
-        near = difflib.get_close_matches(settings.tag, tags, 3, 0.3) or tags[-3:]
-        what = f"nothing matches below {store.url}/{nodes[0].name if len(nodes) == 1 else '*'}.listings/"
-        raise Missing(what, f"there are the tags {', '.join(map(quote, near))}" if near else "there are no snapshots")
+    pages = list(spread(functools.partial(look_at_node, store, settings), nodes, settings.threads))
+    if (settings.tag or settings.table) and not any(page["snapshots"] or page["incrementals"] for page in pages):
+        raise _nothing_matches(store, nodes, settings)
+    older = _continues(find_nodes(store, "", "", settings.threads) if settings.node else nodes)
+    older = {page["name"]: older[page["name"]] for page in pages if page["name"] in older}
+    document: dict[str, Any] = {"schema": 1, "bucket": store.url, "continues": older}
     if settings.topology:
-        print(topology_text(shown, settings.at or time.time()))
-        return DONE
-    now = store.now()
-    pages = [_node_page(store, one, now, bool(settings.tag)) for one in shown]
-    details = bool(settings.node or settings.tag or settings.table or len(pages) == 1)
-    document = {"schema": 1, "bucket": store.url, "nodes": pages, "continues": _continues(pages)}
-    print(json.dumps(document) if settings.json else list_text(pages, details))
+        before = rfc3339(utc(settings.at or store.now()))
+        pages = [_place(page, before) for page in pages]
+        document |= {"at": before, "nodes": pages}
+        text = topology_text(pages, older, before)
+    else:
+        document |= {"nodes": pages, "tags": _tag_pages(pages)}
+        text = list_text(pages, older, bool(settings.node or settings.tag or settings.table or len(pages) == 1))
+    print(json.dumps(document) if settings.json else text)
     return DONE
 
 
@@ -5588,14 +5667,17 @@ def plan_of(store: Retrying, node: str, settings: Settings) -> Plan:
 
 
 def notes_on(store: Retrying, plan: Plan, before: float) -> list[str]:
-    """Return what an operator should know of a plan: how far the bucket reaches, and how old the data is."""
+    """Return what an operator should know of a plan: how far the bucket reaches, and how old the data is.
+
+    `before` is the moment that was asked for, 0.0 for a snapshot alone.
+    """
     notes = []
     beats = [head.key for head in store.list(f"{plan.node}.listings/heartbeat/")]
-    if beats:
+    if beats and before:
         through = str(json.loads(b"".join(store.get(beats[-1]))).get("listed_through", ""))
         if through < rfc3339(utc(before)):
             notes.append(f"what {plan.node} found after {through} may not be in the bucket")
-    if store.now() - before > 10 * 86400:
+    if store.now() - (before or min(one.base.end for one in plan.tables)) > 10 * 86400:
         notes.append(
             "older than 10 days (the default gc_grace_seconds): what was deleted since can come back on a live node"
         )
@@ -5834,7 +5916,10 @@ def restore(settings: Settings, environ: Mapping[str, str]) -> int:
     store = open_bucket(settings, environ)
     about = one_node(store, settings)
     plan = plan_of(store, about.name, settings)
-    notes, into = notes_on(store, plan, settings.at or store.now()), restore_directory(settings)
+    notes, into = (
+        notes_on(store, plan, 0.0 if settings.tag else settings.at or store.now()),
+        restore_directory(settings),
+    )
     where = "the data directories" if settings.in_place else into
     print(json.dumps(plan_page(plan, notes)) if settings.json else plan_text(plan, notes, where))
     incomplete = [one for one in plan.tables if one.base.listing and not one.base.listing.complete]
@@ -5982,7 +6067,7 @@ class Option:
 
     @property
     def variable(self) -> str:
-        """Return the name of the environment variable."""
+        """Return the name of the environment variable, "" where there is none."""
         return {"bucket": "BUCKET_NAME", "region": "REGION"}.get(self.key, f"CASSBACKUP_{self.key.upper()}")
 
     def setting(self, given: str | list[str], origin: str) -> Setting:
@@ -5996,13 +6081,22 @@ class Option:
             raise Usage(f"{name} {given!r} cannot be read", f"write {_EXAMPLES.get(self.metavar, error)}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Asked(Option):
+    """What is wanted this once: only a flag, since a node's environment must not choose what is deleted."""
+
+    @property
+    def variable(self) -> str:
+        """Return that there is none."""
+        return ""
+
+
 _PATHS = Option("paths", "PATH", (), "data directories, with a / in each (default: as cassandra.yaml says)")
 _STATE = Option("--state-dir", "DIR", "", "ledger, status and lock (/var/lib/cassbackup or ~/.local/state/cassbackup)")
-_STORE = (
+_ACCESS = (
     Option("--bucket -b", "URL", "", "s3://bucket[/prefix], gs://bucket[/prefix], file:///dir or a name"),
     Option("--region", "NAME", "", "region of the bucket (default: that of this instance)"),
     Option("--prefix", "PATH", "", "put everything under this prefix; one for each cluster is a good habit"),
-    Option("--name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>"),
     Option("--endpoint-url", "URL", "", "talk to this server (or AWS_ENDPOINT_URL_S3, STORAGE_EMULATOR_HOST)"),
     Option("--ca-file", "FILE", "", "trust these certificates (AWS_CA_BUNDLE works too)"),
     Option("--sse", "KIND", "", "S3 encryption: AES256, or aws:kms (always with a bucket key)"),
@@ -6011,43 +6105,51 @@ _STORE = (
     Option("--access-key -k", "KEY", "", "discouraged, as -k of tablesnap: use the environment or a role"),
     Option("--secret-key -s", "KEY", "", "discouraged, as -s of tablesnap"),
     Option("--threads -t", "COUNT", 8, "threads that send"),
+)
+_STORE = (
+    *_ACCESS,
+    Option("--name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>"),
     Option("--max-bandwidth", "RATE", 50.0 * MIB, "bytes a second for the whole node, as 50M; 0 is no limit"),
 )
-_BUCKET = tuple(option for option in _STORE if option.key not in ("name", "max_bandwidth")) + (
+_BUCKET = (
+    *_ACCESS,
     Option("--max-bandwidth", "RATE", 0.0, "bytes a second, as 50M; 0 is no limit"),
     _STATE,
 )
 _NODE = (
-    Option("--node", "WORD", "", "a node: any unique part of its name, host id or address (default: this one)"),
-    Option("--cluster", "NAME", "", "only nodes of this cluster"),
-    Option("--json", "", False, "print JSON"),
+    Asked("--node", "WORD", "", "a node: any unique part of its name, host id or address (default: this one)"),
+    Asked("--cluster", "NAME", "", "only nodes of this cluster"),
+    Asked("--json", "", False, "print JSON"),
 )
-_TABLES = Option("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; globs work")
-_TAG = Option("--tag", "TAG", "", "this snapshot; TAG@<taking> where the tag was taken more than once")
-_AT = Option(
-    "--at", "TIME", 0.0, "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such"
+_TABLES = Asked("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; globs work")
+_TAG = Asked("--tag", "TAG", "", "this snapshot; TAG@<taking> where the tag was taken more than once")
+_AT = Asked("--at", "TIME", 0.0, "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such")
+_LATEST = Asked("--latest", "", False, "the newest there is of each table")
+_LIST = (
+    _TAG,
+    _TABLES,
+    Asked("--topology", "", False, "for a new cluster: tokens, rack, newest snapshot"),
+    _AT,
 )
-_LATEST = Option("--latest", "", False, "the newest there is of each table")
-_LIST = (_TAG, _TABLES, Option("--topology", "", False, "for a new cluster: tokens, rack, newest snapshot"), _AT)
 _VERIFY = (
     *(_TAG, _LATEST, _TABLES),
-    Option("--deep", "", False, "download everything and compare its bytes"),
-    Option("--condemn", "", False, "have the daemon store again what is bad"),
+    Asked("--deep", "", False, "download everything and compare its bytes"),
+    Asked("--condemn", "", False, "have the daemon store again what is bad"),
 )
 _RESTORE = (
     *(_TAG, _AT, _LATEST, _TABLES),
-    Option("--exclude-table", "KS[.TABLE]", (), "not these"),
-    Option("--dry-run", "", False, "only say what would be restored"),
+    Asked("--exclude-table", "KS[.TABLE]", (), "not these"),
+    Asked("--dry-run", "", False, "only say what would be restored"),
     Option("--into", "DIR", "", "stage <DIR>/<ks>/<table>/ (default: cassbackup-restore/ beside the data)"),
-    Option("--import", "", False, "then hand each table to the running Cassandra (nodetool import)"),
+    Asked("--import", "", False, "then hand each table to the running Cassandra (nodetool import)"),
     Option("--nodetool", "CMD", "nodetool", "how to call nodetool, as 'nodetool -u me -pwf file'"),
-    Option("--schema-only", "", False, "only the schema"),
-    Option("--incomplete", "", False, "restore a snapshot that lacks files, as far as it goes"),
-    Option("--in-place", "", False, "into the data directories of a stopped node; all keyspaces"),
-    Option("--same-node", "", False, "in place: the node itself comes back, with its host id and tokens"),
-    Option("--new-node", "", False, "in place: another node takes its place; system.local and peers are left out"),
-    Option("--data-dir", "[OLD=]NEW", (), "in place: the data directory, or which one for which"),
-    Option("--move-aside", "", False, "in place: put SSTables that are in the way into a snapshot directory"),
+    Asked("--schema-only", "", False, "only the schema"),
+    Asked("--incomplete", "", False, "restore a snapshot that lacks files, as far as it goes"),
+    Asked("--in-place", "", False, "into the data directories of a stopped node; all keyspaces"),
+    Asked("--same-node", "", False, "in place: the node itself comes back, with its host id and tokens"),
+    Asked("--new-node", "", False, "in place: another node takes its place; system.local and peers are left out"),
+    Asked("--data-dir", "[OLD=]NEW", (), "in place: the data directory, or which one for which"),
+    Asked("--move-aside", "", False, "in place: put SSTables that are in the way into a snapshot directory"),
 )
 _PRUNE = (
     Option("--keep-last", "NUMBER", 0, "keep so many snapshots of each table"),
@@ -6056,11 +6158,11 @@ _PRUNE = (
     Option("--keep-weekly", "NUMBER", 0, "of so many weeks"),
     Option("--keep-monthly", "NUMBER", 0, "of so many months"),
     _TAG,
-    Option("--retire", "NODE", "", "everything of a node that has been silent for 30 days"),
-    Option("--all-nodes", "", False, "every node of the bucket, or of --cluster"),
-    Option("--force", "", False, "even more than half of a node's objects; even the last good snapshot of a table"),
-    Option("--confirm", "", False, "do it"),
-    Option("--dry-run", "", False, "only say what would go (so it is without --confirm)"),
+    Asked("--retire", "NODE", "", "everything of a node that has been silent for 30 days"),
+    Asked("--all-nodes", "", False, "every node of the bucket, or of --cluster"),
+    Asked("--force", "", False, "even more than half of a node's objects; even the last good snapshot of a table"),
+    Asked("--confirm", "", False, "do it"),
+    Asked("--dry-run", "", False, "only say what would go (so it is without --confirm)"),
 )
 _WHAT = (
     Option("--keyspace", "GLOB", (), "only these keyspaces (a restore needs those of the system too)"),
@@ -6128,14 +6230,15 @@ COMMANDS: Final = MappingProxyType(
 
 def _add_options(group: Any, options: Iterable[Option]) -> None:
     for option in options:
-        text = f"{option.help} [{option.variable}]"
+        text = f"{option.help} [{option.variable}]" if option.variable else option.help
         if option is _PATHS:
             group.add_argument(option.key, nargs="*", metavar=option.metavar, help=text)
         elif not option.metavar:
-            group.add_argument(*option.flags.split(), action="store_const", const="yes", help=text)
+            group.add_argument(*option.flags.split(), dest=option.key, action="store_const", const="yes", help=text)
         else:
             action = "append" if option.default == () else "store"
-            group.add_argument(*option.flags.split(), metavar=option.metavar, action=action, help=text)
+            more = {"dest": option.key, "metavar": option.metavar, "action": action}
+            group.add_argument(*option.flags.split(), help=text, **more)
 
 
 def build_parser() -> argparse.ArgumentParser:

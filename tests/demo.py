@@ -1,7 +1,8 @@
 """`make demo`: cassbackup at its main job, on a generated Cassandra data directory and a file:// bucket.
 
-Two snapshots are taken and cleared a second later, while incrementals arrive. At the end the listings in the
-bucket, and the bytes behind them, are compared with everything that had existed.
+Two snapshots are taken and cleared a second later, while incrementals arrive. Then the listings in the bucket, and
+the bytes behind them, are compared with everything that had existed; the last snapshot is restored into an empty
+directory and compared; and one byte in the bucket is changed, which `cassbackup verify` must find.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import oracle
-from tree import Node
+from tree import Copy, Node
 
 HERE = Path(__file__).resolve().parent.parent
 MODULE = HERE / "cassbackup.py"
 ROOT = HERE / ".demo"
 BUCKET = ROOT / "bucket"
 DATA = ROOT / "cassandra" / "data"
+RESTORED = ROOT / "restored"
 NODE = "demo-node"
 ENVIRON = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("CASSBACKUP_", "AWS_"))},
@@ -44,13 +46,13 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def run(*words: str) -> str:
-    """Run a cassbackup command, show it and its output."""
+def run(*words: str) -> int:
+    """Run a cassbackup command, show it and its output; return its exit code."""
     print(f"$ cassbackup {' '.join(words)}", flush=True)
     command = [sys.executable, str(MODULE), *words]
-    done = subprocess.run(command, check=False, env=ENVIRON, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, env=ENVIRON, capture_output=True, text=True, cwd=HERE)
     print(done.stdout + done.stderr, end="", flush=True)
-    return done.stdout
+    return done.returncode
 
 
 def status() -> dict[str, Any]:
@@ -116,8 +118,34 @@ def compare(node: Node) -> int:
     return len(lost) + len(problems)
 
 
+def restored(node: Node, tag: str) -> int:
+    """Compare what was restored with the snapshot as it had been; return how many files differ."""
+    wanted = {
+        "/".join([unit.keyspace, unit.table.rpartition("-")[0], path.partition(f"/snapshots/{tag}/")[2]]): copy
+        for unit, path, copy in node.history.files()
+        if unit.tag == tag
+    }
+    found = {str(path.relative_to(RESTORED)): path.read_bytes() for path in RESTORED.rglob("*") if path.is_file()}
+    wrong = [name for name in wanted.keys() | found.keys() if Copy.of(found.get(name, b"")) != wanted.get(name)]
+    print(f"files of that snapshot: {len(wanted)}; restored, byte by byte the same: {len(wanted) - len(wrong)}")
+    return len(wrong)
+
+
+def tamper() -> None:
+    """Change one byte of one Data.db in the bucket, and no date."""
+    victim = max((BUCKET / NODE).rglob("*-Data.db"), key=lambda path: path.stat().st_size)
+    before = victim.stat()
+    with victim.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    print(f"one bit changed: {victim.relative_to(HERE)}")
+
+
 def main() -> int:
-    """Run the demo; exit 0 if nothing was lost."""
+    """Run the demo; exit 0 if nothing was lost, the restore is right, and the damage was found."""
     shutil.rmtree(ROOT, ignore_errors=True)
     say("a Cassandra data directory is generated")
     node = build()
@@ -148,6 +176,15 @@ def main() -> int:
         run("status", "--max-age", "1h")
     say("the bucket, compared with everything that had existed")
     wrong = compare(node)
+    say("what there is to restore, from the bucket alone")
+    run("list")
+    say("is every object what its listing says? then back with it, into an empty directory")
+    wrong += run("verify", "--latest", "--deep")
+    wrong += run("restore", "--tag", "tuesday", "--table", "*", "--into", str(RESTORED.relative_to(HERE)))
+    wrong += restored(node, "tuesday")
+    say("somebody tampers with the bucket")
+    tamper()
+    wrong += run("verify", "--latest", "--deep") != 1
     print(
         f"\nHave a look: {BUCKET.relative_to(HERE)},"
         f" and the daemon's log in {(ROOT / 'cassbackup.log').relative_to(HERE)}"

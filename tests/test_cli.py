@@ -235,6 +235,14 @@ def test_every_option_is_explained_with_its_variable(run_cassbackup: Run) -> Non
             assert f"[{variable}]" in text, option
 
 
+def test_what_is_restored_or_deleted_is_never_chosen_by_the_environment(run_cassbackup: Run) -> None:
+    for command, setting in {"restore": "CASSBACKUP_INTO", "prune": "CASSBACKUP_KEEP_LAST"}.items():
+        text = " ".join(run_cassbackup(command, "--help", check=0).stdout.split())
+        assert f"[{setting}]" in text
+        for word in ("NODE", "TAG", "TABLE", "AT", "LATEST", "IN_PLACE", "CONFIRM", "FORCE", "RETIRE"):
+            assert f"[CASSBACKUP_{word}]" not in text
+
+
 def test_config_shows_each_value_and_a_flag_beats_environment_beats_file_beats_default(
     run_cassbackup: Run, tmp_path: Path
 ) -> None:
@@ -297,7 +305,7 @@ def test_lines_carry_priorities_where_journald_reads_them(
 
 def test_the_readme_names_every_option_and_its_variable(scene: Scene) -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for command in ("watch", "status"):
+    for command in ("watch", "status", "list", "verify", "restore", "prune"):
         said = scene.run(command, "--help", check=0).stdout
         named = set(re.findall(r"--[a-z][a-z-]+|CASSBACKUP_[A-Z_]+|BUCKET_NAME|REGION", said)) - {"--help"}
         assert [name for name in sorted(named) if name not in readme] == []
