@@ -4849,7 +4849,8 @@ class Pruning:
             read = spread(functools.partial(read_filed, self._store, self._node), filed, threads)
             listings = {one.key: listing for one, listing in zip(filed, read, strict=True)}
             complete = [one for one in takings_of(filed) if one.complete]
-            bases = spread(lambda one: self._base([listings[filed.key] for filed in one.filed]), complete, threads)
+            wholes = [add_up([listings[filed.key] for filed in one.filed]) for one in complete]
+            bases = spread(self._base, wholes, threads)
             found = dict(zip((one.unit for one in complete), bases, strict=True))
             expired = expired_listings(filed, listings, found, retention, now)
             self.listings += sorted(expired)
@@ -4867,8 +4868,7 @@ class Pruning:
             what = f"{len(self.objects)} objects of {self._node} would go, {share:.0%} of all that are listed"
             raise Fault(what, "nothing was deleted; if that is meant, pass --force")
 
-    def _base(self, listings: Sequence[Listing]) -> Base | None:
-        whole = add_up(listings)
+    def _base(self, whole: Listing | None) -> Base | None:
         return base_on(whole, created_of(self._store, whole)) if whole else None
 
     def _tag_records(self) -> dict[str, list[str]]:
