@@ -1831,7 +1831,7 @@ class Watcher:
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a fifo must not hang us
 _GET_VERSION: Final = 0x80087601  # FS_IOC_GETVERSION, ioctl_iflags(2): differs when an inode number is used again
-_WARM_NAMES: Final = 200_000  # names kept in memory of directories looked into lately
+_WARM_NAMES: Final = 100_000  # names kept in memory of directories looked into lately
 _HELD_FILES: Final = 256
 _LINK, _BY_PATH, _LOST = "", "@", "!"  # what stands behind the ~ of a name in the pin area
 
@@ -2290,6 +2290,8 @@ class Pinner:
                 self._refuse(place, error)
             finally:
                 os.close(fd)
+            if place.files:
+                self._cool_down(place)
             return self.counts["vanished"] + self.counts["refused"] == before
 
     def _look_at(self, place: Place, fd: int) -> None:
@@ -2413,14 +2415,17 @@ class Pinner:
             listed, place.listed = self._listed(place.path), {}
             for one in [since] if since else sorted(listed):
                 place.listed |= listed.get(one, {})
-        names = len(place.pinned) + len(place.listed)
+        return place.pinned, place.listed
+
+    def _cool_down(self, place: Place) -> None:
+        """Count the names in memory, also those just pinned; forget those of the places not looked into for longest."""
+        names = len(place.pinned or ()) + len(place.listed or ())
         self._warm_names += names - self._warm.pop(place, 0)
         self._warm[place] = names
         while self._warm_names > _WARM_NAMES and len(self._warm) > 1:
             cold, names = self._warm.popitem(last=False)
             self._warm_names -= names
             cold.pinned = cold.listed = None
-        return place.pinned, place.listed
 
     def _since(self, place: Place, apart: bool = False) -> str:
         """Return the taking or the batch that new files of this place belong to.
