@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_USE_PEP517 := 1
 
-.PHONY: help venv demo test test-fast test-pythons lint format bench clean
+.PHONY: help venv demo test test-fast test-pythons test-cassandra lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,10 @@ test-fast: $(VENV)/.stamp ## the same without the slow ones
 
 test-pythons: $(VENV)/.stamp ## run the tests that are not slow on every other Python found here
 	@bash -euo pipefail -c "$$TEST_PYTHONS"
+
+test-cassandra: $(VENV)/.stamp-cassandra ## run tests/cassandra on real nodes, which come from Maven Central; needs Java 17 and mvn
+	$(VENV)/bin/python tests/cassandra/jars.py
+	$(VENV)/bin/python -m pytest tests/cassandra $(ARGS)
 
 lint: $(VENV)/.stamp ## ruff and mypy, nothing is changed
 	$(VENV)/bin/python -m ruff check .
@@ -62,6 +66,10 @@ $(VENV)/.stamp: setup.py
 
 $(VENV)-3.%/.stamp: setup.py
 	$(VENV_FOR_TESTS)
+
+$(VENV)/.stamp-cassandra: $(VENV)/.stamp
+	$(VENV)/bin/python -m pip install --quiet --editable '.[cassandra]'
+	@touch $@
 
 # A file:// bucket needs neither boto3 nor Google's client.
 $(VENV)-demo/.stamp: setup.py

@@ -32,7 +32,7 @@ In the bucket (UTC is 20261121T202438.123456Z; every key is written once)
     <node>/.../nb-1-big-Data.db@9f3c01aa                                   same path, other content (its CRC-32)
     <node>.listings/ks/users-5a1c/snapshots/daily/<taking>/<UTC>-complete-<files>-<bytes>.json
     <node>.listings/ks/users-5a1c/backups/<UTC>-complete-<files>-<bytes>.json
-    <node>.listings/owner.json, heartbeat/<UTC>.json
+    <node>.listings/owner.json, node.json, tags/<tag>/<UTC>.json, heartbeat/<UTC>.json
     <node>.condemned/<UTC>.json                                      what prune is about to delete
 
 Why this order. A file is stored before the listing that names it, or the listing would lie. The listing is
@@ -57,7 +57,7 @@ Contents
     Restore         plan first, then file by file
     Verify          is an object what a listing says
     Prune           what may go, and deleting it without a lock
-    Commands        watch, status, config, list, verify, restore, prune
+    Commands        watch, status, config, list, verify, restore, prune, snapshot
     Command line    options, logging, main
 """
 
@@ -71,6 +71,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import glob
 import grp
 import hashlib
 import heapq
@@ -130,6 +131,7 @@ PAUSE_S: Final = 2.0  # uploads wait for the pinner, but never longer than this 
 RECONCILE_S: Final = 60.0
 HEARTBEAT_S: Final = 900.0
 HEARTBEATS_KEPT: Final = 100
+OWN_TAG: Final = "cassbackup-"  # of the snapshots that `cassbackup snapshot` takes: and the UTC to the minute
 CONDEMNED_LOOK_S: Final = 60.0
 FRESH_S: Final = 12 * 3600.0  # how long a confirmation by the store is good for; far less than prune's grace
 PUBLISH_LIMIT_S: Final = 3600.0  # prune's grace is a day; a publication that takes an hour looks again
@@ -411,13 +413,6 @@ def parse_pin_directory(name: str) -> tuple[str, str] | None:
     return ("" if relative == "." else relative), match[2]
 
 
-def is_utc(stamp: str) -> bool:
-    """Tell whether a text is a moment as it stands in keys."""
-    with contextlib.suppress(ValueError):
-        return bool(re.fullmatch(_UTC, stamp)) and seconds_of(stamp) >= 0
-    return False
-
-
 def utc(seconds: float) -> str:
     """Return a moment as it stands in keys: 20261121T202438.123456Z."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
@@ -426,6 +421,13 @@ def utc(seconds: float) -> str:
 def seconds_of(stamp: str) -> float:
     """Undo utc. Raises ValueError."""
     return datetime.strptime(stamp, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
+
+
+def is_utc(stamp: str) -> bool:
+    """Tell whether a text is a moment as it stands in keys."""
+    with contextlib.suppress(ValueError):
+        return bool(re.fullmatch(_UTC, stamp)) and seconds_of(stamp) >= 0
+    return False
 
 
 def rfc3339(stamp: str) -> str:
@@ -998,7 +1000,13 @@ class S3Store:
         last = "" if end is None else end - 1
         wanted = {"Range": f"bytes={start}-{last}"} if start or end is not None else {}
         with self._faults(key):
-            yield from self._call("get_object", key, **wanted)["Body"].iter_chunks(MIB)
+            try:
+                body = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **wanted)["Body"]
+            except self._client.exceptions.ClientError as error:
+                if error.response["ResponseMetadata"].get("HTTPStatusCode") != 416:
+                    raise
+                return  # the object ends before
+            yield from body.iter_chunks(MIB)
 
     def head(self, key: str) -> Head | None:
         try:
@@ -1091,6 +1099,8 @@ class S3Store:
             return Denied(f"bucket {self._bucket} is in {where}", "set REGION")
         if code == "RequestTimeTooSkewed":
             return Denied(what, "set the clock of this machine")
+        if code == "InvalidObjectState":
+            return Denied(what, "it is archived: thaw it first (restore-object)")
         if _S3_THROTTLED.search(code) or status == 503:
             return Throttled(what)
         return _fault_of_status(status, what, "check the keys and the IAM policy (README)")
@@ -2119,13 +2129,14 @@ class Pinner:
         listed: Callable[[str], dict[str, dict[str, str]]],
         touched: Callable[[Unit, int, float], None],
     ) -> None:
-        self.areas, self._watcher, self._filters, self._clock = areas, watcher, filters, clock
+        self.areas, self._watcher, self.filters, self._clock = areas, watcher, filters, clock
         self._listed, self._touched = listed, touched
         self.lock = threading.RLock()  # pinning, and releasing what is pinned
         self.gate = threading.Event()
         self.counts: Counter[str] = Counter()
         self.looked = 0.0  # when the last full look began (time.time)
         self._places: dict[str, Place] = {}
+        self._tables: dict[str, str] = {}  # of these, the directories of tables
         self._tags: dict[tuple[str, ...], set[Place]] = {}
         self._takings: dict[tuple[str, ...], str] = {}
         self._ended: set[tuple[str, ...]] = set()
@@ -2256,7 +2267,7 @@ class Pinner:
 
     def tables(self) -> list[str]:
         """Return the tables that have directories, as keyspace/table-id."""
-        return sorted({place.relative for place in list(self._places.values()) if place.relative.count("/") == 1})
+        return sorted(set(self._tables.values()))
 
     def forget(self) -> None:
         """Take nothing for listed any more, and look everywhere again: the bucket is not what it was."""
@@ -2305,7 +2316,7 @@ class Pinner:
         if place.relative.count("/") == 1 and not place.files:  # a live table's directory may hold thousands
             for name in ("snapshots", "backups"):
                 self._enter(place.area, f"{place.relative}/{name}")
-        elif place.tag and info.st_mtime < self._filters.since:
+        elif place.tag and info.st_mtime < self.filters.since:
             self.counts["skipped_since"] += 1
         else:
             self._sort(place, fd)
@@ -2337,9 +2348,9 @@ class Pinner:
             self._pin_all(place, fd, found, pinned)
 
     def _is_new(self, place: Place, entry: os.DirEntry[str], listed: Mapping[str, str]) -> bool:
-        if place.archived and not self._filters.archived(os.path.join(place.path, entry.name)):
+        if place.archived and not self.filters.archived(os.path.join(place.path, entry.name)):
             return False
-        since = 0.0 if place.tag else self._filters.since  # of a snapshot, its directory has been asked
+        since = 0.0 if place.tag else self.filters.since  # of a snapshot, its directory has been asked
         if entry.name not in listed and not since:
             return True
         try:
@@ -2492,15 +2503,17 @@ class Pinner:
         """Look into a directory that is not known yet."""
         if area.source(relative) in self._places:
             return
-        parts, archive = relative.split("/") if relative else [], self._filters.include is not None
+        parts, archive = relative.split("/") if relative else [], self.filters.include is not None
         deep = len(parts) > 2 and parts[2] not in ("snapshots", "backups")
         ours = bool(parts) and parts[-1].startswith(
             (".cassbackup", "lost+found")
         )  # ours, or fsck's, where data is a mount
-        if ours or (deep and not archive) or not self._filters.directory(parts):
+        if ours or (deep and not archive) or not self.filters.directory(parts):
             return
         place = Place(area, relative, archive)
         self._places[place.path] = place
+        if place.relative.count("/") == 1:
+            self._tables[place.path] = place.relative
         if place.tag:
             self._tags.setdefault(place.tag, set()).add(place)
         self.look(place)
@@ -2509,6 +2522,7 @@ class Pinner:
         """Forget a directory that is gone."""
         if self._places.get(place.path) is place:
             del self._places[place.path]
+            self._tables.pop(place.path, None)
         self._warm_names -= self._warm.pop(place, 0)
         if place.tag:
             if self._is_current(place):
@@ -3125,10 +3139,10 @@ class Backlog:
             self.changed.notify_all()
 
     def take(self) -> list[tuple[Unit, Waiting]]:
-        """Return the oldest units that are due, as many as there are free carriers; wait a second at most for one."""
+        """Return the oldest units that are due, as many as carriers are free; wait two seconds at most for one."""
         taken: list[tuple[Unit, Waiting]] = []
         with self.changed:
-            now, wait = time.monotonic(), 1.0
+            now, wait = time.monotonic(), 2.0
             for urgent, carriers in _CARRIERS.items():
                 lane = [item for item in self.units.items() if item[0].urgent == urgent]
                 idle = [item for item in lane if not item[1].carried]
@@ -3795,7 +3809,7 @@ class Daemon:
         if self._asked != before or time.monotonic() >= self._status_due:
             self._status_due = time.monotonic() + self.timing.status_s
             self._write_status()
-        return 0.5
+        return 1.0
 
     def _be_owner(self) -> float:
         if self._claim:
@@ -3841,6 +3855,7 @@ class Daemon:
             "pid": os.getpid(),
             "node": self.carrier.node,
             "store": self.store.url,
+            "filters": str(self.pinner.filters),
             "started": self._began,
             "written": now,
             "looked": self.pinner.looked,
@@ -4092,8 +4107,9 @@ def find_nodes(store: Retrying, word: str, cluster: str, threads: int) -> list[A
 # Choose
 # ======================================================================================================
 
-_AUTOMATIC = re.compile(r"(truncated|dropped|pre-scrub)-\d+.*|\d+-(compact|upgrade)-.*")
-_EMPTIED = re.compile(r"(?:truncated|dropped)-(\d{10,})-.*")
+_PARTIAL = re.compile(r"(RepairedDataMismatch|DuplicateRows)-\d{8}")  # of some ranges (DiagnosticSnapshotService)
+_AUTOMATIC = re.compile(rf"(truncated|dropped|pre-scrub)-\d+.*|\d+-(compact|upgrade)-.*|{_PARTIAL.pattern}")
+_EMPTIED = re.compile(r"(?:truncated|dropped)-([0-9]{10,15})-.*")
 _SLACK_S: Final = 3600.0  # between Cassandra's clock as it writes a file, and as it says when a snapshot began
 
 
@@ -4118,7 +4134,8 @@ def origin_of(unit: Unit, entry: Stored) -> tuple[str, str]:
     parts = [*home.split("/")[1:], unit.keyspace, unit.table, *tail.split("/")[1:], entry.name]
     good = found and home.startswith("/") and tail[:1] in ("", "/") and entry.mode <= 0o777
     for part in parts:
-        good = good and part not in ("", ".", "..") and not re.search("[/\0]", part) and len(os.fsencode(part)) <= 255
+        good = good and part not in ("", ".", "..") and not re.search("[/\0\ud800-\udc7f\udd00-\udfff]", part)
+        good = good and len(os.fsencode(part)) <= 255
     if not good:
         raise Corrupt(
             f"a listing names {quote(entry.directory)}/{quote(entry.name)}", "no restore can put that anywhere"
@@ -4150,14 +4167,14 @@ class SSTable:
     @property
     def written(self) -> float:
         """Return when it was flushed, in seconds."""
-        return self.identity[2] / 1e9
+        return max((entry.stamp.mtime_ns for entry in ([self.data] if self.data else self.files)), default=0) / 1e9
 
     @property
     def age(self) -> tuple[int, int, str]:
         """Return what sorts SSTables of one table: numbers, and after them UUIDs, whose text sorts by time."""
         words = self.name.rpartition("/")[2].split("-")
-        number = words[-1] if words[-1].isdigit() else words[1]  # <ks>-<table>-ka-1 until 2.1
-        return (0, int(number), "") if number.isdigit() else (1, 0, number)
+        number = words[-1] if words[-1].isdecimal() else words[1]  # <ks>-<table>-ka-1 until 2.1
+        return (0, int(number), "") if number.isdecimal() else (1, 0, number)
 
 
 def sstables_of(listings: Iterable[Listing]) -> list[SSTable]:
@@ -4195,17 +4212,18 @@ class Base:
     start: float = 0.0  # what was flushed since then may be lacking in it
     end: float = 0.0
     listing: Listing | None = None
-    newest: tuple[int, int, str] | None = None  # the youngest id that was there, where there was one
+    newest: tuple[int, int, str] | None = None  # the youngest id that was there, where that is known
+    dropped: bool = False
 
     def adds(self, sstable: SSTable, before: float) -> bool:
         """Tell whether an SSTable of backups/ belongs to the table as it was at a moment.
 
-        It was flushed since the base; or its id is younger than all of the base's, and it was seen in time: what
-        was imported or streamed keeps its old modification time.
+        It was flushed since the base; or its id is younger than all of the base's, and it was seen since and in time:
+        what was imported keeps its old modification time, and numbers can begin anew after a truncate.
         """
         flushed = self.start <= sstable.written <= before
         younger = self.newest is not None and "/" not in sstable.name and sstable.age > self.newest
-        return flushed or (younger and seconds_of(sstable.seen) <= before)
+        return flushed or (younger and self.start <= seconds_of(sstable.seen) <= before)
 
 
 def base_on(listing: Listing, created: float = 0.0) -> Base | None:
@@ -4216,15 +4234,16 @@ def base_on(listing: Listing, created: float = 0.0) -> Base | None:
     ends = [entry.stamp.mtime_ns / 1e9 for entry in listing.files if entry.name == MANIFEST]
     if not ends:
         return None
-    newest = max((sstable.age for sstable in sstables_of([listing]) if "/" not in sstable.name), default=None)
-    return Base((created or max(ends) - 3600.0) - _SLACK_S, max(ends), listing, newest)
+    newest = max((one.age for one in sstables_of([listing]) if "/" not in one.name), default=(-1, 0, ""))
+    return Base(min(created or max(ends) - 3600.0, max(ends)) - _SLACK_S, max(ends), listing, newest)
 
 
 def choose_base(takings: Sequence[Taking], before: float, read: Callable[[Taking], Base | None]) -> Base:
     """Return what a restore of one table to a moment begins with.
 
     The newest whole snapshot that had ended by then; none that Cassandra took before it emptied the table: from
-    there on, the table is empty. Snapshots are read only as far as they can be newer than what was found.
+    there on, the table is empty, and nothing older belongs to it, however soon a snapshot followed. Snapshots are
+    read only as far as they can be newer than what was found.
     """
     best, moment, emptied = Base(), 0.0, None
     for taking in takings:
@@ -4233,14 +4252,14 @@ def choose_base(takings: Sequence[Taking], before: float, read: Callable[[Taking
     for taking in sorted(takings, key=lambda taking: taking.newest.listed, reverse=True):
         if best.listing and seconds_of(taking.newest.listed) <= best.end:
             break
-        if taking.complete and not emptied_at(taking.unit.tag):
+        if taking.complete and not emptied_at(taking.unit.tag) and not _PARTIAL.fullmatch(taking.unit.tag):
             base = read(taking)
             if base and best.end < base.end <= before:
                 best = base
     if emptied and moment > best.end:
         last = read(emptied) if emptied.complete else None
-        return Base(moment, moment, None, last.newest if last else None)
-    return best
+        return Base(moment, moment, None, last and last.newest, emptied.unit.tag.startswith("dropped-"))
+    return replace(best, start=max(best.start, moment))
 
 
 def unreplaced(batches: Iterable[Filed], read: Callable[[Filed], Listing]) -> list[Listing]:
@@ -4286,14 +4305,15 @@ def _others(listing: Listing, names: Sequence[str]) -> tuple[tuple[str, Stored],
 def choose_at(keyspace: str, table: str, base: Base, batches: Iterable[Listing], before: float) -> Chosen:
     """Choose the SSTables of one table as it was at a moment."""
     snapshot = sstables_of([base.listing] if base.listing else [])
-    there = {sstable.identity for sstable in snapshot}
-    fitting = [one for one in sstables_of(batches) if one.identity not in there and base.adds(one, before)]
-    added = [one for one in fitting if one.data and not one.lacking]
-    troubles = [f"{one.name} is not whole in backups/, left out" for one in fitting if one not in added]
-    unique = {one.identity: one for one in added}
+    chosen = {one.identity: one for one in snapshot}
+    there = {(entry.name, entry.crc32) for one in snapshot for entry in one.files}
+    fitting = [one for one in sstables_of(batches) if one.identity not in chosen and base.adds(one, before)]
+    added = {one.identity: one for one in fitting if one.data and not one.lacking}
+    lost = [one for one in fitting if one.identity not in added]
+    lost = [one for one in lost if any((entry.name, entry.crc32) not in there for entry in one.files)]
+    troubles = tuple(f"{one.name} is not whole in backups/, left out" for one in lost)
     others = _others(base.listing, (SCHEMA,)) if base.listing else ()
-    chosen = {one.identity: one for one in snapshot} | unique
-    return Chosen(keyspace, table, tuple(chosen.values()), base, len(unique), others, tuple(troubles))
+    return Chosen(keyspace, table, tuple((chosen | added).values()), base, len(added), others, troubles)
 
 
 def choose_taking(listing: Listing) -> Chosen:
@@ -4328,7 +4348,7 @@ def renamed(sstable: SSTable, generation: int) -> str:
     """Return an SSTable's name with another generation: nb-7-big."""
     folder, slash, name = sstable.name.rpartition("/")
     words = name.split("-")
-    words[-1 if words[-1].isdigit() else 1] = str(generation)
+    words[-1 if words[-1].isdecimal() else 1] = str(generation)
     return folder + slash + "-".join(words)
 
 
@@ -4637,7 +4657,7 @@ def created_of(store: Retrying, listing: Listing) -> float:
     """Return created_at of a snapshot's manifest.json in seconds (Cassandra 4.1, CASSANDRA-16789), 0.0 without."""
     for entry in listing.files:
         if entry.name == MANIFEST:
-            with contextlib.suppress(ValueError, KeyError, TypeError, Missing):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, ArithmeticError, Missing):
                 created = json.loads(b"".join(store.get(entry.key)))["created_at"]
                 return datetime.fromisoformat(created.replace("Z", "+00:00")).timestamp()
     return 0.0
@@ -4651,19 +4671,30 @@ def choose_table(store: Retrying, node: str, table: tuple[str, str], filed: Sequ
         return base_on(listing, created_of(store, listing))
 
     base = choose_base(takings_of(filed), before, read)
-    batches = [one for one in filed if one.unit.kind == "incremental" and seconds_of(one.listed) >= base.start]
+    batches = [one for one in filed if one.unit.kind == "incremental" and one.when >= base.start]
     return choose_at(*table, base, unreplaced(batches, functools.partial(read_filed, store, node)), before)
 
 
-def newest_of_names(tables: Iterable[Chosen]) -> list[Chosen]:
-    """Keep of each name the table with the newest unit: one that was dropped and made again has two ids."""
-    newest: dict[tuple[str, str], tuple[float, Chosen]] = {}
-    for chosen in tables:
-        moment = max((chosen.base.end, *(sstable.written for sstable in chosen.sstables)))
-        name = (chosen.keyspace, table_id_of(chosen.table)[0])
-        if moment and (name not in newest or newest[name][0] < moment):
-            newest[name] = (moment, chosen)
-    return [chosen for _, chosen in newest.values()]
+def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
+    """Keep of each name the table that lived at a moment: one that was dropped and made again has two ids.
+
+    That is the one with the newest unit by then. One that was dropped yields to the other, even if that has nothing
+    but imports with old modification times; and neither yields to what was imported after the moment.
+    """
+    names: dict[tuple[str, str], list[Chosen]] = {}
+    for one in tables:
+        if one.base.end or one.sstables:
+            names.setdefault((one.keyspace, table_id_of(one.table)[0]), []).append(one)
+    drops = {name: max((one.base.end for one in same if one.base.dropped), default=0.0) for name, same in names.items()}
+
+    def life(one: Chosen) -> tuple[bool, bool, float]:
+        drop = drops[one.keyspace, table_id_of(one.table)[0]]
+        written = max((sstable.written for sstable in one.sstables), default=0.0)
+        seen = one.base.end or any(sstable.seen <= utc(before) for sstable in one.sstables)
+        there = bool(one.sstables or not one.base.dropped)
+        return bool(seen or 0 < drop < written), there, max(one.base.end, written)
+
+    return [max(same, key=life) for same in names.values()]
 
 
 def make_plan(store: Retrying, node: str, moment: str, tables: Sequence[Chosen], threads: int) -> Plan:
@@ -4703,15 +4734,21 @@ def read_deeply(store: Retrying, entry: Stored) -> str:
     return trouble_of(entry, Head(entry.key, size, "", 0.0, hex32(crc32)))
 
 
-def stale_digests(store: Retrying, listings: Sequence[Listing]) -> Iterator[tuple[Stored, str]]:
+def stale_digests(store: Retrying, listings: Iterable[Listing], unread: set[str]) -> Iterator[tuple[Stored, str]]:
     """Yield each Data.db whose content is not what Cassandra's own Digest.crc32 says, and what that says."""
-    for sstable in sstables_of(listings):
-        digest = next((entry for entry in sstable.files if entry.name.endswith("-Digest.crc32")), None)
-        if digest and sstable.data and digest.stamp.size < 100:
+    pairs: dict[tuple[str, str], tuple[Stored, Stored]] = {}
+    for listing in listings:
+        there = {(entry.directory, entry.seen, entry.name): entry for entry in listing.files}
+        for (directory, seen, name), digest in there.items():
+            data = there.get((directory, seen, name.removesuffix("Digest.crc32") + "Data.db"))
+            if name.endswith("-Digest.crc32") and data and digest.stamp.size < 100:
+                pairs[data.key, digest.key] = (data, digest)
+    for data, digest in pairs.values():
+        if digest.key not in unread:
             with contextlib.suppress(Missing):
                 text = b"".join(store.get(digest.key)).decode("ascii", "replace").strip()
-                if text != str(int(sstable.data.crc32, 16)):
-                    yield sstable.data, text
+                if text != str(int(data.crc32, 16)):
+                    yield data, text
 
 
 # ======================================================================================================
@@ -5145,13 +5182,17 @@ def stop_on_signals() -> threading.Event:
     return stop
 
 
+def filters_of(settings: Settings) -> Filters:
+    """Return what is to be stored."""
+    globs = (settings.keyspace, settings.exclude_keyspace, settings.exclude_table, settings.exclude_tag)
+    return Filters(*globs, settings.since, settings.include, settings.exclude)
+
+
 def assemble(settings: Settings, areas: Sequence[Area], node: str, store: Retrying, stop: threading.Event) -> Daemon:
     """Join the rooms."""
     ledger = Ledger(os.path.join(settings.state_dir, "ledger.sqlite"), f"{store.url} {node}")
     backlog, watcher, clock = Backlog(), Watcher(), Clock()
-    globs = (settings.keyspace, settings.exclude_keyspace, settings.exclude_table, settings.exclude_tag)
-    filters = Filters(*globs, settings.since, settings.include, settings.exclude)
-    pinner = Pinner(areas, watcher, filters, clock, ledger.listed, backlog.touch)
+    pinner = Pinner(areas, watcher, filters_of(settings), clock, ledger.listed, backlog.touch)
     uploaders = Uploaders(
         store,
         settings.threads,
@@ -5522,16 +5563,16 @@ def list_(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 def show_rate(what: str, total: int, shown: bool) -> Callable[[int], None]:
-    """Return what tells how far a transfer of so many bytes is: on a terminal, or every ten seconds in the log."""
+    """Return what tells how far a transfer of so many bytes (0: unknown) is, on a terminal or in the log."""
     began, said = time.monotonic(), [time.monotonic()]
 
     def show(done: int) -> None:
         now = time.monotonic()
-        if now - said[0] < (0.2 if shown else 10.0) and done < total:
+        if now - said[0] < (0.2 if shown else 10.0) and (not total or done < total):
             return
         said[0], rate = now, done / max(0.001, now - began)
         eta = f", {(total - done) / rate:.0f} s to go" if rate and done < total else ""
-        text = f"{what} {size_text(done)} of {size_text(total)} ({size_text(rate)}/s){eta}"
+        text = f"{what} {size_text(done)}{f' of {size_text(total)}' * bool(total)} ({size_text(rate)}/s){eta}"
         if shown:
             print(f"\033[K{text}", end="\n" if done >= total else "\r", file=sys.stderr, flush=True)
         else:
@@ -5541,24 +5582,35 @@ def show_rate(what: str, total: int, shown: bool) -> Callable[[int], None]:
 
 
 def selected(store: Retrying, settings: Settings, node: str) -> list[Filed]:
-    """Return the listings that --tag, --table and --latest mean. Raises Missing."""
-    filed = [one for one in filed_in(store, node) if is_selected(one.unit, settings.table)]
+    """Return the listings that --tag, --table and --latest mean. Raises Missing.
+
+    The latest of a table are those of its newest whole snapshot, and of the incrementals since.
+    """
+    filed = [one for one in filed_in(store, node, warn_of) if is_selected(one.unit, settings.table)]
     if settings.tag:
         chosen = {taking.unit for taking in choose_backup(takings_of(filed), settings.tag)}
         filed = [one for one in filed if one.unit in chosen]
     elif settings.latest:
-        whole: dict[tuple[str, str], Taking] = {}
-        for taking in sorted((t for t in takings_of(filed) if t.complete), key=lambda taking: taking.newest.listed):
-            whole[taking.unit.keyspace, taking.unit.table] = taking
-        filed = [one for taking in whole.values() for one in taking.filed]
+        newest: dict[tuple[str, str], Unit] = {}
+        for taking in sorted(takings_of(filed), key=lambda taking: taking.newest.listed):
+            if taking.complete and not is_automatic(taking.unit.tag):
+                newest[taking.unit.keyspace, taking.unit.table] = taking.unit
+
+        def is_latest(one: Filed) -> bool:
+            base = newest.get((one.unit.keyspace, one.unit.table))
+            if one.unit.kind == "snapshot" or not base:
+                return one.unit == base or one.unit.kind != "snapshot"
+            return one.listed > base.since and one.state != "rollup"
+
+        filed = list(filter(is_latest, filed))
     if not filed:
         raise Missing(f"no listing of {node} is meant", "`cassbackup list` shows what there is")
     return filed
 
 
 def _label(unit: Unit) -> str:
-    what = f"{quote(unit.tag)}@{unit.since}" if unit.kind == "snapshot" else unit.kind
-    return f"{unit.keyspace}.{unit.table} {what}"
+    what = f"{unit.tag}@{unit.since}" if unit.kind == "snapshot" else unit.tag or "incrementals"
+    return quote(f"{unit.keyspace}.{unit.table} {what}" if unit.table else f"archive {what}")
 
 
 class Verification:
@@ -5566,7 +5618,8 @@ class Verification:
 
     def __init__(self, store: Retrying, node: str, settings: Settings) -> None:
         self._store, self._node, self._threads, self._deep = store, node, settings.threads, settings.deep
-        self._ask = bool(settings.tag or settings.latest or settings.table)
+        self._ask = bool(settings.tag or settings.latest or settings.table or settings.deep)
+        self.how = "read whole" if settings.deep else "by checksum" if self._ask else "by size and ETag"
         self.count = self.size = 0
         self.bad: list[dict[str, Any]] = []  # key, what, spoils
         self.cold: list[str] = []
@@ -5594,26 +5647,31 @@ class Verification:
             self.cold += [entry.key] if cold else []
             self.count, self.size = self.count + 1, self.size + entry.stamp.size
             progress(self.size)
-        for data, told in stale_digests(self._store, listings) if self._deep else ():
+        unread = {*self.cold, *(one["key"] for one in self.bad)}
+        for data, told in stale_digests(self._store, listings, unread) if self._deep else ():
             self.stale.append(f"{data.key} has CRC-32 {int(data.crc32, 16)}, and its Digest.crc32 says {told}")
 
     def _look(self, entries: Sequence[Stored]) -> Iterator[tuple[str, str]]:
-        """Yield (what is wrong, the storage class where it must be thawed) of each object."""
-        if not self._ask and not self._deep:
-            folders: dict[str, set[str]] = {}
-            for entry in entries:
-                folders.setdefault(entry.key.rpartition("/")[0], set()).add(entry.key)
-            found = spread(functools.partial(heads_of, self._store), folders.values(), self._threads)
-            heads = {key: head for part in found for key, head in part.items()}
-            yield from (
-                (trouble_of(one, heads.get(one.key)), getattr(heads.get(one.key), "cold", "")) for one in entries
-            )
-            return
+        """Yield (what is wrong, the storage class where it must be thawed) of each object.
+
+        Where nothing was selected, only what looks odd in a list of the folder is asked for.
+        """
+        folders: dict[str, set[str]] = {}
+        for entry in () if self._ask else entries:
+            folders.setdefault(entry.key.rpartition("/")[0], set()).add(entry.key)
+        found = spread(functools.partial(heads_of, self._store), folders.values(), self._threads)
+        heads = {key: head for part in found for key, head in part.items()}
 
         def look(entry: Stored) -> tuple[str, str]:
+            head = heads.get(entry.key)
+            if head and (head.size, head.etag, head.cold) == (entry.stamp.size, entry.etag, ""):
+                return "", ""
             head = self._store.head(entry.key)
-            trouble, cold = trouble_of(entry, head), head.cold if head else ""
-            return (trouble or read_deeply(self._store, entry) if self._deep and not cold else trouble), cold
+            trouble = trouble_of(entry, head)
+            if trouble or not head or head.cold:
+                return trouble, head.cold if head else ""
+            untold = not (head.crc32 or head.crc32c) and head.etag != entry.etag
+            return read_deeply(self._store, entry) if self._deep or untold else "", ""
 
         yield from spread(look, entries, self._threads)
 
@@ -5624,7 +5682,7 @@ def verify(settings: Settings, environ: Mapping[str, str]) -> int:
     about = one_node(store, settings)
     filed = selected(store, settings, about.name)
     checking = Verification(store, about.name, settings)
-    progress = show_rate("checked", sum(one.size for one in filed), False) if settings.deep else lambda size: None
+    progress = show_rate("checked", 0, False) if settings.deep else lambda size: None
     for _, group in itertools.groupby(filed, lambda one: (one.unit.keyspace, one.unit.table)):
         checking.check_table(group, progress)
     bad = {one["key"] for one in checking.bad if one["key"].startswith(f"{about.name}/")}
@@ -5634,14 +5692,7 @@ def verify(settings: Settings, environ: Mapping[str, str]) -> int:
     lines = [f"BAD {one['key']} {one['what']}; it spoils {', '.join(one['spoils'])}" for one in checking.bad]
     lines += [f"needs thaw: {key}" for key in checking.cold]
     lines += [f"odd: {text} (a scrub can leave that)" for text in checking.stale]
-    how = (
-        "read whole"
-        if settings.deep
-        else "with checksums"
-        if settings.tag or settings.latest or settings.table
-        else "sizes"
-    )
-    lines.append(f"{checking.count} objects, {size_text(checking.size)} ({how}): {len(checking.bad)} bad")
+    lines.append(f"{checking.count} objects, {size_text(checking.size)}, {checking.how}: {len(checking.bad)} bad")
     lines += [f"condemned in {condemned}: the daemon stores them again with the next listing"] * bool(condemned)
     print(json.dumps(page) if settings.json else "\n".join(lines))
     return FAILED if checking.bad else BEHIND if checking.cold or checking.stale else DONE
@@ -5664,7 +5715,7 @@ def plan_of(store: Retrying, node: str, settings: Settings) -> Plan:
         def choose(item: tuple[tuple[str, str], list[Filed]]) -> Chosen:
             return choose_table(store, node, *item, before)
 
-        chosen = newest_of_names(spread(choose, tables.items(), settings.threads))
+        chosen = newest_of_names(spread(choose, tables.items(), settings.threads), before)
     if not chosen:
         hint = "`cassbackup list` shows what there is; a TIME without a zone is UTC"
         raise Missing(f"nothing of {node} is there to restore for {moment}", hint)
@@ -5956,11 +6007,10 @@ def prune_text(pages: Sequence[Mapping[str, Any]], confirmed: bool) -> str:
     """Return what prune did, or would do, for people."""
     lines = []
     for page in pages:
-        lines += [f"listing {'gone' if confirmed else 'to go'}: {key}" for key in page["listings"]]
+        gone = [key for key in page["listings"] if key not in page["refused"]]
+        lines += [f"listing {'gone' if confirmed else 'to go'}: {key}" for key in gone]
         lines += [f"stays: {key} ({why})" for key, why in page["refused"].items()]
-        what = (
-            f"{page['node']}: {len(page['listings'])} listings, {page['objects']} objects, {size_text(page['bytes'])}"
-        )
+        what = f"{page['node']}: {len(gone)} listings, {page['objects']} objects, {size_text(page['bytes'])}"
         ending = f"{page['deleted']} condemned objects deleted" if confirmed else "to go"
         lines.append(f"{what}{' condemned, ' if confirmed else ' '}{ending}")
     ending = "objects are deleted by the first run that is a day younger than what condemned them"
@@ -5974,26 +6024,189 @@ def prune(settings: Settings, environ: Mapping[str, str]) -> int:
         raise Usage("what is to go?", "pass --keep-last, -within, -daily, -weekly or -monthly; or --tag; or --retire")
     store, confirm = open_bucket(settings, environ), settings.confirm and not settings.dry_run
     if settings.retire:
-        names = [settings.retire]
+        names = [check_node(settings.retire)]
     elif settings.all_nodes:
         names = [about.name for about in find_nodes(store, "", settings.cluster, settings.threads)]
     else:
         names = [one_node(store, settings).name]
-    pages, code = [], DONE
-    for name in names:
+
+    def planned(name: str) -> Pruning:
         pruning = Pruning(store, name)
         if settings.retire:
             pruning.plan_retirement()
         else:
             pruning.plan(Retention(*terms, settings.tag, settings.force), settings.threads)
+        return pruning
+
+    for name in names if confirm and len(names) > 1 else ():  # any doubt about one node, and nothing goes of any
+        planned(name)
+    pages, code = [], DONE
+    for name in names:
+        pruning = planned(name)
         gone = pruning.confirm() if confirm else 0
         code = max(code, FAILED if pruning.refused else DONE)
         page = {"node": name, "listings": pruning.listings, "objects": len(pruning.objects), "refused": pruning.refused}
         pages.append(page | {"bytes": sum(pruning.objects.values()), "deleted": gone})
+    if settings.tag and not any(page["listings"] or page["deleted"] for page in pages):
+        raise Missing(f"nothing of {settings.tag!r} may go", "is it a tag? The last good one of a table needs --force")
     print(
         json.dumps({"schema": 1, "confirmed": confirm, "nodes": pages}) if settings.json else prune_text(pages, confirm)
     )
     return code
+
+
+def ring_place(nodetool: Nodetool) -> dict[str, Any]:
+    """Return what a successor needs to know of this node: cluster, host id, tokens, dc, rack, addresses."""
+    info, cluster = nodetool("info", "-T"), nodetool("describecluster")
+
+    def told(name: str, text: str) -> list[str]:
+        return re.findall(rf"^\s*{name}\s*:\s*(.+?)\s*$", text, re.M)
+
+    host_id = "".join(told("ID", info)[:1])
+    rows = [line.split() for line in nodetool("status").splitlines() if host_id and host_id in line]
+    page: dict[str, Any] = {"version": 1, "host_id": host_id, "addresses": [row[1] for row in rows]}
+    page |= {"cluster": "".join(told("Name", cluster)[:1]), "partitioner": "".join(told("Partitioner", cluster)[:1])}
+    page |= {"dc": "".join(told("Data Center", info)[:1]), "rack": "".join(told("Rack", info)[:1])}
+    return page | {"tokens": told("Token", info), "cassandra": nodetool("version").partition(":")[2].strip()}
+
+
+def tables_with_snapshot(directories: Sequence[str], tag: str, filters: Filters) -> set[tuple[str, str]]:
+    """Return (keyspace, the table's directory) of what has a snapshot of this tag on disk and is to be stored."""
+    tables = set()
+    for root in directories:
+        for keyspace in os.listdir(root):
+            with contextlib.suppress(NotADirectoryError, FileNotFoundError):
+                for table in os.listdir(os.path.join(root, keyspace)):
+                    wanted = filters.directory([keyspace]) and filters.directory([keyspace, table])
+                    if wanted and os.path.isdir(os.path.join(root, keyspace, table, "snapshots", tag)):
+                        tables.add((keyspace, table))
+    return tables
+
+
+def listed_of(store: Retrying, node: str, table: tuple[str, str], tag: str, since: str) -> str:
+    """Return the key of a complete listing of a table's snapshot that was taken since then, "" if there is none."""
+    prefix = listings_of(node, Unit("snapshot", *table, tag, "x"))[: -len("x/")]
+    filed = (filed_as(node, head) for head in store.list(prefix, prefix + since[:-1]))
+    return max((one.key for one in filed if one and one.state == "complete"), default="")
+
+
+class SnapshotWait:
+    """Waits until a snapshot is listed whole: by the daemon, or, where there is none, by storing it here."""
+
+    def __init__(self, store: Retrying, identity: Identity, settings: Settings, tag: str, since: str) -> None:
+        self._store, self._node, self._settings, self._tag, self._since = store, identity.node, settings, tag, since
+        self.keys: dict[tuple[str, str], str] = {}  # the listings, by table
+
+    def check(self, tables: set[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Return the tables that are not listed complete."""
+        asked = sorted(tables - self.keys.keys())
+        find = functools.partial(listed_of, self._store, self._node, tag=self._tag, since=self._since)
+        found = zip(asked, spread(find, asked, self._settings.threads), strict=True)
+        self.keys |= {table: key for table, key in found if key}
+        return tables - self.keys.keys()
+
+    def wait(self, tables: set[tuple[str, str]], store_here: Callable[[], int]) -> set[tuple[str, str]]:
+        """Return the tables that will not be listed complete."""
+        began, said, waiter = time.time(), time.monotonic(), threading.Event()
+        while left := self.check(tables):
+            if not holder_of(self._settings.state_dir):
+                with contextlib.suppress(Busy):  # a daemon was started just now
+                    store_here()
+                    return self.check(tables)
+            page = ask_status(self._settings.state_dir, waiter)
+            if page["looked"] > began and page["quiet"] and not page["pending"]["units"]:
+                return self.check(tables)
+            if time.monotonic() - said > 30:
+                said = time.monotonic()
+                pending = size_text(page["pending"]["bytes"])
+                log.info(
+                    "waiting tag=%s tables_left=%d pending=%s trouble=%s",
+                    self._tag,
+                    len(left),
+                    pending,
+                    quote(page["trouble"]),
+                )
+            waiter.wait(min(10.0, 0.5 + len(tables) / 100))
+        return set()
+
+
+def agree_with_daemon(settings: Settings, identity: Identity, filters: Filters) -> None:
+    """Refuse to wait for a daemon that stores elsewhere, or something else. Raises Usage."""
+    if pid := holder_of(settings.state_dir):
+        page = ask_status(settings.state_dir, threading.Event())
+        ours = {"store": identity.url, "node": identity.node, "filters": str(filters)}
+        for word, value in ours.items():
+            if page.get(word) != value:
+                what = f"the running daemon (pid {pid}) has {word} {page.get(word)}, and this command {value}"
+                raise Usage(what, "give both the same settings, best in /etc/default/cassbackup")
+
+
+def record_tag(
+    store: Retrying, node: str, tag: str, since: str, keys: Iterable[str], nodetool: Nodetool, cqlsh: str
+) -> None:
+    """Write down what belongs together: the tag's listings, the schema, and the node's place in the ring."""
+    place = ring_place(nodetool)
+    if read_page(store, f"{node}.listings/node") != place:
+        first = store.head(f"{node}.listings/node.json") is None
+        body = json.dumps(place).encode()
+        store.put(f"{node}.listings/node{'' if first else '.' + utc(time.time())}.json", body, zlib.crc32(body))
+    page = {"version": 1, "node": node, "tag": tag, "taken": rfc3339(since), "listings": sorted(keys)}
+    try:
+        page["schema"] = Nodetool(cqlsh)("-e", "DESCRIBE SCHEMA")
+    except Fault as fault:
+        log.warning("no schema is kept with this snapshot error=%s hint=pass --cqlsh", quote(str(fault)))
+    body = json.dumps(page | {"place": place}).encode()
+    store.put(f"{node}.listings/tags/{quote(tag, slash='%2F')}/{utc(time.time())}.json", body, zlib.crc32(body))
+
+
+def clear_listed(nodetool: Nodetool, directories: Sequence[str], waiting: Callable[[str], SnapshotWait]) -> None:
+    """Clear earlier snapshots of ours that an earlier run could not, and that are listed by now."""
+    pattern = f"{OWN_TAG}*"
+    paths = [path for root in directories for path in glob.glob(f"{glob.escape(root)}/*/*/snapshots/{pattern}")]
+    for tag in sorted({os.path.basename(path) for path in paths}):
+        if not waiting(tag).check(tables_with_snapshot(directories, tag, Filters())):
+            nodetool("clearsnapshot", "-t", tag)
+            log.info("cleared an earlier snapshot tag=%s", tag)
+
+
+def snapshot(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Take a snapshot, wait until it is listed whole, clear it. Exit 1: not whole, so it stays; 3: no room for one."""
+    directories = data_directories(settings.paths)
+    tag = settings.tag or f"{OWN_TAG}{utc(time.time())[:13]}Z"
+    if not re.fullmatch(r"[\w.-]{1,200}", tag):
+        raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
+    open_state(settings.state_dir)
+    known = read_json(os.path.join(settings.state_dir, "identity.json"))
+    identity, filters = identify(settings, environ, known), filters_of(settings)
+    agree_with_daemon(settings, identity, filters)
+    for root in directories:
+        disk = os.statvfs(root)
+        if disk.f_bavail < settings.free_floor * disk.f_blocks:
+            log.error("too little room for a snapshot path=%s hint=mend that first, or lower --free-floor", quote(root))
+            return BEHIND
+    access, nodetool = access_of(settings, identity.region), Nodetool(settings.nodetool)
+    raw = open_store(identity.url, access, new=known.get("url") != identity.url)
+    store = Retrying(raw, threading.Event().wait, 120.0, Budget(0.0))
+    clear_listed(nodetool, directories, lambda old: SnapshotWait(store, identity, settings, old, utc(0)))
+    since = utc(time.time())
+    options = ["-sf"] if settings.skip_flush else []
+    options += ["--ttl", f"{settings.ttl:.0f}s"] if settings.ttl else []
+    nodetool("snapshot", "-t", tag, *options, *settings.keyspaces)
+    tables = tables_with_snapshot(directories, tag, filters)
+    if not tables:
+        raise Fault(f"nodetool took the snapshot {tag}, but not below {' '.join(directories)}", "pass --paths")
+    waiting = SnapshotWait(store, identity, settings, tag, since)
+    here = Settings({**settings.all, "once": Setting(True, "flag"), "paths": Setting(tuple(directories), "flag")})
+    if missing := waiting.wait(tables, lambda: watch(here, environ)):
+        names = ", ".join(f"{keyspace}.{table_id_of(table)[0]}" for keyspace, table in sorted(missing)[:9])
+        raise Fault(
+            f"{len(missing)} of {len(tables)} tables are not listed whole: {names}", f"snapshot {tag} stays on disk"
+        )
+    record_tag(store, identity.node, tag, since, waiting.keys.values(), nodetool, settings.cqlsh)
+    if not settings.keep:
+        nodetool("clearsnapshot", "-t", tag)
+    print(f"{tag}: {len(tables)} tables, listed whole in {store.url}")
+    return DONE
 
 
 # ======================================================================================================
@@ -6128,6 +6341,7 @@ _NODE = (
 )
 _TABLES = Asked("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; globs work")
 _TAG = Asked("--tag", "TAG", "", "this snapshot; TAG@<taking> where the tag was taken more than once")
+_NODETOOL = Option("--nodetool", "CMD", "nodetool", "how to call nodetool, as 'nodetool -u me -pwf file'")
 _AT = Asked("--at", "TIME", 0.0, "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such")
 _LATEST = Asked("--latest", "", False, "the newest there is of each table")
 _LIST = (
@@ -6147,7 +6361,7 @@ _RESTORE = (
     Asked("--dry-run", "", False, "only say what would be restored"),
     Option("--into", "DIR", "", "stage <DIR>/<ks>/<table>/ (default: cassbackup-restore/ beside the data)"),
     Asked("--import", "", False, "then hand each table to the running Cassandra (nodetool import)"),
-    Option("--nodetool", "CMD", "nodetool", "how to call nodetool, as 'nodetool -u me -pwf file'"),
+    _NODETOOL,
     Asked("--schema-only", "", False, "only the schema"),
     Asked("--incomplete", "", False, "restore a snapshot that lacks files, as far as it goes"),
     Asked("--in-place", "", False, "into the data directories of a stopped node; all keyspaces"),
@@ -6213,12 +6427,34 @@ class Command(NamedTuple):
     groups: tuple[tuple[str, tuple[Option, ...]], ...]
 
 
+_SNAPSHOT = (
+    Asked("keyspaces", "KEYSPACE", (), "only these (default: all)"),
+    Asked("--tag -t", "TAG", "", "name of the snapshot (default: cassbackup-<UTC to the minute>)"),
+    Asked("--keep", "", False, "do not clear the snapshot when it is listed"),
+    Asked("--skip-flush", "", False, "take what is on disk, without a flush"),
+    Option("--ttl", "DURATION", 0.0, "have Cassandra (4.1) clear it after this time in any case"),
+    _NODETOOL,
+    Option("--cqlsh", "CMD", "cqlsh", "how to call cqlsh, for DESCRIBE SCHEMA"),
+)
+_SNAPSHOT_STORE = tuple(replace(option, flags=option.flags.replace(" -t", "")) for option in _STORE)
+_SNAPSHOT_HERE = tuple(replace(option, flags=option.flags.replace("paths", "--paths")) for option in _HERE)
 _DAEMON = (("store", _STORE), ("what to store", _WHAT), ("on this node", _HERE), ("always", _ALWAYS))
 _WHERE = (("bucket", _BUCKET), ("node", _NODE))
 _LAST = ("always", _ALWAYS)
 COMMANDS: Final = MappingProxyType(
     {
         "watch": Command(watch, "watch and store (the default command)", _DAEMON),
+        "snapshot": Command(
+            snapshot,
+            "take a snapshot, wait until it is listed whole, clear it",
+            (
+                ("snapshot", _SNAPSHOT),
+                ("store", _SNAPSHOT_STORE),
+                ("what to store", _WHAT),
+                ("on this node", _SNAPSHOT_HERE),
+                _LAST,
+            ),
+        ),
         "list": Command(
             list_, "nodes, snapshots and incrementals in the bucket", (*_WHERE, ("what to show", _LIST), _LAST)
         ),
@@ -6236,7 +6472,7 @@ COMMANDS: Final = MappingProxyType(
 def _add_options(group: Any, options: Iterable[Option]) -> None:
     for option in options:
         text = f"{option.help} [{option.variable}]" if option.variable else option.help
-        if option is _PATHS:
+        if not option.flags.startswith("-"):
             group.add_argument(option.key, nargs="*", metavar=option.metavar, help=text)
         elif not option.metavar:
             group.add_argument(*option.flags.split(), dest=option.key, action="store_const", const="yes", help=text)

@@ -55,6 +55,8 @@ setup(
             "ruff==0.17.6",
             "types-requests",
         ],
+        # Beside the above, for tests/cassandra.
+        "cassandra": ["cassandra-driver>=3.29", "cqlsh>=6.2"],
     },
     entry_points={"console_scripts": ["cassbackup=cassbackup:main_entry"]},
     classifiers=[

@@ -15,14 +15,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import oracle
 import pytest
-from conftest import Daemon, Run
 from oracle import Listing
 from servers import Bucket
 from tree import Copy, History, Node
+
+if TYPE_CHECKING:  # tests/cassandra has a conftest of its own
+    from conftest import Daemon, Run
 
 SETTLE = ("--settle", "1", "--max-bandwidth", "0")
 

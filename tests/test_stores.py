@@ -37,7 +37,7 @@ from faultproxy import (
     s3_error,
     writes,
 )
-from servers import Bucket, FileBucket, Service
+from servers import Bucket, FileBucket, S3Bucket, Service
 
 from cassbackup import (
     Access,
@@ -241,6 +241,35 @@ class TestEveryStore:
         for start in (0, 1, 1 << 20, (1 << 20) + 1, len(body) - 1):
             assert read(store, KEY, start) == body[start:]
 
+    def test_a_body_is_read_from_one_place_to_another(self, store: Retrying) -> None:
+        body, end = noise((2 << 20) + 17), (2 << 20) + 17
+        put(store, KEY, body)
+        for start, until in [(0, 0), (0, 1), (7, 7), (5, 1 << 20), (1 << 20, (1 << 20) + 1), (3, end), (end - 1, end)]:
+            assert b"".join(store.get(KEY, start, until)) == body[start:until], (start, until)
+        assert b"".join(store.get(KEY, end - 2, end + 100)) == body[-2:]
+
+    def test_beyond_the_end_of_a_body_there_is_nothing(self, store: Retrying) -> None:
+        put(store, KEY)
+        put(store, "node1/empty", b"")
+        for key, start in [(KEY, len(BODY)), (KEY, len(BODY) + 9), ("node1/empty", 0), ("node1/empty", 1)]:
+            assert read(store, key, start) == b""
+            assert b"".join(store.get(key, start, start + 5)) == b""
+
+    def test_folders_are_what_comes_next_and_has_something_below(self, store: Retrying) -> None:
+        for key in ("n1/a/b", "n1/a/c/d", "n1.listings/k/t", "n1/file", "n10/x", "top", "n1/é %2F/x", "n1/.idx/x"):
+            put(store, key)
+        assert sorted(store.folders("")) == ["n1", "n1.listings", "n10"]
+        assert sorted(store.folders("n1/")) == [".idx", "a", "é %2F"]
+        assert list(store.folders("n1/a/")) == ["c"]
+        assert list(store.folders("none/")) == list(store.folders("n1/a/c/")) == []
+        store.delete(["n10/x", "n1/a/c/d"])
+        assert sorted(store.folders("")) == ["n1", "n1.listings"]
+        assert list(store.folders("n1/a/")) == []
+
+    def test_nothing_is_cold_that_can_be_read(self, store: Retrying) -> None:
+        put(store, KEY)
+        assert [head.cold for head in (store.head(KEY), *store.list(""))] == ["", ""]
+
     def test_keys_are_listed_in_their_order(self, store: Retrying) -> None:
         wanted = ["node1/a", "node1/a-b", "node1/a/b", "node1/a/b/c", "node1/a0", "node1/b", "node10/a", "node1.l/x"]
         wanted = [key for key in wanted if key not in ("node1/a", "node1/a/b")]  # a file store has no file in a file
@@ -422,8 +451,30 @@ def test_a_list_has_as_many_pages_as_it_takes(store: Retrying, bucket: Bucket) -
     assert keys(store, "n/") == many
     assert keys(store, "n/", many[-4]) == many[-3:]
     assert list(itertools.islice(keys(store, "n/", many[0]), 2)) == many[1:3]
+    assert list(store.folders("")) == ["n"]
     assert store.delete(many) == {}
     assert keys(store) == []
+
+
+@pytest.mark.slow
+def test_folders_have_as_many_pages_as_it_takes(moto: Bucket, opened: Opener) -> None:
+    many = [f"{number:04d}.listings" for number in range(1003)]
+    for folder in many:
+        moto.put(f"{folder}/owner.json", b"{}")
+    assert list(opened(moto).folders("")) == many
+
+
+@pytest.mark.parametrize("kind", ["GLACIER", "DEEP_ARCHIVE", "STANDARD_IA", "GLACIER_IR"])
+def test_what_must_be_thawed_is_cold_until_it_is_thawed(moto: S3Bucket, opened: Opener, kind: str) -> None:
+    store, cold = opened(moto), kind if kind in ("GLACIER", "DEEP_ARCHIVE") else ""
+    moto.client.put_object(Bucket=moto.bucket, Key=KEY, Body=BODY, StorageClass=kind)
+    assert [head.cold for head in (store.head(KEY), *store.list(""))] == [cold, cold]
+    if cold:
+        with pytest.raises(Denied, match="thaw it"):
+            read(opened(moto, patience=1.0), KEY)
+        moto.client.restore_object(Bucket=moto.bucket, Key=KEY, RestoreRequest={"Days": 1})
+        assert store.head(KEY).cold == ""
+    assert read(store, KEY) == BODY
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -462,6 +513,16 @@ def test_p3_a_file_store_without_attributes_compares_bytes(opened: Opener, tmp_b
     assert put(store, KEY).crc32 == f"{crc(BODY):08x}"
     with pytest.raises(Conflict):
         put(opened(tmp_bucket), KEY, BODY[::-1])
+
+
+def test_p1_a_file_store_does_not_vouch_for_what_was_written_to_since(opened: Opener, tmp_bucket: FileBucket) -> None:
+    """P1 Listed means restorable: the checksum kept beside a file says nothing of bytes that came later."""
+    store, path = opened(tmp_bucket), tmp_bucket.root / KEY
+    put(store, KEY)
+    path.write_bytes(BODY[::-1])
+    assert store.head(KEY).crc32 == ""
+    with pytest.raises(Conflict):
+        store.same(KEY, len(BODY), crc(BODY))
 
 
 @pytest.mark.parametrize("url", ["file://relative", "ftp://x", "s3://", "bucket", "", "gs:///x"])

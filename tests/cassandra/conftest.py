@@ -31,11 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Show with a failure how the logs of the nodes that run end, and where they are."""
+    """Show with a failure how the logs of the nodes in use end, and where they are."""
     report = yield
     fleet = getattr(item, "funcargs", {}).get("fleet")
     if report.failed and fleet:
-        report.sections += [(f"the log of {node}", node.log_end()) for node in fleet.nodes if node.is_running]
+        report.sections += [(f"the log of {node}", node.log_end()) for node in fleet.nodes if node.is_wanted]
     return report
 
 
@@ -77,7 +77,7 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     found.stop()
     if not request.session.testsfailed:
         for node in found.nodes:
-            shutil.rmtree(node.home)
+            shutil.rmtree(node.home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", params=["big", "bti"])

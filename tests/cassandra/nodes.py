@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import re
 import signal
@@ -78,7 +77,7 @@ def free_ports(count: int, addresses: Sequence[str] = (LOCAL,)) -> list[int]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What differs from node to node in cassandra.yaml; `yaml` has the last word, `files` adds to conf/."""
+    """What differs from node to node. `yaml` has the last word in cassandra.yaml; `files` are more of conf/."""
 
     address: str = LOCAL
     data_directories: int = 1
@@ -88,6 +87,7 @@ class Setup:
     auto_bootstrap: bool = True
     seed: str = ""  # the node's own address if empty
     cluster_name: str = "cassbackup's tests"
+    jvm: tuple[str, ...] = ()
     yaml: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -208,6 +208,7 @@ class Node:
             *MODULES,
             f"-javaagent:{next(fetch().glob('jamm-*.jar'))}",
             *DAEMON_FLAGS,
+            *self.setup.jvm,
             f"-Dcassandra.jmx.local.port={self.ports.jmx}",
             *self._own_flags("logback.xml"),
             "org.apache.cassandra.service.CassandraDaemon",
@@ -236,6 +237,11 @@ class Node:
         """Tell whether the process lives."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def is_wanted(self) -> bool:
+        """Tell whether the node was started and not stopped; it may have died by itself."""
+        return self._process is not None
+
     def stop(self) -> None:
         """End the node as an init system does: SIGTERM, upon which it drains, and SIGKILL if that takes too long."""
         self.close_session()
@@ -250,6 +256,7 @@ class Node:
         self.close_session()
         if self._process is not None:
             kill_group(self._process)
+            self._process = None
 
     def restart(self) -> Node:
         """Stop the node and start it on the same directories."""

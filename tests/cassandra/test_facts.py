@@ -19,6 +19,9 @@ COMPRESSIONS = {
     "plain": "{'enabled': 'false'}",
 }
 
+# For what does not depend on the format of the SSTables.
+ON_BIG = pytest.mark.parametrize("sstables", ["big"], indirect=True)
+
 
 def names(directory: Path) -> set[str]:
     """Return the names in a directory; none if it is not there."""
@@ -29,6 +32,13 @@ def components(directory: Path) -> dict[str, int]:
     """Return name -> inode of the SSTable files directly in a directory."""
     pattern = re.compile(r"[a-z]{2}-[^-]+-(big|bti)-.+")
     return {path.name: path.stat().st_ino for path in directory.iterdir() if pattern.fullmatch(path.name)}
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 1
+    path.write_bytes(body)
 
 
 def fill(node: Node, keyspace: str, table: str = "t", rows: int = 100, more: str = "") -> dict[int, str]:
@@ -62,6 +72,7 @@ def test_a_snapshot_is_links_then_the_manifest_then_the_schema(cassandra: Node, 
     assert linked <= (taken / "manifest.json").stat().st_mtime_ns <= (taken / "schema.cql").stat().st_mtime_ns
 
 
+@ON_BIG
 def test_a_manifest_names_the_data_files_and_when_the_snapshot_began(cassandra: Node, keyspace: str) -> None:
     fill(cassandra, keyspace, "one")
     fill(cassandra, keyspace, "two")
@@ -76,6 +87,7 @@ def test_a_manifest_names_the_data_files_and_when_the_snapshot_began(cassandra: 
     assert len({manifest["created_at"] for manifest in manifests.values()}) == 1
 
 
+@ON_BIG
 def test_a_schema_names_the_table_with_its_id_but_not_the_keyspace(cassandra: Node, keyspace: str) -> None:
     fill(cassandra, keyspace)
     table = cassandra.table_directory(keyspace, "t")
@@ -87,6 +99,7 @@ def test_a_schema_names_the_table_with_its_id_but_not_the_keyspace(cassandra: No
     assert "CREATE KEYSPACE" not in schema
 
 
+@ON_BIG
 def test_a_snapshot_of_a_table_without_sstables_has_a_manifest_and_a_schema(cassandra: Node, keyspace: str) -> None:
     cassandra.cql(f"CREATE TABLE {keyspace}.t (k int PRIMARY KEY)")
     cassandra.nodetool("snapshot", "-t", "tag", keyspace)
@@ -130,6 +143,7 @@ def test_the_files_of_a_storage_attached_index_lie_beside_their_sstable(cassandr
     assert attached <= set(contents.read_text().split())
 
 
+@ON_BIG
 def test_a_tag_is_taken_once_until_it_is_cleared(cassandra: Node, keyspace: str) -> None:
     fill(cassandra, keyspace)
     cassandra.nodetool("snapshot", "-t", "tag", keyspace)
@@ -139,6 +153,7 @@ def test_a_tag_is_taken_once_until_it_is_cleared(cassandra: Node, keyspace: str)
     cassandra.nodetool("snapshot", "-t", "tag", keyspace)
 
 
+@ON_BIG
 def test_clearsnapshot_takes_one_tag_and_no_live_file(cassandra: Node, keyspace: str) -> None:
     written = fill(cassandra, keyspace)
     table = cassandra.table_directory(keyspace, "t")
@@ -164,6 +179,7 @@ def test_truncate_makes_a_snapshot_of_its_own(cassandra: Node, keyspace: str) ->
     assert rows(cassandra, keyspace) == {}
 
 
+@ON_BIG
 def test_drop_table_leaves_its_directory_with_a_snapshot(cassandra: Node, keyspace: str) -> None:
     fill(cassandra, keyspace)
     table = cassandra.table_directory(keyspace, "t")
@@ -192,6 +208,7 @@ def test_a_flush_is_linked_into_backups_and_a_compaction_is_not(cassandra: Node,
     assert not components(table).keys() & flushed.keys()
 
 
+@ON_BIG
 def test_statusbackup_says_whether_flushes_are_linked(cassandra: Node, keyspace: str) -> None:
     assert cassandra.nodetool("statusbackup").stdout == "running\n"
     cassandra.nodetool("disablebackup")
@@ -289,20 +306,72 @@ def test_an_import_is_linked_into_backups_under_a_new_name(cassandra: Node, keys
     assert len(added) == len(before)
 
 
-def test_import_from_a_directory_of_another_name_finds_nothing(cassandra: Node, keyspace: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["a-b/t", "a.b/t", "ks/t-1", "ks/t.u"])
+@ON_BIG
+def test_import_from_a_path_that_names_no_table_takes_nothing_and_is_exit_0(
+    cassandra: Node, keyspace: str, tmp_path: Path, place: str
+) -> None:
     fill(cassandra, keyspace)
-    table = cassandra.table_directory(keyspace, "t")
-    staged = tmp_path / "staged"
-    shutil.copytree(table / "backups", staged)
-    before = components(table)
-    cassandra.nodetool("import", keyspace, "t", staged, check=None)
-    assert components(table) == before
+    shutil.copytree(cassandra.table_directory(keyspace, "t") / "backups", tmp_path / place)
+    before = components(tmp_path / place)
+    cassandra.nodetool("import", keyspace, "t", tmp_path / place)
+    assert components(tmp_path / place) == before
+
+
+def test_import_leaves_a_damaged_sstable_where_it_was_and_is_exit_1(
+    cassandra: Node, keyspace: str, tmp_path: Path
+) -> None:
+    written = fill(cassandra, keyspace)
+    staged = tmp_path / keyspace / "t"
+    shutil.copytree(cassandra.table_directory(keyspace, "t") / "backups", staged)
+    (data,) = staged.glob("*-Data.db")
+    flip(data)
+    before = components(staged)
+    said = cassandra.nodetool("import", keyspace, "t", staged, check=1).stderr
+    assert said.split("\n")[:2] == ["Some directories failed to import, check server logs for details:", str(staged)]
+    assert components(staged) == before
+    assert rows(cassandra, keyspace) == written
+
+
+@ON_BIG
+def test_import_into_no_table_is_exit_1_and_from_no_directory_exit_2(
+    cassandra: Node, keyspace: str, tmp_path: Path
+) -> None:
+    fill(cassandra, keyspace)
+    said = cassandra.nodetool("import", keyspace, "nosuch", tmp_path, check=1).stderr
+    assert f"ColumnFamilyStore for {keyspace}/nosuch not found." in said
+    said = cassandra.nodetool("import", keyspace, "t", tmp_path / "nosuch", check=2).stderr
+    assert f"Directory {tmp_path}/nosuch does not exist" in said
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What nodetool and CQL say
 
 
+@ON_BIG
+def test_snapshot_says_its_tag_but_no_table_and_listsnapshots_each_table(cassandra: Node, keyspace: str) -> None:
+    for table in ("one", "two"):
+        cassandra.cql(f"CREATE TABLE {keyspace}.{table} (k int PRIMARY KEY)")
+    said = cassandra.nodetool("snapshot", "-t", "listed", keyspace).stdout.splitlines()
+    assert said == [
+        f"Requested creating snapshot(s) for [{keyspace}] with snapshot name [listed] and options {{skipFlush=false}}",
+        "Snapshot directory: listed",
+    ]
+    listed = [line.split()[:3] for line in cassandra.nodetool("listsnapshots").stdout.splitlines()]
+    assert sorted(line for line in listed if line[:1] == ["listed"]) == [
+        ["listed", keyspace, "one"],
+        ["listed", keyspace, "two"],
+    ]
+
+
+@ON_BIG
+def test_a_snapshot_of_no_keyspace_is_exit_1_and_says_so_on_stdout(cassandra: Node) -> None:
+    said = cassandra.nodetool("snapshot", "-t", "tag", "nosuch", check=1)
+    assert "nodetool: Keyspace nosuch does not exist\n" in said.stdout
+    assert said.stderr == ""
+
+
+@ON_BIG
 def test_tablestats_is_exit_0_for_a_table_and_1_for_none(cassandra: Node, keyspace: str) -> None:
     fill(cassandra, keyspace)
     found = cassandra.nodetool("tablestats", f"{keyspace}.t")
@@ -314,10 +383,12 @@ def test_tablestats_is_exit_0_for_a_table_and_1_for_none(cassandra: Node, keyspa
     assert "nodetool: Unknown keyspace: nosuch" in missing.stdout
 
 
+@ON_BIG
 def test_version_is_one_line(cassandra: Node) -> None:
     assert re.fullmatch(r"ReleaseVersion: 5\.0\.\d+\n", cassandra.nodetool("version").stdout)
 
 
+@ON_BIG
 def test_nodetool_info_and_system_local_agree_about_the_node(cassandra: Node) -> None:
     said = cassandra.nodetool("info", "-T").stdout
     local = cassandra.local()
@@ -334,6 +405,7 @@ def test_nodetool_info_and_system_local_agree_about_the_node(cassandra: Node) ->
     assert f"Name: {local.cluster_name}\n" in cassandra.nodetool("describecluster").stdout
 
 
+@ON_BIG
 def test_cqlsh_describes_the_schema(cassandra: Node, keyspace: str) -> None:
     fill(cassandra, keyspace)
     said = cassandra.tool("cqlsh", "-e", "DESCRIBE SCHEMA").stdout
@@ -344,6 +416,13 @@ def test_cqlsh_describes_the_schema(cassandra: Node, keyspace: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------
 # Nodes of a test's own
+
+
+def test_nodetool_on_a_stopped_node_is_exit_1(new_node: Callable[..., Node]) -> None:
+    node = new_node()
+    node.stop()
+    said = node.nodetool("snapshot", "-t", "tag", check=1)
+    assert "Failed to connect" in said.stderr
 
 
 def test_a_restarted_node_is_the_same_with_the_same_rows(new_node: Callable[..., Node]) -> None:
@@ -369,13 +448,10 @@ def test_with_two_data_directories_a_snapshot_has_one_manifest_and_one_schema(ne
     for number in range(8):
         fill(node, "ks", f"t{number}", rows=5)
     node.nodetool("snapshot", "-t", "tag", "ks")
-    split = 0
     for number in range(8):
         taken = [path / "snapshots" / "tag" for path in node.table_directories("ks", f"t{number}")]
         held = [name for path in taken for name in names(path)]
         assert held.count("manifest.json") == held.count("schema.cql") == 1
-        split += any(components(path) and "manifest.json" not in names(path) for path in taken if path.exists())
-    print(f"{split} of 8 tables have their manifest in another data directory than their SSTables")
 
 
 def test_three_nodes_are_one_cluster(three_nodes: list[Node]) -> None:
