@@ -116,7 +116,7 @@ for version in $(PYTHONS); do
     test -n "$$python" || { echo "== Python $$version: not found here"; continue; }
     echo "== Python $$version: $$python"
     $(MAKE) --no-print-directory $(VENV)-$$version/.stamp PYTHON="$$python"
-    $(VENV)-$$version/bin/python -m pytest -m "not slow" $(ARGS)
+    $(VENV)-$$version/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
     tested="$$tested $$version"
 done
 echo "== tested beside $$own:$${tested:- nothing, no other Python was found}"

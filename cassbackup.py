@@ -339,7 +339,8 @@ _WORDS, _OPTIONAL_WORDS = ("user", "group", "crc32", "key", "etag"), ("crc32c", 
 
 
 def _percent(char: str) -> str:
-    return urllib.parse.quote(char, errors="surrogateescape")
+    how = "surrogateescape" if "\udc80" <= char <= "\udcff" else "surrogatepass"  # the latter in no name of ours
+    return urllib.parse.quote(char, errors=how)
 
 
 def quote(name: str, slash: str = "/") -> str:
@@ -423,6 +424,7 @@ def seconds_of(stamp: str) -> float:
     return datetime.strptime(stamp, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
 
 
+@functools.lru_cache(10_000)
 def is_utc(stamp: str) -> bool:
     """Tell whether a text is a moment as it stands in keys."""
     with contextlib.suppress(ValueError):
@@ -520,7 +522,8 @@ def _load_entry(directory: str, page: dict[str, Any]) -> Stored:
     words |= {word: _typed(page, word, str, "") for word in _OPTIONAL_WORDS}
     mode = _typed(page, "mode", str)
     same = (_typed(page, "size", int), _typed(page, "mtime_ns", int)) == (stamp.size, stamp.mtime_ns)
-    good = re.fullmatch("[0-9a-f]{8}", words["crc32"]) and re.fullmatch("[0-7]{4,5}", mode) and stamp.size >= 0
+    good = 0 <= stamp.size < 1 << 63 > abs(stamp.mtime_ns) and (not words["seen"] or is_utc(words["seen"]))
+    good = good and bool(re.fullmatch("[0-9a-f]{8}", words["crc32"]) and re.fullmatch("[0-7]{4,5}", mode))
     if not (same and good) or name in ("", ".", "..") or re.search("[/\0]", name):
         raise ValueError(f"entry {name!r} is not one of ours")
     return Stored(directory, name, stamp, int(mode, 8), **words)
@@ -535,7 +538,7 @@ def load_listing(body: bytes) -> Listing:
         table, table_id = (_typed(page, name, str, "") for name in ("table", "table_id"))
         tag = unquote(_typed(page, "tag", str, _typed(page, "directory", str, "")))
         kind, since = _typed(page, "kind", str), _typed(page, "taking", str)
-        if kind not in get_args(Kind) or not re.fullmatch(_UTC, since):
+        if kind not in get_args(Kind) or not is_utc(since):
             raise ValueError(f"{kind} of {since}")
         whole = f"{table}-{table_id}" if table_id else table
         unit = Unit(cast(Kind, kind), _typed(page, "keyspace", str, ""), whole, tag, since)
@@ -3952,8 +3955,8 @@ def read_filed(store: Retrying, node: str, filed: Filed) -> Listing:
     if filed.key != listings_of(node, listing.unit) + listing_name(listing) or listing.node != node:
         raise Corrupt(f"{filed.key} does not say what its name says", "it was moved here or damaged")
     for entry in listing.files:
-        good = entry.key.startswith(f"{node}/") and entry.key.isprintable()
-        if not good or {"", ".", ".."} & set(entry.key.split("/")):
+        good, parts = entry.key.startswith(f"{node}/") and entry.key.isprintable(), entry.key.split("/")
+        if not good or {"", ".", ".."} & {*parts} or max(map(len, parts)) > 255:
             raise Corrupt(f"{filed.key} names {quote(entry.key)}", "that is no file of this node")
     return listing
 
@@ -4108,8 +4111,9 @@ def find_nodes(store: Retrying, word: str, cluster: str, threads: int) -> list[A
 # ======================================================================================================
 
 _PARTIAL = re.compile(r"(RepairedDataMismatch|DuplicateRows)-\d{8}")  # of some ranges (DiagnosticSnapshotService)
-_AUTOMATIC = re.compile(rf"(truncated|dropped|pre-scrub)-\d+.*|\d+-(compact|upgrade)-.*|{_PARTIAL.pattern}")
+_AUTOMATIC = re.compile(rf"(truncated|dropped|pre-scrub)-[0-9]+.*|[0-9]+-(compact|upgrade)-.*|{_PARTIAL.pattern}")
 _EMPTIED = re.compile(r"(?:truncated|dropped)-([0-9]{10,15})-.*")
+_NO_ID: Final = (-1, 0, "")  # older than any
 _SLACK_S: Final = 3600.0  # between Cassandra's clock as it writes a file, and as it says when a snapshot began
 
 
@@ -4132,6 +4136,7 @@ def origin_of(unit: Unit, entry: Stored) -> tuple[str, str]:
     middle = f"/{unit.keyspace}/{unit.table}/" + (f"snapshots/{unit.tag}" if unit.kind == "snapshot" else "backups")
     home, found, tail = entry.directory.rpartition(middle)
     parts = [*home.split("/")[1:], unit.keyspace, unit.table, *tail.split("/")[1:], entry.name]
+    parts.append(table_id_of(unit.table)[0])
     good = found and home.startswith("/") and tail[:1] in ("", "/") and entry.mode <= 0o777
     for part in parts:
         good = good and part not in ("", ".", "..") and not re.search("[/\0\ud800-\udc7f\udd00-\udfff]", part)
@@ -4166,8 +4171,9 @@ class SSTable:
 
     @property
     def written(self) -> float:
-        """Return when it was flushed, in seconds."""
-        return max((entry.stamp.mtime_ns for entry in ([self.data] if self.data else self.files)), default=0) / 1e9
+        """Return when it was flushed, or imported: that writes Statistics.db anew (SSTableImporter); in seconds."""
+        telling = [entry for entry in self.files if entry.name.endswith(("-Data.db", "-Statistics.db"))]
+        return max((entry.stamp.mtime_ns for entry in telling or self.files), default=0) / 1e9
 
     @property
     def age(self) -> tuple[int, int, str]:
@@ -4218,12 +4224,14 @@ class Base:
     def adds(self, sstable: SSTable, before: float) -> bool:
         """Tell whether an SSTable of backups/ belongs to the table as it was at a moment.
 
-        It was flushed since the base; or its id is younger than all of the base's, and it was seen since and in time:
-        what was imported keeps its old modification time, and numbers can begin anew after a truncate.
+        It was written since the base; or its id is younger than all of the base's, and it was seen since and in time:
+        an import can keep all times as they were, and numbers can begin anew after a truncate.
         """
-        flushed = self.start <= sstable.written <= before
+        if self.start <= sstable.written or sstable.written > before:
+            return sstable.written <= before
         younger = self.newest is not None and "/" not in sstable.name and sstable.age > self.newest
-        return flushed or (younger and self.start <= seconds_of(sstable.seen) <= before)
+        since = self.end if self.newest == _NO_ID else self.start
+        return younger and since <= seconds_of(sstable.seen) <= before
 
 
 def base_on(listing: Listing, created: float = 0.0) -> Base | None:
@@ -4234,8 +4242,9 @@ def base_on(listing: Listing, created: float = 0.0) -> Base | None:
     ends = [entry.stamp.mtime_ns / 1e9 for entry in listing.files if entry.name == MANIFEST]
     if not ends:
         return None
-    newest = max((one.age for one in sstables_of([listing]) if "/" not in one.name), default=(-1, 0, ""))
-    return Base(min(created or max(ends) - 3600.0, max(ends)) - _SLACK_S, max(ends), listing, newest)
+    newest = max((one.age for one in sstables_of([listing]) if "/" not in one.name), default=_NO_ID)
+    begin = created if 0 < created <= max(ends) else max(ends) - 3600.0
+    return Base(begin - _SLACK_S, max(ends), listing, newest)
 
 
 def choose_base(takings: Sequence[Taking], before: float, read: Callable[[Taking], Base | None]) -> Base:
@@ -4258,7 +4267,7 @@ def choose_base(takings: Sequence[Taking], before: float, read: Callable[[Taking
                 best = base
     if emptied and moment > best.end:
         last = read(emptied) if emptied.complete else None
-        return Base(moment, moment, None, last and last.newest, emptied.unit.tag.startswith("dropped-"))
+        return Base(moment, moment, None, last.newest if last else None, emptied.unit.tag.startswith("dropped-"))
     return replace(best, start=max(best.start, moment))
 
 
@@ -4409,11 +4418,11 @@ def look_up(store: Retrying, entries: Iterable[Stored], threads: int) -> tuple[l
 def _owner(user: str, group: str) -> tuple[int, int]:
     """Return the ids of a user and a group, -1 for what this machine does not know."""
     uid = gid = -1
-    with contextlib.suppress(KeyError):
+    with contextlib.suppress(KeyError, ValueError):
         uid = int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
-    with contextlib.suppress(KeyError):
+    with contextlib.suppress(KeyError, ValueError):
         gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-    return uid, gid
+    return (uid if uid < 1 << 32 else -1), (gid if gid < 1 << 32 else -1)
 
 
 @contextlib.contextmanager
@@ -4501,7 +4510,6 @@ class Arriving:
                 f"{entry.key} has CRC-32 {hex32(crc32)}, listed as {entry.crc32}", "run cassbackup verify --deep"
             )
         with open(os.open(self._temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder), "rb+") as file:
-            os.ftruncate(file.fileno(), entry.stamp.size)  # what an earlier run left may be longer
             if os.geteuid() == 0:
                 os.fchown(file.fileno(), *self._owner)
             os.fchmod(file.fileno(), entry.mode & 0o777)
@@ -4544,6 +4552,14 @@ def check_target(placed: Sequence[Placed]) -> None:
                     raise Usage(f"{quote(at)} is not a directory", "a restore follows no symbolic link: move it away")
 
 
+def room_at(path: str) -> int:
+    """Return how many bytes are free where a directory is, or is to be."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
 def check_space(placed: Sequence[Placed]) -> None:
     """Refuse to fill a disk. Raises Fault."""
     wanted: Counter[int] = Counter()
@@ -4555,8 +4571,7 @@ def check_space(placed: Sequence[Placed]) -> None:
         if not os.path.lexists(at):
             wanted[device] += fetch.entry.stamp.size
     for device, size in wanted.items():
-        disk = os.statvfs(roots[device])
-        if size > (free := disk.f_bavail * disk.f_frsize):
+        if size > (free := room_at(roots[device])):
             what = f"{quote(roots[device])} has {size_text(free)} free, and {size_text(size)} are to be restored"
             raise Fault(what, "choose another --into, or fewer tables")
 
@@ -4584,6 +4599,7 @@ def _attempt(
     def jobs() -> Iterator[tuple[Arriving, int]]:
         for fetch, root, path in placed:
             arriving = Arriving(store, fetch, root, path)
+            arriving.abandon()  # what an earlier run left may be another name of a file that is finished
             there = os.path.lexists(arriving.path)
             yield from ((arriving, start) for start in ((-1,) if there else arriving.ranges()))
 
@@ -4700,7 +4716,7 @@ def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
 def make_plan(store: Retrying, node: str, moment: str, tables: Sequence[Chosen], threads: int) -> Plan:
     """Turn what was chosen into files, and look for every object. Raises Corrupt for a listing that lies."""
     fetches = tuple(fetch for chosen in tables for fetch in fetches_of(chosen))
-    troubles = [f"{one.keyspace}.{one.table}: {trouble}" for one in tables for trouble in one.troubles]
+    troubles = [f"{quote(one.keyspace)}.{quote(one.table)}: {trouble}" for one in tables for trouble in one.troubles]
     absent, cold = look_up(store, (fetch.entry for fetch in fetches), threads)
     return Plan(node, moment, tuple(tables), fetches, tuple(troubles), tuple(absent), tuple(cold))
 
@@ -5716,6 +5732,11 @@ def plan_of(store: Retrying, node: str, settings: Settings) -> Plan:
             return choose_table(store, node, *item, before)
 
         chosen = newest_of_names(spread(choose, tables.items(), settings.threads), before)
+    if settings.schema_only:
+        chosen = [
+            replace(one, sstables=(), troubles=(), others=tuple(o for o in one.others if o[1].name == SCHEMA))
+            for one in chosen
+        ]
     if not chosen:
         hint = "`cassbackup list` shows what there is; a TIME without a zone is UTC"
         raise Missing(f"nothing of {node} is there to restore for {moment}", hint)
@@ -5730,8 +5751,10 @@ def notes_on(store: Retrying, plan: Plan, before: float) -> list[str]:
     notes = []
     beats = [head.key for head in store.list(f"{plan.node}.listings/heartbeat/")]
     if beats and before:
-        through = str(json.loads(b"".join(store.get(beats[-1]))).get("listed_through", ""))
-        if through < rfc3339(utc(before)):
+        through = "a moment unknown (its heartbeat cannot be read)"
+        with contextlib.suppress(Corrupt):
+            through = str(read_page(store, beats[-1].removesuffix(".json")).get("listed_through", ""))
+        if not through < "3" or through < rfc3339(utc(before)):
             notes.append(f"what {plan.node} found after {through} may not be in the bucket")
     if store.now() - (before or min(one.base.end for one in plan.tables)) > 10 * 86400:
         notes.append(
@@ -5759,7 +5782,7 @@ def plan_page(plan: Plan, notes: Sequence[str]) -> dict[str, Any]:
 def plan_text(plan: Plan, notes: Sequence[str], where: str) -> str:
     """Return a plan for people."""
     rows = [("table", "SSTables", "from")]
-    rows += [(f"{one.keyspace}.{one.table}", str(len(one.sstables)), one.why) for one in plan.tables]
+    rows += [(quote(f"{one.keyspace}.{one.table}"), str(len(one.sstables)), one.why) for one in plan.tables]
     lines = [f"{plan.node} as of {plan.moment}, into {where}", columns(rows, "  ")]
     lines.append(f"{len(plan.fetches)} files, {size_text(plan.size)}")
     lines += [f"lacking: {trouble}" for trouble in plan.troubles]
@@ -5787,22 +5810,29 @@ def map_homes(homes: Sequence[str], given: Sequence[str]) -> dict[str, str]:
         mapped = dict(zip(homes, plain * len(homes) if len(plain) == 1 else plain, strict=True))
     elif plain:
         raise Usage(f"{len(plain)} data directories for {len(homes)}", f"pass OLD=NEW for each of {' '.join(homes)}")
-    mapped |= {home: pairs[home] for home in homes if home in pairs}
+    if unknown := sorted(pairs.keys() - {*homes}):
+        raise Usage(f"nothing came from {unknown[0]}", f"the backup has files of {' '.join(homes)}")
+    mapped |= pairs
     for home in mapped.values():
         if not os.path.isdir(home):
             raise Usage(f"data directory {quote(home)} is not there", "create it, or pass --data-dir OLD=NEW")
     return {home: os.path.abspath(target) for home, target in mapped.items()}
 
 
-def strangers_in(placed: Sequence[Placed]) -> dict[str, list[str]]:
-    """Return the SSTables and transaction logs that stand where files go and are not of the plan, by folder."""
+def strangers_in(plan: Plan, homes: Iterable[str], placed: Sequence[Placed]) -> dict[str, list[str]]:
+    """Return the SSTables and transaction logs of the plan's tables that are not of the plan, by folder."""
     planned: dict[str, dict[str, Stamp]] = {}
+    for home, one in itertools.product(homes, plan.tables):
+        folder = os.path.join(home, one.keyspace, one.table)
+        with contextlib.suppress(FileNotFoundError):
+            indexes = [name for name in os.listdir(folder) if name.startswith(".")]
+            planned |= {os.path.join(folder, name).rstrip("/"): {} for name in ("", *indexes)}
     for fetch, root, path in placed:
         folder, name = os.path.split(os.path.join(root, path))
         planned.setdefault(folder, {})[name] = fetch.entry.stamp
     strangers: dict[str, list[str]] = {}
     for folder, names in planned.items():
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
             for entry in entries:
                 info, stamp = entry.stat(follow_symlinks=False), names.get(entry.name)
                 same = stamp and (info.st_size, info.st_mtime_ns) == (stamp.size, stamp.mtime_ns)
@@ -5813,10 +5843,11 @@ def strangers_in(placed: Sequence[Placed]) -> dict[str, list[str]]:
 
 def move_aside(strangers: Mapping[str, Sequence[str]]) -> None:
     """Put SSTables into a snapshot directory of their table, where Cassandra lets them be: nothing is deleted."""
-    tag = f"aside-{utc(time.time())[:15]}"
+    tag = f"aside-{utc(time.time())}"
     for folder, names in strangers.items():
-        above, _, index = folder.rpartition("/.")
-        target = f"{above}/snapshots/{tag}/.{index}" if above else f"{folder}/snapshots/{tag}"
+        above, name = os.path.split(folder)
+        table, index = (above, name) if name.startswith(".") else (folder, "")
+        target = os.path.join(table, "snapshots", tag, index)
         os.makedirs(target, exist_ok=True)
         for name in names:
             os.rename(os.path.join(folder, name), os.path.join(target, name))
@@ -5890,29 +5921,56 @@ def import_tables(nodetool: Nodetool, version: str, into: str, tables: Iterable[
         log.info("imported table=%s.%s", keyspace, table)
 
 
-def write_schema(store: Retrying, plan: Plan, into: str) -> list[str]:
-    """Write the schema: what DESCRIBE SCHEMA said when the tag was taken, else each table's schema.cql."""
-    tags = {one.base.listing.unit.tag for one in plan.tables if one.base.listing}
-    texts = {}
+def described(store: Retrying, plan: Plan) -> str:
+    """Return what DESCRIBE SCHEMA said when the plan's snapshot was taken, "" where nobody asked. Raises Corrupt."""
+    units = [one.base.listing.unit for one in plan.tables if one.base.listing]
+    ours, tags = tuple(listings_of(plan.node, unit) for unit in units), {unit.tag for unit in units}
     for tag in tags if len(tags) == 1 else ():
-        records = [head.key for head in store.list(f"{plan.node}.listings/tags/{quote(tag)}/")]
-        if records and (text := json.loads(b"".join(store.get(records[-1]))).get("schema")):
-            texts["schema.cql"] = str(text).encode()
-    for fetch in plan.fetches if not texts else ():
-        if fetch.entry.name == SCHEMA:
-            path = f"{fetch.keyspace}/{table_id_of(fetch.table)[0]}/{SCHEMA}"
-            texts[path] = b"".join(store.get(fetch.entry.key))
-    for path, text in texts.items():
-        *parts, name = path.split("/")
-        with open_folder(into, parts, (-1, -1)) as folder:
-            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644, dir_fd=folder)
-            with open(fd, "wb") as file:
-                file.write(text)
-    return [os.path.join(into, path) for path in texts]
+        for head in reversed([*store.list(f"{plan.node}.listings/tags/{quote(tag, slash='%2F')}/")]):
+            page = read_page(store, head.key.removesuffix(".json"))
+            if page.get("schema") and any(str(name).startswith(ours) for name in page.get("listings", ())):
+                return str(page["schema"])
+    return ""
+
+
+def _write_new(path: str, body: bytes) -> dict[str, Exception]:
+    """Write a file; an equal one is kept, and another one is not overwritten but returned as what went wrong."""
+    temporary = os.path.join(os.path.dirname(path), f".cassbackup-{os.path.basename(path)}")
+    with open(temporary, "wb") as file:
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        with open(path, "rb") as file:
+            if file.read() != body:
+                return {path: Conflict(f"{quote(path)} has other content", "move it away, or choose another --into")}
+    finally:
+        os.unlink(temporary)
+    return {}
+
+
+def write_schema(store: Retrying, plan: Plan, settings: Settings, into: str) -> dict[str, Exception]:
+    """Write the schema: what DESCRIBE SCHEMA said when the tag was taken, else each table's schema.cql."""
+    body = described(store, plan).encode()
+    placed = [] if body else [one for one in place_staged(plan, into) if one[0].entry.name == SCHEMA]
+    paths = [os.path.join(into, path) for path in ([SCHEMA] if body else [path for *_, path in placed])]
+    if not paths:
+        raise Missing("the backup has no schema", "choose another snapshot")
+    check_target(placed)
+    os.makedirs(into, exist_ok=True)
+    with only_restore([into]):
+        wrong = receive_all(store, placed, settings.threads, lambda size: None)
+        wrong |= _write_new(paths[0], body) if body else {}
+    log.info("schema paths=%s", quote(" ".join(path for path in paths if path not in wrong)))
+    return wrong
 
 
 def _restore_staged(store: Retrying, plan: Plan, settings: Settings, into: str) -> dict[str, Exception]:
-    tables = sorted({(one.keyspace, table_id_of(one.table)[0]) for one in plan.tables})
+    files = [fetch for fetch in plan.fetches if sstable_of(fetch.entry.name)]
+    tables = sorted({(fetch.keyspace, table_id_of(fetch.table)[0]) for fetch in files})
+    os.makedirs(into, exist_ok=True)
     placed = place_staged(plan, into)
     check_target(placed)
     check_space(placed)
@@ -5922,8 +5980,8 @@ def _restore_staged(store: Retrying, plan: Plan, settings: Settings, into: str) 
         wrong = receive_all(store, placed, settings.threads, show_rate("restored", plan.size, sys.stderr.isatty()))
     if settings.import_ and not wrong:
         import_tables(nodetool, version, into, tables)
-    elif not wrong:
-        keyspace, table = tables[0]
+    elif tables and not wrong:
+        keyspace, table = map(quote, tables[0])
         log.info("next: nodetool import %s %s %s/%s/%s", keyspace, table, quote(into), keyspace, table)
     return wrong
 
@@ -5935,7 +5993,10 @@ def _restore_in_place(store: Retrying, plan: Plan, settings: Settings, about: Ab
     placed = place_live(plan, homes)
     check_target(placed)
     check_space(placed)
-    strangers = strangers_in(placed)
+    roots = {*homes.values()}
+    with contextlib.suppress(Usage):  # of this node, unless its data directories are elsewhere
+        roots |= {*data_directories(())} if not settings.data_dir else set()
+    strangers = strangers_in(plan, sorted(roots), placed)
     if strangers and not settings.move_aside:
         folder, names = next(iter(strangers.items()))
         what = f"{quote(folder)} holds {quote(names[0])}, which is not of this backup"
@@ -5944,11 +6005,12 @@ def _restore_in_place(store: Retrying, plan: Plan, settings: Settings, about: Ab
         move_aside(strangers)
         wrong = receive_all(store, placed, settings.threads, show_rate("restored", plan.size, sys.stderr.isatty()))
     above = os.path.dirname(next(iter(homes.values()), "/var/lib/cassandra/data"))
-    print(f"before the start, empty commitlog, hints and saved_caches (usually in {above}): they would be replayed")
+    text = f"before the start, empty commitlog, hints and saved_caches (usually in {above}): they would be replayed"
     if settings.new_node:
         tokens = ",".join(about.tokens) or "(node.json has none: take it from the old cassandra.yaml)"
-        print(f"in cassandra.yaml:\n  num_tokens: {len(about.tokens) or '?'}\n  initial_token: {tokens}")
-        print(f"  auto_bootstrap: false\nin the snitch's file:\n  dc={about.dc or '?'}\n  rack={about.rack or '?'}")
+        text += f"\nin cassandra.yaml:\n  num_tokens: {len(about.tokens) or '?'}\n  initial_token: {tokens}"
+        text += f"\n  auto_bootstrap: false\nin the snitch's file:\n  dc={about.dc or '?'}\n  rack={about.rack or '?'}"
+    print(text, file=sys.stderr if settings.json else sys.stdout)
     return wrong
 
 
@@ -5976,10 +6038,10 @@ def restore(settings: Settings, environ: Mapping[str, str]) -> int:
         notes_on(store, plan, 0.0 if settings.tag else settings.at or store.now()),
         restore_directory(settings),
     )
-    where = "the data directories" if settings.in_place else into
+    where = "the data directories" if settings.in_place else f"{into} ({size_text(room_at(into))} free)"
     print(json.dumps(plan_page(plan, notes)) if settings.json else plan_text(plan, notes, where))
     incomplete = [one for one in plan.tables if one.base.listing and not one.base.listing.complete]
-    if plan.absent or plan.cold or (incomplete and not settings.incomplete):
+    if plan.absent or plan.cold or (incomplete and not settings.incomplete and not settings.schema_only):
         hint = (
             "thaw them in the bucket first" if plan.cold else "`cassbackup verify` tells more; choose another snapshot"
         )
@@ -5987,17 +6049,12 @@ def restore(settings: Settings, environ: Mapping[str, str]) -> int:
         raise Fault("nothing was restored, since not all is there", hint)
     if settings.dry_run:
         return BEHIND if plan.troubles else DONE
-    if not settings.in_place:
-        os.makedirs(into, exist_ok=True)
     if settings.schema_only:
-        written = write_schema(store, plan, into)
-        print("\n".join(written) or "the backup has no schema")
-        return DONE if written else FAILED
-    wrong = (
-        _restore_in_place(store, plan, settings, about)
-        if settings.in_place
-        else _restore_staged(store, plan, settings, into)
-    )
+        wrong = write_schema(store, plan, settings, into)
+    elif settings.in_place:
+        wrong = _restore_in_place(store, plan, settings, about)
+    else:
+        wrong = _restore_staged(store, plan, settings, into)
     for path, error in sorted(wrong.items()):
         log.error("not restored path=%s error=%s", quote(path), quote(str(error)))
     return FAILED if wrong else BEHIND if plan.troubles else DONE

@@ -41,6 +41,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             # moto_server for S3 alone needs only Flask; moto[server] would bring every AWS service's needs.
             "moto[s3]>=5.1",

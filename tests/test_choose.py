@@ -6,7 +6,6 @@ seconds from the beginning of each story.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import zlib
@@ -36,8 +35,8 @@ from cassbackup import (
     Unit,
     backups_of,
     choose_backup,
-    choose_taking,
     choose_table,
+    choose_taking,
     dump_listing,
     emptied_at,
     fetches_of,
@@ -111,6 +110,7 @@ class Written:
     at: float  # when its Data.db was written
     content: int = 1
     parts: tuple[str, ...] = PARTS
+    imported: float | None = None  # when an import wrote its Statistics.db anew
     home: str = HOME
 
     def entries(self, unit: Unit, seen: str = "") -> Iterator[Stored]:
@@ -118,8 +118,11 @@ class Written:
         folder = "backups" if unit.kind == "incremental" else f"snapshots/{unit.tag}"
         below, _, name = self.name.rpartition("/")
         directory = str(PurePosixPath(self.home, unit.keyspace, unit.table, folder, below))
-        for part in self.parts:
-            stamp = Stamp("aa", 1, 100 + self.content, round((BEGIN + self.at) * 1e9))
+        times = dict.fromkeys(self.parts, self.at)
+        if self.imported is not None:
+            times["Statistics.db"] = self.imported
+        for part, at in times.items():
+            stamp = Stamp("aa", 1, 100 + self.content, round((BEGIN + at) * 1e9))
             key = f"{NODE}{directory}/{name}-{part}@{self.at}-{self.content}"
             yield Stored(directory, f"{name}-{part}", stamp, 0o644, "u", "g", hex32(self.content), key, "", seen=seen)
 
@@ -141,21 +144,20 @@ class Story:
         tag: str = "daily",
         table: str = FIRST,
         complete: bool = True,
+        manifest: bool = True,
         created: Any = "",
         listed: float | None = None,
     ) -> Unit:
         """List a snapshot whose manifest.json was written at `end`."""
         unit = Unit("snapshot", "ks", table, tag, utc(BEGIN + end))
         entries = [entry for sstable in sstables for entry in sstable.entries(unit)]
-        if complete:
+        if manifest:
             created = rfc3339(utc(BEGIN + created)) if isinstance(created, float) else created
             body = json.dumps({"files": [], **({} if created == "" else {"created_at": created})}).encode()
             directory = f"{HOME}/ks/{table}/snapshots/{tag}"
             stamp = Stamp("aa", 2, len(body), round((BEGIN + end) * 1e9))
             key = f"{NODE}{directory}/manifest.json@{end}"
-            entries.append(
-                Stored(directory, "manifest.json", stamp, 0o644, "u", "g", hex32(zlib.crc32(body)), key, "")
-            )
+            entries.append(Stored(directory, "manifest.json", stamp, 0o644, "u", "g", hex32(zlib.crc32(body)), key, ""))
             self.bucket.objects.setdefault(key, (body, BEGIN + end))
         self._list(Listing(NODE, unit, "", complete, tuple(entries)), end if listed is None else listed)
         return unit
@@ -227,7 +229,15 @@ def test_an_incomplete_snapshot_is_never_a_base() -> None:
     story = Story()
     story.snapshot(1 * DAY, nb(1, 0))
     story.snapshot(2 * DAY, nb(2, 1.5 * DAY), complete=False)
+    story.snapshot(2 * DAY + 60, nb(2, 1.5 * DAY), complete=False, manifest=False)
     assert story.names(3 * DAY) == ["nb-1-big"]
+
+
+def test_what_was_flushed_after_the_moment_stays_out_though_its_batch_was_open_before() -> None:
+    story = Story()
+    story.snapshot(1 * DAY, nb(1, 0))
+    story.backups(2 * DAY, nb(2, 2 * DAY), nb(3, 2 * DAY + 60), listed=2 * DAY + 60)
+    assert story.names(2 * DAY + 30) == ["nb-1-big", "nb-2-big"]
 
 
 @pytest.mark.parametrize("tag", ["RepairedDataMismatch-20261102", "DuplicateRows-20261102"])
@@ -301,6 +311,14 @@ def test_an_import_with_an_old_time_is_known_by_its_id() -> None:
     assert story.names(3 * DAY) == ["nb-2-big", "nb-3-big"]
 
 
+def test_an_import_is_dated_by_the_statistics_that_it_wrote_anew() -> None:
+    story = Story()
+    story.backups(1 * DAY, nb(1, -99 * DAY, imported=1 * DAY))  # no snapshot tells anything yet
+    story.snapshot(2 * DAY, nb(1, -99 * DAY, imported=1 * DAY), tag=tag_of("truncated", 2 * DAY), complete=False)
+    story.backups(3 * DAY, nb(1, -99 * DAY, imported=3 * DAY))  # under a number that came again
+    assert [len(story.names(day * DAY)) for day in (0.5, 1.5, 2.5, 3.5)] == [0, 1, 0, 1]
+
+
 def test_an_import_into_a_table_whose_snapshot_is_empty_is_restored() -> None:
     story = Story()
     story.snapshot(1 * DAY)
@@ -321,7 +339,9 @@ def test_an_id_that_was_given_before_the_numbers_began_anew_is_not_taken_for_an_
 
 def test_uuid_ids_are_compared_by_their_time() -> None:
     story = Story()
-    old, base, imported = (f"da-{id_}-bti" for id_ in ("3gz0_0000_a" + "0" * 17, "3gz1_" + "1" * 23, "3gz1_" + "2" * 23))
+    old, base, imported = (
+        f"da-{id_}-bti" for id_ in ("3gz0_0000_a" + "0" * 17, "3gz1_" + "1" * 23, "3gz1_" + "2" * 23)
+    )
     story.snapshot(1 * DAY, nb(7, 0), Written(base, 10))
     story.backups(2 * DAY, Written(imported, -DAY), Written(old, -DAY))
     assert story.names(3 * DAY) == sorted([base, imported, "nb-7-big"])
@@ -534,7 +554,12 @@ def test_listings_are_sorted_by_taking_and_one_complete_one_is_enough() -> None:
 def test_tables_of_one_nodetool_snapshot_are_one_backup() -> None:
     tables = ["a", "b", "c"]
     takings = [taking(table, "daily", day * DAY + n) for day in (1, 2) for n, table in enumerate(tables)]
-    takings += [taking("a", "other", DAY + 1), taking("a", "often", 0), taking("b", "often", 1), taking("a", "often", 9)]
+    takings += [
+        taking("a", "other", DAY + 1),
+        taking("a", "often", 0),
+        taking("b", "often", 1),
+        taking("a", "often", 9),
+    ]
     random.Random(0).shuffle(takings)
     told = [(backup[0].unit.tag, "".join(one.unit.table for one in backup)) for backup in backups_of(takings)]
     assert told == [("often", "ab"), ("often", "a"), ("daily", "abc"), ("other", "a"), ("daily", "abc")]
@@ -612,3 +637,499 @@ def test_every_file_that_was_chosen_gets_a_name_of_its_own(sstables: list[tuple[
         assert split
         whole.setdefault(f"{folder}/{split[0]}", set()).add(fetch.entry.crc32)
     assert all(len(crcs) == 1 for crcs in whole.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Random histories against a model of the rows
+
+Cells = dict[int, tuple[int, bool]]  # of each row the newest version, and whether that is a tombstone
+
+
+def merged(parts: Iterable[Mapping[int, tuple[int, bool]]]) -> Cells:
+    """Merge SSTables as Cassandra does: the last write wins."""
+    cells: Cells = {}
+    for part in parts:
+        for row, cell in part.items():
+            cells[row] = max(cell, cells.get(row, cell))
+    return cells
+
+
+def visible(parts: Iterable[Mapping[int, tuple[int, bool]]]) -> dict[int, int]:
+    """Return what a SELECT would: of each row its version."""
+    return {row: version for row, (version, gone) in merged(parts).items() if not gone}
+
+
+@dataclass
+class Model:
+    """One table through its lives: its rows after each event, and beside it what the daemon writes down."""
+
+    draw: Any
+    uuids: bool
+    created: bool  # manifests tell created_at, as from Cassandra 4.1 on
+    story: Story = field(default_factory=Story)
+    clock: float = 30 * DAY
+    table: str = FIRST
+    exists: bool = True
+    live: list[Written] = field(default_factory=list)
+    in_backups: set[int] = field(default_factory=set)
+    generation: int = 0
+    known_ids: bool = True  # can the id of an import tell that it is one?
+    cells: dict[int, Cells] = field(default_factory=dict)  # of each content
+    imported: dict[tuple[str, int], float] = field(default_factory=dict)  # name and content: when
+    moments: list[tuple[float, dict[int, int]]] = field(default_factory=list)
+    outage: bool = False
+    waiting: list[tuple[str, float, list[Written]]] = field(default_factory=list)  # batches: table, opening, SSTables
+    snapshots: list[tuple[float, tuple[Written, ...], str, str, bool, Any]] = field(default_factory=list)
+    made: int = 0
+    retired: list[Written] = field(default_factory=list)  # what an operator could import again
+
+    def number(self) -> Any:
+        self.made += 1
+        return self.made
+
+    def new(self, cells: Cells, at: float) -> Written:
+        """Return a new SSTable with a new id."""
+        self.generation += 1
+        content = self.number()
+        self.cells[content] = cells
+        name = f"da-3g{self.made:02d}_0000_{'0' * 18}-bti" if self.uuids else f"nb-{self.generation}-big"
+        return Written(name, at, content)
+
+    def link(self, sstable: Written) -> None:
+        """Link into backups/; the daemon sees it a moment later, in the batch that is open."""
+        self.in_backups.add(self.generation)
+        last = next((batch for batch in self.waiting if batch[0] == self.table), None)
+        if last and sstable.name not in {one.name for one in last[2]}:
+            last[2].append(sstable)
+        else:
+            self.waiting.append((self.table, self.clock + 0.05, [sstable]))
+
+    def settle(self) -> None:
+        """The daemon lists what waits, unless the store is away."""
+        if self.outage:
+            return
+        for table, opened, sstables in self.waiting:
+            self.story.backups(opened, *sstables, table=table, listed=self.clock + 1)
+        for end, sstables, tag, table, complete, created in self.snapshots:
+            self.story.snapshot(
+                end,
+                *sstables,
+                tag=tag,
+                table=table,
+                complete=complete,
+                manifest=complete or len(sstables) % 2 == 0,
+                created=created,
+                listed=self.clock + 2,
+            )
+            if complete:
+                self.story.roll_up(self.clock + 3, table)
+        self.waiting, self.snapshots = [], []
+
+    def flush(self) -> None:
+        rows = self.draw(some.dictionaries(some.integers(0, 5), some.booleans(), min_size=1, max_size=3))
+        sstable = self.new({row: (self.number(), gone) for row, gone in rows.items()}, self.clock)
+        self.live.append(sstable)
+        self.link(sstable)
+
+    def compact(self) -> None:
+        if self.live:
+            self.retired += self.live
+            self.live = [self.new(merged(self.cells[one.content] for one in self.live), self.clock)]
+
+    def take(self, tag: str, complete: bool = True) -> None:
+        began = self.clock
+        self.clock += self.draw(some.sampled_from([0, 1, 30 * 60]))
+        created = rfc3339(utc(BEGIN + began)) if self.created else ""
+        self.snapshots.append((self.clock, tuple(self.live), tag, self.table, complete, created))
+
+    def snapshot(self) -> None:
+        complete = self.draw(some.integers(0, 4)) > 0
+        self.take(self.draw(some.sampled_from(["daily", "before"])), complete)
+        self.known_ids = self.known_ids or complete
+
+    def _empty(self, why: str) -> None:
+        if self.draw(some.booleans()):
+            self.flush()
+        self.clock += 0.02  # before the daemon has seen that flush
+        complete = self.draw(some.booleans())
+        tag = tag_of(why, self.clock)
+        if self.live or complete:
+            self.snapshots.append((self.clock + 0.5, tuple(self.live), tag, self.table, complete, ""))
+        self.known_ids = complete
+        self.retired += self.live
+        self.live = []
+
+    def truncate(self) -> None:
+        self._empty("truncated")
+
+    def drop(self) -> None:
+        self._empty("dropped")
+        self.exists = False
+
+    def create(self) -> None:
+        number = self.number()
+        self.table = f"users-{zlib.crc32(str(number).encode()):032x}"
+        self.exists, self.generation, self.in_backups, self.known_ids = True, 0, set(), True
+
+    def restart(self) -> None:
+        """Restart with an empty backups/: numbers go on after what is live. A restart takes hours."""
+        self.end_outage()
+        self.clock += 3 * HOUR
+        numbers = [SSTable("", one.name, "", ()).age[1] for one in self.live]
+        if not self.uuids and max(numbers, default=0) < self.generation:
+            self.generation, self.known_ids = max(numbers, default=0), False
+        self.in_backups.clear()
+
+    def bring_in(self) -> None:
+        """Import an SSTable: of another cluster, or one that this table once had. Its Data.db keeps its time."""
+        silent = self.draw(some.booleans())  # nodetool import --keep-level --keep-repaired
+        if silent and not self.known_ids:  # numbers began anew, or were never told: nobody can tell what is an import
+            return
+        if silent:
+            self.end_outage()  # a batch is dated by its opening
+        if self.retired and self.draw(some.booleans()):
+            old = self.draw(some.sampled_from(self.retired))
+            sstable = replace(self.new(self.cells[old.content], old.at), content=old.content)
+        else:
+            sstable = self.new({self.draw(some.integers(0, 5)): (self.number(), False)}, self.draw(some.floats(0, DAY)))
+        if silent:
+            self.imported[sstable.name, sstable.content] = self.clock
+        else:
+            sstable = replace(sstable, imported=self.clock)
+        self.live.append(sstable)
+        self.link(sstable)
+
+    def begin_outage(self) -> None:
+        self.outage = True
+
+    def end_outage(self) -> None:
+        self.outage = False
+        self.settle()
+
+    def step(self) -> None:
+        self.clock += self.draw(some.sampled_from([60.0, 600.0, 3000.0, 3 * HOUR, DAY, 5 * DAY]))
+        there = ["flush"] * 5 + ["snapshot"] * 3 + ["compact", "truncate", "drop", "restart", "bring_in"]
+        there += ["begin_outage", "end_outage"]
+        getattr(self, self.draw(some.sampled_from(there if self.exists else ["create", "create", "end_outage"])))()
+        self.settle()
+        self.clock += 10
+        self.moments.append((self.clock, visible(self.cells[one.content] for one in self.live)))
+
+    def restored(self, at: float) -> dict[int, int]:
+        """Return the rows that a restore brings back.
+
+        What was imported later, with all its times as they were, and may as well have been flushed by then, is not
+        told from a flush that was seen late: it may be there.
+        """
+        parts = []
+        for chosen in self.story.chosen(at):
+            for sstable in chosen.sstables:
+                content = int(sstable.files[0].crc32, 16)
+                if self.imported.get((sstable.name, content), 0.0) <= at or chosen.base.start > sstable.written:
+                    parts.append(self.cells[content])
+        return visible(parts)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(some.data(), some.booleans(), some.booleans(), some.integers(1, 25))
+def test_a_restore_to_any_moment_brings_back_the_rows_of_that_moment(
+    data: Any, uuids: bool, created: bool, steps: int
+) -> None:
+    model = Model(data.draw, uuids, created)
+    for _ in range(steps):
+        model.step()
+    model.end_outage()
+    for at, rows in model.moments:
+        assert model.restored(at) == rows, f"at {at}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hostile listings
+
+TRUSTED = Unit("snapshot", "ks", FIRST, "daily", utc(BEGIN))
+
+
+def entry_of(**changes: Any) -> Stored:
+    """Return an entry of an honest snapshot, but for the changes."""
+    return replace(next(nb(1, 0).entries(TRUSTED)), **changes)
+
+
+def filed_of(listing: Listing, body: bytes = b"", key: str = "", modified: float = BEGIN) -> tuple[Bucket, Filed]:
+    """Put a listing into a bucket, perhaps with another body or under another key."""
+    bucket = Bucket()
+    key = key or listings_of(NODE, listing.unit) + listing_name(listing)
+    bucket.clock = modified
+    head = bucket.put_now(key, body or dump_listing(listing), 0)
+    filed = filed_as(NODE, head)
+    assert filed
+    return bucket, filed
+
+
+def honest(*files: Stored, **changes: Any) -> Listing:
+    """Return a listing of an honest snapshot, but for the changes."""
+    return replace(Listing(NODE, TRUSTED, utc(BEGIN + 1), True, files or (entry_of(),)), **changes)
+
+
+def read(bucket: Any, filed: Filed) -> Listing:
+    """Read a listing as restore, verify and prune do."""
+    return read_filed(bucket, NODE, filed)
+
+
+@pytest.mark.parametrize("table", [FIRST, "users"])
+@pytest.mark.parametrize("kind", ["snapshot", "incremental"])
+@pytest.mark.parametrize("folder", ["", ".idx/"])
+@pytest.mark.parametrize("home", [HOME, "/", "/a b/snapshots/daily", f"/x/ks/{FIRST}/backups", "/mnt/\udcff"])
+def test_a_file_goes_back_to_the_data_directory_that_it_came_from(
+    table: str, kind: Any, folder: str, home: str
+) -> None:
+    unit = Unit(kind, "ks", table, "daily" if kind == "snapshot" else "", utc(BEGIN))
+    (entry, *_) = Written(f"{folder}nb-1-big", 0, home=home).entries(unit)
+    if home == "/":  # no data directory: Cassandra would have its keyspaces beside /etc
+        with pytest.raises(Corrupt):
+            origin_of(unit, entry)
+    else:
+        assert origin_of(unit, entry) == (home, folder)
+
+
+TABLE_DIRECTORY = f"{HOME}/ks/{FIRST}/snapshots/daily"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"directory": "/etc"},
+        {"directory": ""},
+        {"directory": TABLE_DIRECTORY.lstrip("/")},
+        {"directory": f"{HOME}/../../../..{TABLE_DIRECTORY}"},
+        {"directory": f"{TABLE_DIRECTORY}/../../../../../../../../etc"},
+        {"directory": f"{TABLE_DIRECTORY}/."},
+        {"directory": f"{TABLE_DIRECTORY}//.idx"},
+        {"directory": f"{TABLE_DIRECTORY}/"},
+        {"directory": f"{TABLE_DIRECTORY}x"},
+        {"directory": f"{TABLE_DIRECTORY}/a\0b"},
+        {"directory": f"{TABLE_DIRECTORY}/{'x' * 256}"},
+        {"directory": f"{TABLE_DIRECTORY}/{'é' * 128}"},
+        {"directory": f"/a\0b{TABLE_DIRECTORY}"},
+        {"directory": TABLE_DIRECTORY.replace(FIRST, SECOND)},
+        {"directory": TABLE_DIRECTORY.replace("/ks/", "/other/")},
+        {"directory": f"{HOME}/ks/{FIRST}/backups"},
+        {"name": ""},
+        {"name": "."},
+        {"name": ".."},
+        {"name": "../nb-1-big-Data.db"},
+        {"name": "/etc/passwd"},
+        {"name": "a/nb-1-big-Data.db"},
+        {"name": "nb-1-big-Data.db\0"},
+        {"name": "nb-1-big-" + "x" * 247},
+        {"mode": 0o4755},
+        {"mode": 0o2755},
+        {"mode": 0o1777},
+        {"mode": 0o10644},
+    ],
+)
+def test_an_entry_that_would_leave_its_table_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(Corrupt):
+        origin_of(TRUSTED, entry_of(**changes))
+    bucket, filed = filed_of(honest(entry_of(**changes)))
+    with pytest.raises(Corrupt):
+        sstables_of([read(bucket, filed)])
+
+
+def test_a_name_that_no_bytes_can_spell_is_refused() -> None:
+    page = json.loads(dump_listing(honest()))
+    page["directories"][TABLE_DIRECTORY][0]["name"] = "nb-1-big-\ud800.db"
+    listing = load_listing(json.dumps(page).encode())
+    with pytest.raises(Corrupt):
+        sstables_of([listing])
+
+
+pieces = some.one_of(
+    some.sampled_from(["", ".", "..", "ks", FIRST, "snapshots", "daily", "backups", ".idx", "etc", "a\0b", "\udcff"]),
+    some.text(max_size=4),
+    some.just("x" * 256),
+)
+
+
+@settings(max_examples=500)
+@given(
+    some.lists(pieces, max_size=5).map("/".join),
+    some.lists(pieces, max_size=5).map("/".join),
+    some.one_of(pieces, some.just("nb-1-big-Data.db")),
+    some.sampled_from([0o644, 0o4755]),
+)
+def test_whatever_an_entry_says_it_stays_inside_its_table(before: str, after: str, name: str, mode: int) -> None:
+    directory = f"/{before}/ks/{FIRST}/snapshots/daily{after}"
+    try:
+        home, folder = origin_of(TRUSTED, entry_of(directory=directory, name=name, mode=mode))
+    except Corrupt:
+        return
+    assert f"{home}/ks/{FIRST}/snapshots/daily/{folder}{name}" == f"{directory}/{name}"
+    assert mode == 0o644
+    for part in f"{home}/{folder}{name}".split("/")[1:]:
+        assert part not in ("", ".", "..")
+        assert "\0" not in part
+        assert len(part.encode("utf-8", "surrogateescape")) <= 255
+
+
+@pytest.mark.parametrize(
+    "unit", [replace(TRUSTED, keyspace=".."), replace(TRUSTED, table=".."), replace(TRUSTED, keyspace="")]
+)
+def test_a_table_with_a_hostile_name_is_refused(unit: Unit) -> None:
+    entry = next(nb(1, 0).entries(unit))
+    with pytest.raises(Corrupt):
+        origin_of(unit, entry)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "node10/var/lib/a-Data.db",
+        "node1",
+        "node1.listings/ks/x.json",
+        "/node1/a",
+        "node1/../node10/a",
+        "node1/./a",
+        "node1//a",
+        "node1/",
+        "",
+        "node1/a\ud800",
+        "node1/a\0",
+        "node1/a\n",
+    ],
+)
+def test_a_key_outside_the_prefix_of_the_node_is_refused(key: str) -> None:
+    bucket, filed = filed_of(honest(entry_of(), entry_of(name="nb-1-big-TOC.txt", key=key)))
+    with pytest.raises(Corrupt):
+        read(bucket, filed)
+
+
+def test_an_honest_listing_is_read() -> None:
+    listing = honest()
+    assert read(*filed_of(listing)) == listing
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"node": "node10"},
+        {"listed": utc(BEGIN + 2)},
+        {"complete": False},
+        {"unit": replace(TRUSTED, table=SECOND)},
+        {"unit": replace(TRUSTED, keyspace="other")},
+        {"unit": replace(TRUSTED, tag="weekly")},
+        {"unit": replace(TRUSTED, since=utc(BEGIN + 3))},
+        {"unit": Unit("incremental", "ks", FIRST, "", utc(BEGIN))},
+        {"replaces": ("other.json",)},
+        {"files": ()},
+    ],
+)
+def test_a_listing_that_does_not_say_what_its_key_says_is_refused(changes: dict[str, Any]) -> None:
+    listing = honest()
+    key = listings_of(NODE, listing.unit) + listing_name(listing)
+    with pytest.raises(Corrupt):
+        read(*filed_of(listing, dump_listing(replace(listing, **changes)), key))
+
+
+def test_a_listing_larger_than_any_of_ours_is_refused_unread() -> None:
+    bucket, filed = filed_of(honest())
+    bucket.objects.clear()
+    with pytest.raises(Corrupt, match="bytes"):
+        read(bucket, filed._replace(body=1 << 30))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seen": "yesterday"},
+        {"seen": "20261399T000000.000000Z"},
+        {"mode": "abcd"},
+        {"mode": 420},
+        {"size": -1, "stamp": "aa-1--1-0"},
+        {"mtime_ns": 10**30, "stamp": f"aa-1-65-{10**30:x}"},
+        {"mtime_ns": -(10**30), "stamp": f"aa-1-65--{10**30:x}"},
+        {"mtime_ns": True},
+        {"crc32": "xyz"},
+        {"crc32": None},
+        {"name": "%2E%2E"},
+        {"name": "a%2Fb"},
+        {"name": "a%00"},
+        {"user": ["root"]},
+        {"key": 7},
+    ],
+)
+def test_an_entry_with_a_wrong_value_is_refused(changes: dict[str, Any]) -> None:
+    page = json.loads(dump_listing(honest()))
+    (entries,) = page["directories"].values()
+    entries[0] |= changes
+    with pytest.raises(Corrupt):
+        load_listing(json.dumps(page).encode())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 2},
+        {"version": "1"},
+        {"version": True},
+        {"kind": "other"},
+        {"taking": "20261399T000000.000000Z"},
+        {"listed": "2026-13-99T00:00:00.000000Z"},
+        {"listed": None},
+        {"complete": "yes"},
+        {"directories": []},
+        {"directories": {"/x": [7]}},
+        {"missing": [7]},
+        {"replaces": "x"},
+    ],
+)
+def test_a_page_with_a_wrong_value_is_refused(changes: dict[str, Any]) -> None:
+    page = json.loads(dump_listing(honest())) | changes
+    with pytest.raises(Corrupt):
+        load_listing(json.dumps(page).encode())
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"7", b"{", b"\xff", b"[" * 100_000, b"null"])
+def test_what_is_no_listing_is_refused(body: bytes) -> None:
+    with pytest.raises(Corrupt):
+        load_listing(body)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ks/users-1/snapshots/daily/notes.txt",
+        "ks/users-1/snapshots/daily/20261101T000000.000000Z-complete-1-1.json",
+        "ks/users-1/backups/99999999T999999.999999Z-complete-1-1.json",
+        f"ks/users-1/snapshots/daily/20261399T000000.000000Z/{utc(BEGIN)}-complete-1-1.json",
+        "ks/users-1/backups/20261101T000000.000000Z-perfect-1-1.json",
+        "stray",
+        "",
+    ],
+)
+def test_what_lies_among_the_listings_and_is_none_is_told(name: str) -> None:
+    with pytest.raises(Corrupt):
+        filed_as(NODE, Head(f"{NODE}.listings/{name}", 1, "", 0.0))
+
+
+@pytest.mark.parametrize("name", ["owner.json", f"node.{utc(BEGIN)}.json", "heartbeat/x.json", "tags/daily/x.json"])
+def test_other_pages_among_the_listings_are_no_listings(name: str) -> None:
+    assert filed_as(NODE, Head(f"{NODE}.listings/{name}", 1, "", 0.0)) is None
+
+
+@pytest.mark.parametrize("keyspace", ["heartbeat", "tags", "archive", "snapshots", "backups", "é", "a%b"])
+def test_a_keyspace_called_like_a_folder_of_ours_is_filed_as_what_it_is(keyspace: str) -> None:
+    for unit in (replace(TRUSTED, keyspace=keyspace), Unit("incremental", keyspace, FIRST, "", "")):
+        key = listings_of(NODE, unit) + f"{utc(BEGIN)}-complete-1-1.json"
+        filed = filed_as(NODE, Head(key, 1, "", BEGIN + 5))
+        assert filed
+        assert (filed.unit, filed.when) == (unit, BEGIN + 5)
+
+
+def test_the_listings_of_node1_are_not_those_of_node10() -> None:
+    story = Story()
+    story.publisher.node = "node10"
+    listing = honest(node="node10")
+    story.bucket.put_now(listings_of("node10", listing.unit) + listing_name(listing), dump_listing(listing), 0)
+    store: Any = story.bucket
+    assert list(filed_in(store, "node1")) == []
+    assert len(list(filed_in(store, "node10"))) == 1

@@ -451,7 +451,7 @@ def test_a_list_has_as_many_pages_as_it_takes(store: Retrying, bucket: Bucket) -
     assert keys(store, "n/") == many
     assert keys(store, "n/", many[-4]) == many[-3:]
     assert list(itertools.islice(keys(store, "n/", many[0]), 2)) == many[1:3]
-    assert list(store.folders("")) == ["n"]
+    assert "n" in store.folders("")  # rclone keeps folders of which nothing is left
     assert store.delete(many) == {}
     assert keys(store) == []
 

@@ -61,11 +61,12 @@ def copy_jars(version: str, home: Path, into: Path) -> None:
     if not shutil.which("mvn"):
         raise NotHere("Cassandra's jars come through Maven, and there is no mvn here; on Debian: apt-get install maven")
     (home / "pom.xml").write_text(POM.format(version=version))
-    command = ["mvn", "-B", "-q", "-f", home / "pom.xml", COPY, "-DincludeScope=runtime", f"-DoutputDirectory={into}"]
+    command = ["mvn", "-B", "-q", "-f", str(home / "pom.xml"), COPY]
+    command += ["-DincludeScope=runtime", f"-DoutputDirectory={into}"]
     done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if "[ERROR]" in line][:3]
-        said = "\n".join(errors) or done.stderr[-1000:]
+        error = re.search(r"\[ERROR\] .*", done.stdout)
+        said = error[0] if error else done.stderr[-1000:]
         raise NotHere(f"Apache Cassandra {version} could not be fetched from Maven Central:\n{said}")
 
 

@@ -29,7 +29,7 @@ from jars import MODULES, fetch, java
 from servers import kill_group, tethered
 
 START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 90.0
 TOOL_TIMEOUT_S = 240.0
 LOCAL = "127.0.0.1"
 
@@ -243,7 +243,10 @@ class Node:
         return self._process is not None
 
     def stop(self) -> None:
-        """End the node as an init system does: SIGTERM, upon which it drains, and SIGKILL if that takes too long."""
+        """End the node as an init system does: SIGTERM, upon which it drains, and SIGKILL if that takes too long.
+
+        Five seconds for a node alone; one whose neighbours are down waits for them a minute: see `kill`.
+        """
         self.close_session()
         if self._process is not None and self.is_running:
             self._process.send_signal(signal.SIGTERM)
@@ -252,7 +255,7 @@ class Node:
         self.kill()
 
     def kill(self) -> None:
-        """End the node at once, as a power cut would."""
+        """End the node at once; the commit log keeps what was not flushed."""
         self.close_session()
         if self._process is not None:
             kill_group(self._process)
@@ -428,8 +431,8 @@ def cluster(home: Path, count: int = 3, **more: Any) -> Iterator[list[Node]]:
         until_all_see_all(nodes)
         yield nodes
     finally:
-        for node in reversed(nodes):
-            node.stop()
+        for node in nodes:
+            node.kill()
 
 
 def until_all_see_all(nodes: Sequence[Node]) -> None:

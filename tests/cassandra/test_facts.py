@@ -442,16 +442,23 @@ def test_a_node_takes_the_tokens_that_it_is_given(new_node: Callable[..., Node])
     assert set(node.local().tokens) == set(tokens)
 
 
-def test_with_two_data_directories_a_snapshot_has_one_manifest_and_one_schema(new_node: Callable[..., Node]) -> None:
+def test_with_two_data_directories_each_flush_is_split_but_manifest_and_schema_are_not(
+    new_node: Callable[..., Node],
+) -> None:
     node = new_node(data_directories=2)
     node.create_keyspace("ks")
-    for number in range(8):
-        fill(node, "ks", f"t{number}", rows=5)
+    tables = [f"t{number}" for number in range(6)]
+    for table in tables:
+        fill(node, "ks", table)
     node.nodetool("snapshot", "-t", "tag", "ks")
-    for number in range(8):
-        taken = [path / "snapshots" / "tag" for path in node.table_directories("ks", f"t{number}")]
-        held = [name for path in taken for name in names(path)]
-        assert held.count("manifest.json") == held.count("schema.cql") == 1
+    for table in tables:
+        taken = [path / "snapshots" / "tag" for path in node.table_directories("ks", table)]
+        assert len(taken) == 2
+        assert all(components(path) for path in taken)
+        (manifest,) = (path / "manifest.json" for path in taken if "manifest.json" in names(path))
+        held = {data.name for path in taken for data in path.glob("*-Data.db")}
+        assert set(json.loads(manifest.read_text())["files"]) == held
+        assert [name for path in taken for name in names(path)].count("schema.cql") == 1
 
 
 def test_three_nodes_are_one_cluster(three_nodes: list[Node]) -> None:
