@@ -5719,7 +5719,7 @@ def plan_of(store: Retrying, node: str, settings: Settings) -> Plan:
     exclude = settings.exclude_table
     exclude += ("system.local", "system.peers*") if settings.new_node else ()
     exclude += () if settings.table or settings.in_place else ("system", "system_*")  # those cannot be imported
-    tables = tables_of(filed_in(store, node), settings.table, exclude)
+    tables = tables_of(filed_in(store, node, warn_of), settings.table, exclude)
     if settings.tag:
         backup = choose_backup((taking for filed in tables.values() for taking in takings_of(filed)), settings.tag)
         read = spread(functools.partial(read_taking, store, node), backup, settings.threads)
@@ -5802,10 +5802,15 @@ def cassandra_pids() -> list[str]:
 
 
 def map_homes(homes: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    """Return where each data directory's files go: OLD=NEW, one for all, or as many as there were. Raises Usage."""
+    """Return where each data directory's files go: OLD=NEW, one for all, or as many as there were.
+
+    Without a word on it, back to where cassandra.yaml has it too: a listing alone cannot name a place. Raises Usage.
+    """
     pairs = dict(word.split("=", 1) for word in given if "=" in word)
     plain = [word for word in given if "=" not in word]
-    mapped = {home: home for home in homes}
+    mapped: dict[str, str] = {}
+    with contextlib.suppress(Usage):
+        mapped = {home: home for home in data_directories(()) if home in homes}
     if len(plain) == 1 or len(plain) == len(homes):
         mapped = dict(zip(homes, plain * len(homes) if len(plain) == 1 else plain, strict=True))
     elif plain:
@@ -5813,6 +5818,9 @@ def map_homes(homes: Sequence[str], given: Sequence[str]) -> dict[str, str]:
     if unknown := sorted(pairs.keys() - {*homes}):
         raise Usage(f"nothing came from {unknown[0]}", f"the backup has files of {' '.join(homes)}")
     mapped |= pairs
+    for home in homes:
+        if home not in mapped:
+            raise Usage(f"{quote(home)} is no data directory of this node", f"pass --data-dir {quote(home)}=<here>")
     for home in mapped.values():
         if not os.path.isdir(home):
             raise Usage(f"data directory {quote(home)} is not there", "create it, or pass --data-dir OLD=NEW")

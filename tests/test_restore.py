@@ -55,6 +55,9 @@ def restore(scene: Scene, *args: object, check: int | None = 0, **more: Any) -> 
 
 def restore_in_place(scene: Scene, *args: object, check: int = 0) -> subprocess.CompletedProcess[str]:
     """Run `restore --in-place` where no Cassandra runs: on a machine with one, in a world of processes of its own."""
+    if "--data-dir" not in args:
+        owner = json.loads(scene.bucket.objects()["node1.listings/owner.json"])
+        args += tuple(word for path in owner["data_directories"] for word in ("--data-dir", f"{path}={path}"))
     command = [sys.executable, str(SCRIPT), *arguments(scene, "--tag", "daily", "--in-place", *args)]
     if cassandras():
         command = ["unshare", "--pid", "--fork", "--mount-proc", *command]
@@ -871,6 +874,12 @@ def test_data_directories_are_mapped_as_told(stopped: tuple[Scene, Node], tmp_pa
     for given in wrong:
         flags = [word for path in given for word in ("--data-dir", path)]
         restore_in_place(scene, *args, *flags, check=2)
+
+
+def test_in_place_a_listing_alone_cannot_name_where_files_go(stopped: tuple[Scene, Node]) -> None:
+    scene, node = stopped
+    done = restore_in_place(scene, "--same-node", "--data-dir", f"{node.data_dirs[0]}={node.data_dirs[0]}", check=2)
+    assert f"--data-dir {node.data_dirs[1]}=" in done.stderr
 
 
 def test_in_place_nothing_is_done_while_cassandra_runs(stopped: tuple[Scene, Node]) -> None:
