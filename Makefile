@@ -8,6 +8,8 @@ SHELL := /bin/bash
 # The Python of .venv, and the Pythons that `make test-pythons` looks for.
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.11 3.12 3.13
+# Two test files at a time; a test waits more than it works. WORKERS= for one after the other.
+WORKERS ?= -n 2 --dist loadfile
 # More arguments for pytest: make test ARGS="-k restore -x"
 ARGS ?=
 
@@ -16,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_USE_PEP517 := 1
 
-.PHONY: help venv demo test test-fast test-pythons test-cassandra lint format bench clean
+.PHONY: help venv demo test test-fast test-pythons test-cassandra deb test-deb lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,10 +29,10 @@ demo: $(VENV)-demo/.stamp ## back up a small Cassandra tree into a local directo
 	@$(VENV)-demo/bin/python tests/demo.py
 
 test: $(VENV)/.stamp ## run all tests on the Python of .venv
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 test-fast: $(VENV)/.stamp ## the same without the slow ones
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
 
 test-pythons: $(VENV)/.stamp ## run the tests that are not slow on every other Python found here
 	@bash -euo pipefail -c "$$TEST_PYTHONS"
@@ -38,6 +40,12 @@ test-pythons: $(VENV)/.stamp ## run the tests that are not slow on every other P
 test-cassandra: $(VENV)/.stamp-cassandra ## run tests/cassandra on real nodes, which come from Maven Central; needs Java 17 and mvn
 	$(VENV)/bin/python tests/cassandra/jars.py
 	$(VENV)/bin/python -m pytest tests/cassandra $(ARGS)
+
+deb: ## build dist/*.deb for Debian and Ubuntu; root also installs what that needs
+	debian/build dist
+
+test-deb: ## build twice, lintian, and the package's whole life under a real systemd; needs root
+	tests/debian/test
 
 lint: $(VENV)/.stamp ## ruff and mypy, nothing is changed
 	$(VENV)/bin/python -m ruff check .
@@ -116,7 +124,7 @@ for version in $(PYTHONS); do
     test -n "$$python" || { echo "== Python $$version: not found here"; continue; }
     echo "== Python $$version: $$python"
     $(MAKE) --no-print-directory $(VENV)-$$version/.stamp PYTHON="$$python"
-    $(VENV)-$$version/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+    $(VENV)-$$version/bin/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
     tested="$$tested $$version"
 done
 echo "== tested beside $$own:$${tested:- nothing, no other Python was found}"

@@ -101,7 +101,7 @@ import time
 import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -917,8 +917,12 @@ class S3Store:
         try:
             import boto3
             from botocore.config import Config
+
+            if "tcp_keepalive" not in Config.OPTION_DEFAULTS:  # Ubuntu 22.04
+                raise ImportError(f"{boto3.__version__} is too old")
         except ImportError as error:
-            raise Usage(f"s3:// needs boto3 ({error})", "pip install boto3, or apt install python3-boto3") from None
+            hint = "pip install 'boto3>=1.26', or apt install python3-boto3"
+            raise Usage(f"s3:// needs boto3 1.26 ({error})", hint) from None
 
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket, self._prefix = bucket, prefix
@@ -1123,6 +1127,8 @@ class GCSStore:
 
     def __init__(self, bucket: str, prefix: str, access: Access) -> None:
         try:
+            if sys.prefix == "/usr":  # Debian has no package of it: cassbackup-gcs brings a copy of its own
+                sys.path.insert(0, "/usr/lib/cassbackup/vendor")
             from google.cloud import storage
         except ImportError as error:
             hint = "pip install google-cloud-storage, or install the package cassbackup-gcs"
@@ -2138,6 +2144,7 @@ class Pinner:
         self.gate = threading.Event()
         self.counts: Counter[str] = Counter()
         self.looked = 0.0  # when the last full look began (time.time)
+        self.beat = time.monotonic()  # when it last got on
         self._places: dict[str, Place] = {}
         self._tables: dict[str, str] = {}  # of these, the directories of tables
         self._tags: dict[tuple[str, ...], set[Place]] = {}
@@ -2157,6 +2164,7 @@ class Pinner:
             self.look_everywhere()
             looked = time.monotonic()
             while not stop.is_set():
+                self.beat = time.monotonic()
                 due = looked + (min(2.0, reconcile_s) if self._unarmed else reconcile_s)
                 busy = self._later or not self.gate.is_set()
                 dirty, everything = self._watcher.hints(0.02 if busy else max(0.0, min(30.0, due - time.monotonic())))
@@ -2287,6 +2295,7 @@ class Pinner:
     def look(self, place: Place) -> bool:
         """Arm a place, look into it, pin what is new; False if something in it could not be pinned."""
         with self.lock:
+            self.beat = time.monotonic()
             before = self.counts["vanished"] + self.counts["refused"]
             try:
                 # The data directory itself may be a link.
@@ -2385,7 +2394,7 @@ class Pinner:
 
     def _pin(self, place: Place, fd: int, pins: int, entry: os.DirEntry[str]) -> bool:
         """Make the link; False if the file vanished before, or nothing can be written."""
-        area, name = place.area, entry.name
+        area, name, self.beat = place.area, entry.name, time.monotonic()
         try:
             if not area.full:
                 os.link(name, area.mark(name, _LINK, pins), src_dir_fd=fd, dst_dir_fd=pins, follow_symlinks=False)
@@ -2671,6 +2680,11 @@ class Uploaders:
         sending = Sending(pinned, key, urgent, look)
         self._queue(sending)
         return sending.future
+
+    def are_alive(self) -> bool:
+        """Tell whether all threads live, and none keeps the queue from the others. What waits for the store lives."""
+        with self._work:
+            return all(thread.is_alive() for thread in self._threads)
 
     def stop(self, limit_s: float) -> None:
         """Take no more work; wait for the parts that are on their way."""
@@ -3660,6 +3674,22 @@ class Timing:
     status_s: float = 10.0
 
 
+class Systemd:
+    """What sd_notify(3) does: tell the service manager how it goes, where there is one."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6 if ours else 0.0
+
+    def tell(self, *lines: str) -> None:
+        """Send it, if it can be sent at once."""
+        if self._address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
+
+
 @dataclass
 class Daemon:
     """The one loop: units that are due go to carriers; time brings status, heartbeats, limits and a look at the bucket.
@@ -3679,6 +3709,7 @@ class Daemon:
     limits: Limits
     timing: Timing
     stop: threading.Event
+    systemd: Systemd = field(default_factory=lambda: Systemd({}))
     _failures: dict[Unit, str] = field(default_factory=dict)
     _began: float = field(default_factory=time.time)
     _claim: Callable[[], None] | None = None
@@ -3686,6 +3717,7 @@ class Daemon:
     _held_alone: int = 0
     _asked: int = 0
     _status_due: float = 0.0
+    _told_due: float = 0.0
     _status_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, once: bool, claim: Callable[[], None] | None, progress: Callable[[Mapping[str, Any]], None]) -> int:
@@ -3698,8 +3730,10 @@ class Daemon:
         chores = (self._pin, self._enforce, self._tend, self._be_owner, self._look_at_bucket, self._beat)
         for chore in chores:
             threading.Thread(target=self._repeat, args=(chore,), daemon=True).start()
+        self.systemd.tell("READY=1")
         done = False
         while not done and not self.stop.is_set():
+            self._tell_systemd()
             if self._claim:
                 self.stop.wait(0.2)
             else:
@@ -3739,6 +3773,19 @@ class Daemon:
         finally:
             self.backlog.put_back(unit, delay)
 
+    def _tell_systemd(self) -> None:
+        """Tell the lag, and that we live: only while the pinner gets on and the uploaders can."""
+        now, limit = time.monotonic(), self.systemd.watchdog_s
+        if now < self._told_due:
+            return
+        self._told_due = now + min(10.0, limit / 2 or 10.0)
+        page = self.status()
+        lag = f"STATUS=lag {page['lag_s']:.0f} s, {page['pending']['files']} files pending"
+        lines = [f"{lag}; {quote(page['trouble'])}" if page["trouble"] else lag]
+        if now - self.pinner.beat < limit and self.uploaders.are_alive():
+            lines.append("WATCHDOG=1")
+        self.systemd.tell(*lines)
+
     def _is_done(self) -> bool:
         """Tell whether all is listed, but for what has been tried in vain."""
         with self.backlog.changed:
@@ -3748,6 +3795,7 @@ class Daemon:
 
     def _finish(self) -> None:
         """Take no more work, finish or abandon what is on its way; what is not listed stays pinned."""
+        self.systemd.tell("STOPPING=1")
         self.stop.set()
         deadline = time.monotonic() + STOP_S - 10.0
         self.uploaders.stop(STOP_S - 15.0)
@@ -5250,6 +5298,7 @@ def watch(settings: Settings, environ: Mapping[str, str]) -> int:
 
     claimed = try_claim(claim_name, Retrying(raw, stop.wait, 5.0, budget), worked, once)
     daemon = assemble(settings, areas, identity.node, store, stop)
+    daemon.systemd = Systemd(environ)
     log.info("watching node=%s store=%s paths=%s", identity.node, store.url, quote(" ".join(directories)))
     shown = once and sys.stderr.isatty()
     claim_later = None if claimed else lambda: claim_name(store)
@@ -5875,8 +5924,9 @@ class Nodetool:
         except OSError as error:
             raise Usage(f"{self._command[0]} cannot be run ({error.strerror})", "pass --nodetool") from None
         if done.returncode:
-            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise Fault(f"nodetool {' '.join(words)}: {''.join(last)}", "is Cassandra running?")
+            told = [line for line in f"{done.stderr}\n{done.stdout}".splitlines() if line.strip()]  # it uses either
+            named = [line for line in told if line.startswith(("nodetool:", "error:"))] or told or ["it says nothing"]
+            raise Fault(f"{self._command[0]} {' '.join(words)}: {quote(named[0])}", "is Cassandra running?")
         return done.stdout
 
     def check(self, tables: Iterable[tuple[str, str]]) -> str:
@@ -5926,6 +5976,8 @@ def import_tables(nodetool: Nodetool, version: str, into: str, tables: Iterable[
             nodetool("refresh", keyspace, table)
         else:
             nodetool("import", keyspace, table, staged)
+        if left := [name for name in os.listdir(staged) if sstable_of(name)]:  # it exits 0 for a path it cannot read
+            raise Fault(f"nodetool import left {quote(left[0])} in {quote(staged)}", "see Cassandra's log")
         log.info("imported table=%s.%s", keyspace, table)
 
 
@@ -6217,7 +6269,8 @@ def record_tag(
         store.put(f"{node}.listings/node{'' if first else '.' + utc(time.time())}.json", body, zlib.crc32(body))
     page = {"version": 1, "node": node, "tag": tag, "taken": rfc3339(since), "listings": sorted(keys)}
     try:
-        page["schema"] = Nodetool(cqlsh)("-e", "DESCRIBE SCHEMA")
+        lines = Nodetool(cqlsh)("-e", "DESCRIBE SCHEMA").splitlines(keepends=True)
+        page["schema"] = "".join(line for line in lines if not line.startswith("WARNING:"))
     except Fault as fault:
         log.warning("no schema is kept with this snapshot error=%s hint=pass --cqlsh", quote(str(fault)))
     body = json.dumps(page | {"place": place}).encode()
@@ -6666,8 +6719,17 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     return command.run(settings, environ)
 
 
+def use_credentials(environ: MutableMapping[str, str]) -> None:
+    """Name to the SDKs the files that systemd handed us (LoadCredential=), unless others are named."""
+    for variable, name in (("AWS_SHARED_CREDENTIALS_FILE", "aws"), ("GOOGLE_APPLICATION_CREDENTIALS", "gcs.json")):
+        path = os.path.join(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
+        if os.path.exists(path) and os.path.getsize(path):
+            environ.setdefault(variable, path)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the program; return its exit code."""
+    use_credentials(os.environ)
     try:
         return run(argv, os.environ)
     except Fault as fault:

@@ -519,6 +519,7 @@ def age(scene: Scene, days: float, prefix: str = "node1.condemned/") -> None:
             os.utime(path, (time.time() - days * DAY,) * 2)
 
 
+@pytest.mark.slow
 def test_nothing_is_deleted_without_confirm_and_the_last_line_says_so(scene: Scene, node: Node) -> None:
     fill(scene, node)
     before = scene.bucket.objects()
@@ -529,6 +530,7 @@ def test_nothing_is_deleted_without_confirm_and_the_last_line_says_so(scene: Sce
     assert scene.bucket.objects() == before
 
 
+@pytest.mark.slow
 def test_objects_are_condemned_by_one_run_and_deleted_by_another_a_day_later(scene: Scene, node: Node) -> None:
     """P7: and what is kept can be verified and restored at any time in between."""
     fill(scene, node)
@@ -617,6 +619,7 @@ def test_more_than_half_of_a_node_needs_force(scene: Scene, node: Node) -> None:
     assert [one.of.tag for one in scene.listings("snapshot")] == ["more2"]
 
 
+@pytest.mark.slow
 def test_a_tag_goes_alone_and_its_record_with_it(scene: Scene, node: Node) -> None:
     fill(scene, node)
     monday, friday = (one.key for one in scene.listings("snapshot"))

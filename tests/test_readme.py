@@ -24,6 +24,8 @@ from scene import Scene
 from servers import FileBucket
 from tree import Copy, Node
 
+pytestmark = pytest.mark.slow
+
 NODE_NAME = "db7-i-0abc"
 TOOLS = {
     "sudo": 'shift 2\nexec "$@"',  # sudo -u cassandra ...

@@ -174,6 +174,7 @@ def test_a_snapshot_comes_back_byte_for_byte_from_every_store_p6(
     assert b"" in tree(into).values()
 
 
+@pytest.mark.slow
 def test_of_two_takings_of_one_tag_each_comes_back_as_it_was(scene: Scene, node: Node, into: Path) -> None:
     users = node.table("ks1", "users")
     versions = []
@@ -349,6 +350,7 @@ def test_a_pipe_is_not_taken_for_an_empty_file(scene: Scene, node: Node, into: P
     assert "Filter.db" in restore(scene, "--tag", "daily", "--into", into, check=1).stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_is_moved_away_is_never_written_to_again(scene: Scene, node: Node, into: Path) -> None:
     """Killed between its two names a file has both; what comes next under the other must not reach into it."""
     users = node.table("ks1", "users")
@@ -447,6 +449,7 @@ def test_a_restore_killed_fifty_times_is_finished_by_the_last_and_leaves_no_part
 # The network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Cut("reply", 2 * MIB), Flip(2 * MIB, "reply")])
 def test_a_reply_that_is_cut_off_or_altered_on_its_way_is_fetched_once_more(
     scene: Scene, node: Node, moto: Bucket, proxy: Callable[[Bucket], FaultProxy], into: Path, fault: Any
@@ -579,6 +582,7 @@ def test_a_hostile_listing_is_refused_whole_before_anything_is_written(
     assert assert_refused().startswith("cassbackup: ")
 
 
+@pytest.mark.slow
 def test_a_listing_of_a_gigabyte_is_refused_unread(daily: Scene, assert_refused: Callable[[], str]) -> None:
     key, _ = listing_of(daily)
     with open(f"{daily.bucket.bucket}/{key}", "r+b") as file:

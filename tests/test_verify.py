@@ -83,6 +83,7 @@ def bad_of(page: dict[str, Any]) -> dict[str, str]:
 # Objects
 
 
+@pytest.mark.slow
 def test_every_damage_is_named_with_the_snapshots_that_it_spoils(anywhere: Bench, node: Node) -> None:
     """Absent, truncated, emptied, flipped, swapped: and neither Statistics.db nor Summary.db is exempt."""
     users = two_days(anywhere, node)  # 2 * 8 components, manifest.json and schema.cql
@@ -133,6 +134,7 @@ def test_bytes_that_rot_where_they_lie_are_found_by_a_file_store_too(scene: Benc
     assert list(bad_of(scene.verify("--deep", check=1))) == [key]
 
 
+@pytest.mark.slow
 def test_only_what_was_selected_is_checked(scene: Bench, node: Node) -> None:
     users, logs = node.table("ks1", "users"), node.table("ks2", "logs")
     for table in (users, logs):
@@ -217,6 +219,7 @@ def test_what_is_no_listing_is_named_in_the_log_and_the_rest_is_checked(scene: B
     assert done.stdout.endswith(": 0 bad\n")
 
 
+@pytest.mark.slow
 def test_archives_are_verified_as_well(scene: Bench, node: Node) -> None:
     two_days(scene, node)
     logs = node.data_dirs[0] / "archive"
@@ -285,6 +288,7 @@ def test_what_is_archived_needs_to_be_thawed_before_anything_is_restored(
 # And then
 
 
+@pytest.mark.slow
 def test_what_is_condemned_is_stored_again_under_another_key(anywhere: Bench, node: Node) -> None:
     users = two_days(anywhere, node)
     bad = [anywhere.key("1-big-Data.db"), anywhere.key("2-big-Summary.db")]
