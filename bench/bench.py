@@ -6,6 +6,8 @@
     pending   peak memory with 1,000,000 files pending and the store down
     idle      CPU of a daemon that has nothing to do
     second    a second snapshot of unchanged tables, beside the first
+    list      `cassbackup list` on 100,000 listings
+    restore   a restore of large and of many small files, beside `cp` of the same objects and a sync
 
 Nothing here is a test: times on a shared machine are read side by side, not as absolutes.
 """
@@ -275,7 +277,64 @@ def bench_second() -> None:
                 row(f"{tag} snapshot, file://", files=files, seconds=f"{took:.1f}", cpu_us_per_file=f"{used:.0f}")
 
 
-BENCHES = {"pin": bench_pin, "start": bench_start, "pending": bench_pending, "idle": bench_idle, "second": bench_second}
+def command(root: Path, *words: str) -> tuple[float, float, int]:
+    """Run a command on the bucket; return its seconds, CPU seconds and peak MiB."""
+    argv = [sys.executable, str(HERE / "cassbackup.py"), *words, "--bucket", f"file://{root}/bucket"]
+    began = time.monotonic()
+    with subprocess.Popen(
+        [*argv, "--state-dir", str(root / "none")], env=ENVIRON, stdout=subprocess.DEVNULL
+    ) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{words}: exit {process.returncode}")
+    return time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss // 1024
+
+
+def bench_list() -> None:
+    """List a node of 100 tables with 100 tags, each taken ten times."""
+    with folder() as root:
+        for table in range(100):
+            for tag in range(1000):
+                taking = f"202611{tag % 28 + 1:02d}T01{tag // 28:02d}00.{table:06d}Z"
+                path = root / f"bucket/node1.listings/ks1/t{table}-{'a' * 32}/snapshots/daily{tag % 100}/{taking}"
+                path.mkdir(parents=True)
+                (path / f"{taking}-complete-8-1024.json").touch()
+        seconds, cpu, peak = command(root, "list")
+        row("list of 100,000 listings", seconds=f"{seconds:.1f}", cpu_s=f"{cpu:.1f}", peak_mib=peak)
+
+
+def bench_restore() -> None:
+    """Restore what a snapshot holds, and copy the same objects."""
+    for name, tables, sstables, size in (
+        ("1.5 GiB in 40 files", 5, 1, 52 * cassbackup.MIB),
+        ("8,000 files", 100, 10, 2000),
+    ):
+        with folder() as root:
+            storm = Storm(root / "data", tables, 8 * sstables, size=size)
+            storm.seed()
+            storm.snapshot("daily")
+            (root / "state").mkdir()
+            with daemon(root, "--once") as process:
+                process.wait()
+            seconds, cpu, peak = command(root, "restore", "--tag", "daily", "--into", str(root / "into"))
+            began = time.monotonic()
+            subprocess.run(["cp", "-r", root / "bucket" / "bench", root / "copy"], check=True)
+            subprocess.run(["sync", "-f", root / "copy"], check=True)
+            copied = time.monotonic() - began
+            figures = {"seconds": f"{seconds:.1f}", "cp_s": f"{copied:.1f}", "times": f"{seconds / copied:.1f}"}
+            row(f"restore of {name}", **figures, cpu_s=f"{cpu:.1f}", peak_mib=peak)
+
+
+BENCHES = {
+    "pin": bench_pin,
+    "start": bench_start,
+    "pending": bench_pending,
+    "idle": bench_idle,
+    "second": bench_second,
+    "list": bench_list,
+    "restore": bench_restore,
+}
 
 
 if __name__ == "__main__":
