@@ -101,7 +101,7 @@ import time
 import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -4739,6 +4739,16 @@ def choose_table(store: Retrying, node: str, table: tuple[str, str], filed: Sequ
     return choose_at(*table, base, unreplaced(batches, functools.partial(read_filed, store, node)), before)
 
 
+def schema_alone(store: Retrying, node: str, one: Chosen, filed: Sequence[Filed], before: float) -> Chosen:
+    """Keep the schema of what was chosen: that of its base, else of the whole snapshot that is nearest in time."""
+    others = tuple(other for other in one.others if other[1].name == SCHEMA)
+    takings = [taking for taking in takings_of(filed) if taking.complete]
+    if not others and takings:
+        near = min(takings, key=lambda taking: abs(seconds_of(taking.newest.listed) - before))
+        others = _others(read_taking(store, node, near), (SCHEMA,))
+    return replace(one, sstables=(), troubles=(), others=others)
+
+
 def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
     """Keep of each name the table that lived at a moment: one that was dropped and made again has two ids.
 
@@ -5456,6 +5466,17 @@ def _backup_page(backup: Sequence[Taking]) -> dict[str, Any]:
     }
 
 
+def schema_of(store: Retrying, node: str, units: Collection[Unit]) -> str:
+    """Return what DESCRIBE SCHEMA said when a snapshot was taken, "" where nobody asked. Raises Corrupt."""
+    ours, tags = tuple(listings_of(node, unit) for unit in units), {unit.tag for unit in units}
+    for tag in tags if len(tags) == 1 else ():
+        for head in reversed([*store.list(f"{node}.listings/tags/{quote(tag, slash='%2F')}/")]):
+            page = read_page(store, head.key.removesuffix(".json"))
+            if page.get("schema") and any(str(name).startswith(ours) for name in page.get("listings", ())):
+                return str(page["schema"])
+    return ""
+
+
 def _read_backup(store: Retrying, node: str, backup: Sequence[Taking], known: set[str], threads: int) -> dict[str, Any]:
     """Read the listings of a backup: what was sent for it, beyond the keys known before, and what is missing."""
 
@@ -5476,7 +5497,13 @@ def _read_backup(store: Retrying, node: str, backup: Sequence[Taking], known: se
                 sent[entry.key] = entry.stamp.size
         missing += () if listing.complete else map(quote, (*listing.missing, *listing.lost))
         known |= {entry.key for entry in listing.files}
-    return {"bytes_sent": sum(sent.values()), "missing": sorted(missing), "damaged": damaged}
+    schema = ""
+    try:
+        schema = schema_of(store, node, [taking.unit for taking in backup])
+    except Corrupt as fault:
+        damaged.append(fault.what)
+    page = {"bytes_sent": sum(sent.values()), "missing": sorted(missing), "damaged": damaged}
+    return page | {"schema_kept": bool(schema)}
 
 
 def look_at_node(store: Retrying, settings: Settings, about: About) -> dict[str, Any]:
@@ -5539,6 +5566,7 @@ def _backup_row(page: Mapping[str, Any]) -> Sequence[object]:
     state += [f"lacks {' '.join(page['missing'])}"] if page.get("missing") else []
     state += [f"DAMAGED: {what}" for what in page.get("damaged", ())]
     state += [f"{size_text(page['bytes_sent'])} sent for it"] if "bytes_sent" in page else []
+    state += ["no schema kept"] if page.get("schema_kept") is False else []
     name, taken = f"{page['tag']}@{page['taking'][:15]}", f"{page['taken'][:19]}Z"
     return name, taken, page["tables"], page["files"], size_text(page["bytes"]), ", ".join(state)
 
@@ -5782,10 +5810,8 @@ def plan_of(store: Retrying, node: str, settings: Settings) -> Plan:
 
         chosen = newest_of_names(spread(choose, tables.items(), settings.threads), before)
     if settings.schema_only:
-        chosen = [
-            replace(one, sstables=(), troubles=(), others=tuple(o for o in one.others if o[1].name == SCHEMA))
-            for one in chosen
-        ]
+        before = settings.at or store.now()
+        chosen = [schema_alone(store, node, one, tables[one.keyspace, one.table], before) for one in chosen]
     if not chosen:
         hint = "`cassbackup list` shows what there is; a TIME without a zone is UTC"
         raise Missing(f"nothing of {node} is there to restore for {moment}", hint)
@@ -5929,15 +5955,17 @@ class Nodetool:
             raise Fault(f"{self._command[0]} {' '.join(words)}: {quote(named[0])}", "is Cassandra running?")
         return done.stdout
 
+    def _knows(self, *names: str) -> bool:
+        with contextlib.suppress(Fault):
+            self("tablestats", *names)
+            return True
+        return False
+
     def check(self, tables: Iterable[tuple[str, str]]) -> str:
         """Return Cassandra's version, after a look whether it answers and has these tables. Raises Fault, Missing."""
         version = self("version").partition(":")[2].strip()
-        absent = []
-        for keyspace, table in tables:
-            try:
-                self("tablestats", f"{keyspace}.{table}")
-            except Fault:
-                absent.append(f"{keyspace}.{table}")
+        names = [".".join(table) for table in tables]  # each call is the start of a JVM
+        absent = [] if self._knows(*names) else [name for name in names if not self._knows(name)]
         if absent:
             hint = "create them first; `cassbackup restore --schema-only` brings their schema"
             raise Missing(f"Cassandra has no table {', '.join(absent)}", hint)
@@ -5976,21 +6004,9 @@ def import_tables(nodetool: Nodetool, version: str, into: str, tables: Iterable[
             nodetool("refresh", keyspace, table)
         else:
             nodetool("import", keyspace, table, staged)
-        if left := [name for name in os.listdir(staged) if sstable_of(name)]:  # it exits 0 for a path it cannot read
+        if left := glob.glob("*-Data.db", root_dir=staged):  # it exits 0 for a path that it cannot parse
             raise Fault(f"nodetool import left {quote(left[0])} in {quote(staged)}", "see Cassandra's log")
         log.info("imported table=%s.%s", keyspace, table)
-
-
-def described(store: Retrying, plan: Plan) -> str:
-    """Return what DESCRIBE SCHEMA said when the plan's snapshot was taken, "" where nobody asked. Raises Corrupt."""
-    units = [one.base.listing.unit for one in plan.tables if one.base.listing]
-    ours, tags = tuple(listings_of(plan.node, unit) for unit in units), {unit.tag for unit in units}
-    for tag in tags if len(tags) == 1 else ():
-        for head in reversed([*store.list(f"{plan.node}.listings/tags/{quote(tag, slash='%2F')}/")]):
-            page = read_page(store, head.key.removesuffix(".json"))
-            if page.get("schema") and any(str(name).startswith(ours) for name in page.get("listings", ())):
-                return str(page["schema"])
-    return ""
 
 
 def _write_new(path: str, body: bytes) -> dict[str, Exception]:
@@ -6012,10 +6028,10 @@ def _write_new(path: str, body: bytes) -> dict[str, Exception]:
 
 
 def write_schema(store: Retrying, plan: Plan, settings: Settings, into: str) -> dict[str, Exception]:
-    """Write the schema: what DESCRIBE SCHEMA said when the tag was taken, else each table's schema.cql."""
-    body = described(store, plan).encode()
-    placed = [] if body else [one for one in place_staged(plan, into) if one[0].entry.name == SCHEMA]
-    paths = [os.path.join(into, path) for path in ([SCHEMA] if body else [path for *_, path in placed])]
+    """Write the schema: each table's schema.cql, and what DESCRIBE SCHEMA said when the tag was taken."""
+    body = schema_of(store, plan.node, [one.base.listing.unit for one in plan.tables if one.base.listing]).encode()
+    placed = [one for one in place_staged(plan, into) if one[0].entry.name == SCHEMA]
+    paths = [os.path.join(into, path) for path in [SCHEMA] * bool(body) + [path for *_, path in placed]]
     if not paths:
         raise Missing("the backup has no schema", "choose another snapshot")
     check_target(placed)
@@ -6040,6 +6056,9 @@ def _restore_staged(store: Retrying, plan: Plan, settings: Settings, into: str) 
         wrong = receive_all(store, placed, settings.threads, show_rate("restored", plan.size, sys.stderr.isatty()))
     if settings.import_ and not wrong:
         import_tables(nodetool, version, into, tables)
+        for *_, path in placed:  # indexes, which Cassandra builds anew, and what is no SSTable
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(into, path))
     elif tables and not wrong:
         keyspace, table = map(quote, tables[0])
         log.info("next: nodetool import %s %s %s/%s/%s", keyspace, table, quote(into), keyspace, table)

@@ -154,6 +154,13 @@ def test_a_missing_cqlsh_costs_the_schema_but_not_the_snapshot(snapshots: Snapsh
     done = snapshots("-t", "weekly", "--cqlsh", "/nonexistent/cqlsh")
     assert "no schema" in done.stderr
     assert "schema" not in snapshots.records("weekly")[0]
+    bucket = ("--bucket", snapshots.scene.bucket.target)
+    assert "no schema kept" in snapshots.scene.run("list", *bucket, "--tag", "weekly", check=0).stdout
+    snapshots("-t", "weekly")
+    assert (
+        "no schema kept"
+        not in snapshots.scene.run("list", *bucket, "--tag", "weekly@2", check=0).stdout.splitlines()[-1]
+    )
 
 
 def test_keyspaces_flags_and_keep_are_passed_on(snapshots: Snapshots) -> None:
