@@ -10,6 +10,8 @@ PYTHON ?= python3
 PYTHONS ?= 3.10 3.11 3.12 3.13
 # Two test files at a time; a test waits more than it works. WORKERS= for one after the other.
 WORKERS ?= -n 2 --dist loadfile
+# What make test-cassandra runs.
+CASSANDRA ?= tests/cassandra
 # More arguments for pytest: make test ARGS="-k restore -x"
 ARGS ?=
 
@@ -39,7 +41,7 @@ test-pythons: $(VENV)/.stamp ## run the tests that are not slow on every other P
 
 test-cassandra: $(VENV)/.stamp-cassandra ## run tests/cassandra on real nodes, which come from Maven Central; needs Java 17 and mvn
 	$(VENV)/bin/python tests/cassandra/jars.py
-	$(VENV)/bin/python -m pytest tests/cassandra $(ARGS)
+	$(VENV)/bin/python -m pytest $(CASSANDRA) $(ARGS)
 
 deb: ## build dist/*.deb for Debian and Ubuntu; root also installs what that needs
 	debian/build dist

@@ -6287,11 +6287,15 @@ def record_tag(
         body = json.dumps(place).encode()
         store.put(f"{node}.listings/node{'' if first else '.' + utc(time.time())}.json", body, zlib.crc32(body))
     page = {"version": 1, "node": node, "tag": tag, "taken": rfc3339(since), "listings": sorted(keys)}
-    try:
-        lines = Nodetool(cqlsh)("-e", "DESCRIBE SCHEMA").splitlines(keepends=True)
-        page["schema"] = "".join(line for line in lines if not line.startswith("WARNING:"))
-    except Fault as fault:
-        log.warning("no schema is kept with this snapshot error=%s hint=pass --cqlsh", quote(str(fault)))
+    for words in ("DESCRIBE SCHEMA WITH INTERNALS", "DESCRIBE SCHEMA"):  # table ids, dropped columns: only since 4.0
+        try:
+            lines = Nodetool(cqlsh)("-e", words).splitlines(keepends=True)
+            page["schema"] = "".join(line for line in lines if not line.startswith("WARNING:"))
+            break
+        except Fault as fault:
+            told = quote(str(fault))
+    else:
+        log.warning("no schema is kept with this snapshot error=%s hint=pass --cqlsh", told)
     body = json.dumps(page | {"place": place}).encode()
     store.put(f"{node}.listings/tags/{quote(tag, slash='%2F')}/{utc(time.time())}.json", body, zlib.crc32(body))
 
@@ -6714,7 +6718,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any
         flags = [flag for _, options in COMMANDS[arguments.command].groups for o in options for flag in o.flags.split()]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1, 0.0)[0]
         raise Usage(f"unknown option {unknown[0]!r}", f"did you mean {near}?")
-    for word in getattr(arguments, "paths", ()):
+    for word in getattr(arguments, "paths", None) or ():
         _check_path(word)
     return vars(arguments)
 
@@ -6742,7 +6746,7 @@ def use_credentials(environ: MutableMapping[str, str]) -> None:
     """Name to the SDKs the files that systemd handed us (LoadCredential=), unless others are named."""
     for variable, name in (("AWS_SHARED_CREDENTIALS_FILE", "aws"), ("GOOGLE_APPLICATION_CREDENTIALS", "gcs.json")):
         path = os.path.join(environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), name)
-        if os.path.exists(path) and os.path.getsize(path):
+        if os.path.exists(path) and os.path.getsize(path) > 1:  # absent keys are an empty line
             environ.setdefault(variable, path)
 
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,20 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def run_cassbackup(script: Path, home: Path) -> Run:
-    """Return a function that runs one command to its end; `check` is the exit code it must have, if any."""
+    """Return a function that runs one command to its end.
+
+    `check` is the exit code that it must have, if any; `within` are the words of a command that runs it.
+    """
 
     def run(
-        *args: object, env: Mapping[str, str] | None = None, check: int | None = None, **more: Any
+        *args: object,
+        env: Mapping[str, str] | None = None,
+        check: int | None = None,
+        within: Sequence[str] = (),
+        **more: Any,
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, str(script), *map(str, args)],
+            [*within, sys.executable, str(script), *map(str, args)],
             check=False,
             env=clean_environ(home, env or {}),
             stdin=subprocess.DEVNULL,

@@ -4,6 +4,8 @@ cassandra     a node with incremental backups that tests share; each test runs o
 keyspace      a new keyspace in it
 new_node      a function that starts a node of the test's own
 three_nodes   three nodes of the test's own that are one cluster
+scene         a bucket, and the program
+score         what a scenario measures: a line of the table that ends the session
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drill import Score
 from jars import NotHere, fetch, java
 from nodes import Node, Setup, cluster
+from scene import Scene
+from servers import FileBucket
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 600  # several starts of a node, on a machine with other work
@@ -37,6 +42,33 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     if report.failed and fleet:
         report.sections += [(f"the log of {node}", node.log_end()) for node in fleet.nodes if node.is_wanted]
     return report
+
+
+@pytest.fixture
+def scene(tmp_path: Path, daemon: Any, run_cassbackup: Any, tmp_bucket: FileBucket) -> Scene:
+    """Return a directory as the bucket, and the program that fills it."""
+    return Scene(tmp_path, daemon, run_cassbackup, tmp_bucket)
+
+
+SCORES = pytest.StashKey[list[Score]]()
+
+
+@pytest.fixture
+def score(request: pytest.FixtureRequest) -> Score:
+    """Return what the table at the end of the session says of this test."""
+    name = request.node.name.removeprefix("test_").replace("_", " ")
+    request.config.stash.setdefault(SCORES, []).append(Score(name))
+    return request.config.stash[SCORES][-1]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print what the scenarios measured."""
+    scores = config.stash.get(SCORES, [])
+    if scores:
+        terminalreporter.section("scenarios")
+        terminalreporter.write_line(Score.HEAD)
+        for one in scores:
+            terminalreporter.write_line(one.line())
 
 
 class Fleet:

@@ -364,6 +364,7 @@ class Node:
             "sstableloader": f"BulkLoader {loader}",
             "sstabledump": "SSTableExport",
             "sstablemetadata": "SSTableMetadataViewer",
+            "sstablerepairedset": "SSTableRepairedAtSetter",
         }
         flags = [*MODULES, *TOOL_FLAGS, *self._own_flags("logback-tools.xml")]
         (self.home / "conf" / "tools.flags").write_text("\n".join(flags))

@@ -1,0 +1,187 @@
+"""What systemd is told, over a real datagram socket, and the credentials that it hands us."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Daemon, Run, clean_environ
+from faultproxy import FaultProxy
+from scene import Scene, wait_for
+from servers import Bucket, FileBucket
+from tree import Node
+
+WATCHDOG_S = 4.0
+
+
+class Manager:
+    """Stands for systemd: a bound socket, and all that was said to it."""
+
+    def __init__(self, address: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address)
+        self.said: list[str] = []
+
+    def hear(self, seconds: float) -> list[str]:
+        """Return the lines of the next datagram, [] where none comes for so long."""
+        self.socket.settimeout(seconds)
+        try:
+            lines = self.socket.recv(65536).decode().splitlines()
+        except TimeoutError:
+            return []
+        self.said += lines
+        return lines
+
+    def until(self, line: str) -> None:
+        """Listen until a line is said that begins so."""
+        wait_for(lambda: any(said.startswith(line) for said in self.hear(1)))
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Manager, str]]:
+    name = f"cassbackup-test-{os.getpid()}-{tmp_path.name}"
+    one = Manager(f"\0{name}" if request.param == "abstract" else str(tmp_path / "notify"))
+    with one.socket:
+        yield one, f"@{name}" if request.param == "abstract" else str(tmp_path / "notify")
+
+
+@pytest.fixture
+def scene(tmp_path: Path, daemon: Callable[..., Daemon], run_cassbackup: Run, tmp_bucket: FileBucket) -> Scene:
+    return Scene(tmp_path, daemon, run_cassbackup, tmp_bucket)
+
+
+@pytest.fixture
+def heard(scene: Scene, tmp_path: Path) -> Iterator[Manager]:
+    """Have the scene's daemons watched by a manager that wants to hear of them every few seconds."""
+    manager = Manager(str(tmp_path / "notify"))
+    watched = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": f"{WATCHDOG_S * 1e6:.0f}"}
+    scene.environ = {**scene.environ, **watched}
+    with manager.socket:
+        yield manager
+
+
+def start(scene: Scene, node: Node) -> None:
+    """Start a daemon whose pinner gets on once a second, without waiting for it."""
+    scene.start(*node.data_dirs, args=("--reconcile", "1"))
+
+
+FREEZE = """
+import ctypes, os, sys
+libc, pid = ctypes.CDLL(None), int(sys.argv[1])
+libc.ptrace.argtypes = [ctypes.c_long] * 4
+for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+    for request in (0x4206, 0x4207):  # PTRACE_SEIZE, PTRACE_INTERRUPT
+        if thread != pid and libc.ptrace(request, thread, 0, 0):
+            sys.exit(1)
+print("frozen", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def all_frozen_but_the_main_thread(pid: int) -> Iterator[None]:
+    """Stop every other thread where it is, as a lock or a dead disk would. They go on when their tracer ends."""
+    command = [sys.executable, "-c", FREEZE, str(pid)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stdout is not None
+        if tracer.stdout.readline() != "frozen\n":
+            pytest.skip("ptrace is not allowed here")
+        try:
+            yield
+        finally:
+            tracer.communicate()
+
+
+def test_it_says_ready_and_its_lag_and_that_it_stops(scene: Scene, node: Node, manager: tuple[Manager, str]) -> None:
+    systemd, address = manager
+    scene.environ = {"NOTIFY_SOCKET": address}
+    scene.start(*node.data_dirs)
+    systemd.until("READY=1")
+    systemd.until("STATUS=lag 0 s, 0 files pending")
+    assert scene.daemon.stop() == 0
+    systemd.until("STOPPING=1")
+    assert [line for line in systemd.said if line.startswith("WATCHDOG")] == [], "nobody asked for it"
+
+
+@pytest.mark.slow
+def test_it_is_ready_though_the_store_is_down_and_says_so(
+    scene: Scene, heard: Manager, node: Node, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    between = proxy(moto)
+    scene.bucket, scene.environ = moto, {**scene.environ, **moto.through(between.url)}
+    start(scene, node)
+    scene.daemon.kill()
+    between.down()
+    node.table("ks1", "users").flush()
+    heard.said.clear()
+    scene.restart()
+    heard.until("READY=1")
+    heard.until("STATUS=lag 1")
+    for _ in range(3):  # waiting for a store that is down is progress
+        heard.until("WATCHDOG=1")
+
+
+@pytest.mark.slow
+def test_the_watchdog_hears_nothing_more_when_the_threads_hang_and_the_loop_goes_on(
+    scene: Scene, heard: Manager, node: Node
+) -> None:
+    start(scene, node)
+    heard.until("WATCHDOG=1")
+    with all_frozen_but_the_main_thread(scene.daemon.pid):
+        wait_for(lambda: "WATCHDOG=1" not in [line for _ in range(4) for line in heard.hear(WATCHDOG_S)], 100)
+        heard.until("STATUS=")  # so it is no death that was seen
+
+
+def test_a_watchdog_meant_for_another_process_is_not_answered(scene: Scene, heard: Manager, node: Node) -> None:
+    scene.environ = {**scene.environ, "WATCHDOG_PID": "1"}
+    start(scene, node)
+    heard.until("READY=1")
+    heard.until("STATUS=")
+    assert "WATCHDOG=1" not in heard.said
+
+
+def test_a_manager_that_is_gone_is_no_reason_to_stop(scene: Scene, heard: Manager, node: Node, tmp_path: Path) -> None:
+    (tmp_path / "notify").unlink()
+    node.table("ks1", "users").flush()
+    start(scene, node)
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
+def test_credentials_from_systemd_are_used_unless_they_are_empty_or_others_are_named(
+    script: Path, home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "aws").write_text("[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = secret\n")
+    (tmp_path / "gcs.json").write_text("\n")
+    show = (
+        f"import os, sys; sys.path.insert(0, {str(script.parent)!r}); import cassbackup; cassbackup.main(['config']);"
+        " print(os.environ.get('AWS_SHARED_CREDENTIALS_FILE'), os.environ.get('GOOGLE_APPLICATION_CREDENTIALS'))"
+    )
+
+    def named(**environ: str) -> str:
+        command = [sys.executable, "-c", show]
+        done = subprocess.run(command, env=clean_environ(home, environ), capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[-1]
+
+    assert named(CREDENTIALS_DIRECTORY=str(tmp_path)) == f"{tmp_path / 'aws'} None"
+    assert named(CREDENTIALS_DIRECTORY=str(tmp_path), AWS_SHARED_CREDENTIALS_FILE="/mine") == "/mine None"
+    assert named() == "None None"
+
+
+@pytest.mark.parametrize("unit", sorted((REPOSITORY / "debian").glob("*.service")), ids=lambda unit: unit.name)
+def test_the_commands_of_the_units_are_understood(unit: Path, run_cassbackup: Run, tmp_path: Path) -> None:
+    """They get as far as the data or the bucket, which are not there."""
+    command = re.findall(r"^ExecStart=/usr/bin/cassbackup (.*)$", unit.read_text(), re.MULTILINE)[0]
+    environ = {"BUCKET_NAME": f"file://{tmp_path}/none", "CASSBACKUP_PATHS": f"{tmp_path}/data"}
+    environ |= {"CASSBACKUP_KEEP_LAST": "1", "CASSBACKUP_STATE_DIR": str(tmp_path / "state")}
+    done = run_cassbackup(*command.split(), env=environ)
+    assert done.returncode in {1, 2}
+    assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
