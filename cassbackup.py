@@ -4299,8 +4299,9 @@ def choose_base(takings: Sequence[Taking], before: float, read: Callable[[Taking
     """Return what a restore of one table to a moment begins with.
 
     The newest whole snapshot that had ended by then; none that Cassandra took before it emptied the table: from
-    there on, the table is empty, and nothing older belongs to it, however soon a snapshot followed. Snapshots are
-    read only as far as they can be newer than what was found.
+    there on, the table is empty, and nothing older belongs to it, however soon a snapshot followed; the tag tells whole
+    milliseconds, and what was flushed within that one is older. Snapshots are read only as far as they can be newer
+    than what was found.
     """
     best, moment, emptied = Base(), 0.0, None
     for taking in takings:
@@ -4313,10 +4314,11 @@ def choose_base(takings: Sequence[Taking], before: float, read: Callable[[Taking
             base = read(taking)
             if base and best.end < base.end <= before:
                 best = base
+    after = moment + 0.001 if emptied else 0.0
     if emptied and moment > best.end:
         last = read(emptied) if emptied.complete else None
-        return Base(moment, moment, None, last.newest if last else None, emptied.unit.tag.startswith("dropped-"))
-    return replace(best, start=max(best.start, moment))
+        return Base(after, moment, None, last.newest if last else None, emptied.unit.tag.startswith("dropped-"))
+    return replace(best, start=max(best.start, after))
 
 
 def unreplaced(batches: Iterable[Filed], read: Callable[[Filed], Listing]) -> list[Listing]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from faultproxy import FaultProxy
 from servers import (
@@ -50,8 +51,19 @@ def clean_environ(home: Path, more: Mapping[str, str]) -> dict[str, str]:
 
 
 def pytest_configure() -> None:
-    """Keep the test process itself off proxies and off the real metadata services."""
+    """Keep the test process itself off proxies and off the real metadata services.
+
+    With CI set, hypothesis draws the same examples each time: what it finds by chance is for people to look at.
+    """
     os.environ.update(NO_METADATA, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    hypothesis.settings.register_profile("ci", derandomize=True)
+    if os.environ.get("CI"):
+        hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that takes longest, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_watch.py")
 
 
 # ------------------------------------------------------------------------------------------------------------

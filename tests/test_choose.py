@@ -769,7 +769,8 @@ class Model:
     def create(self) -> None:
         number = self.number()
         self.table = f"users-{zlib.crc32(str(number).encode()):032x}"
-        self.exists, self.generation, self.in_backups, self.known_ids = True, 0, set(), True
+        # Of a table made anew no snapshot tells the ids: what was imported silently is not told from what was dropped.
+        self.exists, self.generation, self.in_backups, self.known_ids = True, 0, set(), False
 
     def restart(self) -> None:
         """Restart with an empty backups/: numbers go on after what is live. A restart takes hours."""
