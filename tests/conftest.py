@@ -61,11 +61,6 @@ def pytest_configure() -> None:
         hypothesis.settings.load_profile("ci")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_watch.py")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Stores
 
