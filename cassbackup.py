@@ -6500,7 +6500,7 @@ _VERIFY = (
 )
 _RESTORE = (
     *(_TAG, _AT, _LATEST, _TABLES),
-    Asked("--exclude-table", "KS[.TABLE]", (), "not these"),
+    Asked("--exclude-table --exclude", "KS[.TABLE]", (), "not these"),
     Asked("--dry-run", "", False, "only say what would be restored"),
     Option("--into", "DIR", "", "stage <DIR>/<ks>/<table>/ (default: cassbackup-restore/ beside the data)"),
     Asked("--import", "", False, "then hand each table to the running Cassandra (nodetool import)"),

@@ -483,6 +483,25 @@ def test_no_listing_that_is_there_ever_loses_an_object_whatever_dies_between_a_d
     assert play(seed) > 0
 
 
+def test_a_listing_that_came_after_the_plan_keeps_what_was_condemned_long_ago() -> None:
+    """P7: between reading the listings and deleting, a daemon may list again what an older run condemned."""
+    shelf, body = Shelf(), b"rows"
+    store = Retrying(Door(shelf, lambda: None), lambda _: False, 9.0, cb.Budget(0))  # type: ignore[arg-type]
+    going, staying = (f"{NODE}/d/{KEYSPACE}/{TABLE}/backups/{name}-Data.db" for name in ("nb-1", "nb-2"))
+    for key in (going, staying):
+        shelf.put(key, body)
+    cb.condemn(store, NODE, [going, staying])
+    shelf.now += DAY + HOUR
+    pruning = Pruning(store, NODE)
+    pruning.plan(Retention(last=1), 1)
+    entry = entry_of(unit_of("", shelf.now), "nb-2-Data.db", shelf.now, zlib.crc32(body))
+    again = replace(batch(shelf.now), files=(replace(entry, key=staying),))
+    shelf.put(cb.listings_of(NODE, again.unit) + cb.listing_name(again), cb.dump_listing(again))
+    assert pruning.confirm() == 1
+    assert staying in shelf.objects
+    assert going not in shelf.objects
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command
 

@@ -18,7 +18,7 @@ from typing import Any
 import oracle
 import pytest
 from conftest import Daemon, Run, clean_environ
-from faultproxy import Cut, FaultProxy, Flip, count
+from faultproxy import Call, Cut, FaultProxy, Flip, count
 from scene import Scene, wait_for
 from servers import Bucket, FileBucket, kill_group, tethered
 from tree import Copy, Node, Table
@@ -242,7 +242,7 @@ def test_a_generation_that_was_given_twice_comes_back_under_two(scene: Scene, no
 def test_only_the_selected_tables_come_back_and_none_of_the_system_s(daily: Scene, into: Path) -> None:
     restore(daily, "--tag", "daily", "--table", "ks1.users", "--into", into)
     assert {name for name in tree(into) if not name.startswith("ks1/users/")} == set()
-    restore(daily, "--tag", "daily", "--exclude-table", "ks1.users", "--into", into / "rest")
+    restore(daily, "--tag", "daily", "--exclude", "ks1.users", "--into", into / "rest")
     assert {name.split("/")[1] for name in tree(into / "rest")} == {"groups"}
 
 
@@ -465,6 +465,30 @@ def test_a_reply_that_is_cut_off_or_altered_on_its_way_is_fetched_once_more(
     assert rule.acted.is_set()
     assert count(between.trace, "GET", r"-Data\.db") == 2
     assert tree(into) == staged(node, "daily")
+
+
+@pytest.mark.slow
+def test_what_somebody_puts_there_while_a_file_is_fetched_is_not_overwritten(
+    scene: Scene, node: Node, moto: Bucket, proxy: Callable[[Bucket], FaultProxy], into: Path
+) -> None:
+    """P6: the name is given by link(2), which refuses; rename(2) would take the other file away."""
+    node.table("ks1", "users").flush()
+    node.snapshot("daily")
+    scene.bucket, scene.environ = moto, moto.environ
+    scene.once(*node.data_dirs)
+    theirs = into / "ks1" / "users" / "nb-1-big-Data.db"
+
+    def put() -> None:
+        theirs.parent.mkdir(parents=True, exist_ok=True)
+        theirs.write_bytes(b"theirs")
+
+    between = proxy(moto)
+    scene.environ = moto.through(between.url)
+    between.on("GET", r"-Data\.db", Call(put, "before"))
+    done = restore(scene, "--tag", "daily", "--into", into, check=1)
+    assert theirs.read_bytes() == b"theirs"
+    assert "nb-1-big-Data.db" in done.stderr
+    assert not list(theirs.parent.glob(".cassbackup-*"))
 
 
 # ------------------------------------------------------------------------------------------------------------
