@@ -3680,12 +3680,13 @@ class Systemd:
     def __init__(self, environ: Mapping[str, str]) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        self.listens = bool(address)
         ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6 if ours else 0.0
 
     def tell(self, *lines: str) -> None:
         """Send it, if it can be sent at once."""
-        if self._address:
+        if self.listens:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
                 sender.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
 
@@ -3776,7 +3777,7 @@ class Daemon:
     def _tell_systemd(self) -> None:
         """Tell the lag, and that we live: only while the pinner gets on and the uploaders can."""
         now, limit = time.monotonic(), self.systemd.watchdog_s
-        if now < self._told_due:
+        if now < self._told_due or not self.systemd.listens:
             return
         self._told_due = now + min(10.0, limit / 2 or 10.0)
         page = self.status()
