@@ -6105,30 +6105,33 @@ def restore_directory(settings: Settings) -> str:
     return os.path.abspath("cassbackup-restore")
 
 
+def check_plan(plan: Plan, incomplete: bool) -> None:
+    """Refuse a plan of which not all is there. Raises Fault."""
+    if plan.cold:
+        hint = "thaw them in the bucket first"
+    elif plan.absent:
+        hint = "`cassbackup verify` tells more; choose another snapshot"
+    elif not incomplete and any(one.base.listing and not one.base.listing.complete for one in plan.tables):
+        hint = "--incomplete restores what there is"
+    else:
+        return
+    raise Fault("nothing was restored, since not all is there", hint)
+
+
 def restore(settings: Settings, environ: Mapping[str, str]) -> int:
     """Bring back tables. Exit 1: something went wrong; 3: restored, but the backup itself lacks something."""
     if sum(map(bool, (settings.tag, settings.at, settings.latest))) != 1:
         raise Usage("what is to be restored?", "pass one of --tag TAG, --at TIME and --latest")
     if settings.in_place and settings.same_node == settings.new_node:
-        raise Usage(
-            "--in-place needs one of --same-node and --new-node", "a new node must not have the old one's identity"
-        )
-    store = open_bucket(settings, environ)
+        hint = "a new node must not have the old one's identity"
+        raise Usage("--in-place needs one of --same-node and --new-node", hint)
+    store, into = open_bucket(settings, environ), restore_directory(settings)
     about = one_node(store, settings)
     plan = plan_of(store, about.name, settings)
-    notes, into = (
-        notes_on(store, plan, 0.0 if settings.tag else settings.at or store.now()),
-        restore_directory(settings),
-    )
+    notes = notes_on(store, plan, 0.0 if settings.tag else settings.at or store.now())
     where = "the data directories" if settings.in_place else f"{into} ({size_text(room_at(into))} free)"
     print(json.dumps(plan_page(plan, notes)) if settings.json else plan_text(plan, notes, where))
-    incomplete = [one for one in plan.tables if one.base.listing and not one.base.listing.complete]
-    if plan.absent or plan.cold or (incomplete and not settings.incomplete and not settings.schema_only):
-        hint = (
-            "thaw them in the bucket first" if plan.cold else "`cassbackup verify` tells more; choose another snapshot"
-        )
-        hint = hint if plan.absent or plan.cold else "--incomplete restores what there is"
-        raise Fault("nothing was restored, since not all is there", hint)
+    check_plan(plan, settings.incomplete or settings.schema_only)
     if settings.dry_run:
         return BEHIND if plan.troubles else DONE
     if settings.schema_only:
