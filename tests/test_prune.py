@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
 import zlib
@@ -703,3 +704,26 @@ def test_a_refused_listing_keeps_its_objects_and_a_denied_page_ends_the_run(
     done = prune(scene, "--node", "node1", "--keep-last", 1, "--confirm", check=1)
     assert f"stays: {key}" in done.stdout
     assert {key: body for key, body in moto.objects().items() if ".condemned/" not in key} == before
+
+
+@pytest.mark.slow
+def test_what_a_retention_policy_holds_stays_and_it_is_told_until_when(
+    scene: Scene, node: Node, gcs: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    scene.bucket, scene.environ, between = gcs, gcs.environ, proxy(gcs)
+    fill(scene, node)
+    before = gcs.objects()
+    scene.environ = gcs.through(between.url)
+    why = (
+        "Object is subject to bucket's retention policy and cannot be deleted until 2026-12-24T01:02:03Z"
+    )
+    page = {"error": {"code": 403, "message": why, "errors": [{"reason": "retentionPolicyNotMet"}]}}
+    reply = Respond(403, json.dumps(page).encode(), {"content-type": "application/json"})
+    held = between.on("DELETE", "", reply, count=None)
+    done = prune(scene, "--node", "node1", "--keep-last", 1, "--confirm", check=1)
+    assert held.acted.is_set()
+    assert re.search(r"stays: .*/monday/.*until 2026-12-24T01:02:03Z", done.stdout)
+    assert before.items() <= gcs.objects().items()
+    between.heal()
+    prune(scene, "--node", "node1", "--keep-last", 1, "--confirm")
+    assert "monday" not in {one.of.tag for one in scene.listings("snapshot")}
