@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,7 +51,7 @@ def free_port() -> int:
 # Buckets: what a test sees of a store
 
 
-class Bucket:
+class Bucket(ABC):
     """One bucket of a store, read and damaged behind cassbackup's back.
 
     The methods go straight to the store; only the process under test goes `through` a fault proxy.
@@ -73,25 +74,25 @@ class Bucket:
         """Return the environment variables with which a cassbackup process reaches this bucket."""
         return self.through(self.url)
 
+    @abstractmethod
     def through(self, url: str) -> dict[str, str]:
         """Return the same variables with another endpoint, such as that of a fault proxy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tags(self) -> dict[str, str]:
         """Return key -> a tag that differs when the content differs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get(self, key: str) -> bytes:
         """Return the content of one object."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, key: str, body: bytes) -> None:
         """Store or overwrite one object."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delete(self, *keys: str) -> None:
         """Delete objects."""
-        raise NotImplementedError
 
     def keys(self) -> list[str]:
         """Return the key of every object, sorted."""
@@ -243,19 +244,19 @@ def gcs_client(url: str) -> Any:
 # Services: the processes behind them
 
 
-class Service:
+class Service(ABC):
     """A server process on a free port, in a process group of its own, from `with` to its end."""
 
     def __init__(self) -> None:
         self.url = ""
 
+    @abstractmethod
     def command(self, port: int) -> list[str]:
         """Return the command that serves `port` of 127.0.0.1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fresh(self) -> Bucket:
         """Make a new, empty bucket."""
-        raise NotImplementedError
 
     def __enter__(self) -> Service:
         with tempfile.TemporaryFile() as output:

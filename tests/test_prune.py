@@ -254,7 +254,7 @@ class Door:
     """The store as one process sees it; each operation waits for its turn."""
 
     url, ordered = "memory://", False
-    begin = put_part = parts = match = finish = abandon = None
+    begin = put_part = parts = match = finish = abandon = folders = None
 
     def __init__(self, shelf: Shelf, turn: Callable[[], None]) -> None:
         self.shelf, self.turn = shelf, turn
@@ -288,9 +288,6 @@ class Door:
             if len(page) < 9:
                 return
             after = page[-1]
-
-    def folders(self, prefix: str) -> Iterator[str]:
-        raise NotImplementedError
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         for key in keys:
@@ -714,9 +711,7 @@ def test_what_a_retention_policy_holds_stays_and_it_is_told_until_when(
     fill(scene, node)
     before = gcs.objects()
     scene.environ = gcs.through(between.url)
-    why = (
-        "Object is subject to bucket's retention policy and cannot be deleted until 2026-12-24T01:02:03Z"
-    )
+    why = "Object is subject to bucket's retention policy and cannot be deleted until 2026-12-24T01:02:03Z"
     page = {"error": {"code": 403, "message": why, "errors": [{"reason": "retentionPolicyNotMet"}]}}
     reply = Respond(403, json.dumps(page).encode(), {"content-type": "application/json"})
     held = between.on("DELETE", "", reply, count=None)
