@@ -957,8 +957,9 @@ class S3Store:
             events.register(f"before-call.s3.{operation}", functools.partial(_add_headers, added))
 
     def put(self, key: str, body: Body, crc32: int) -> Head:
-        sent, meta = _base64_crc(crc32), {"crc32": hex32(crc32)}
-        reply = self._call("put_object", key, Body=body, ChecksumCRC32=sent, Metadata=meta, **self._encryption)
+        sent, more = _base64_crc(crc32), {"Metadata": {"crc32": hex32(crc32)}, **self._encryption}
+        more["ChecksumAlgorithm"] = "CRC32"  # said once more, or a bucket with object lock refuses
+        reply = self._call("put_object", key, Body=body, ChecksumCRC32=sent, **more)
         etag = reply.get("ETag", "")
         echoed = reply.get("ChecksumCRC32") == sent
         told = (echoed and not self._plain) or self._arrived(key, etag, body) or echoed
@@ -1227,7 +1228,7 @@ class GCSStore:
             try:
                 with contextlib.suppress(Missing), self._faults(key):
                     self._blob(key).delete(**self._CALL)
-            except Denied as fault:
+            except (Conflict, Denied) as fault:
                 why[key] = fault.what
         return why
 
@@ -1277,6 +1278,8 @@ class GCSStore:
         if status == 404 and (not no_object or "bucket does not exist" in message.lower()):
             return Denied(f"bucket {self._bucket.name} does not exist", "create it, or correct BUCKET_NAME")
         what = f"{self.url}: {status} for {key} ({message})"
+        if status == 403 and "storage.objects.delete" in message:  # so a taken key looks to who may not overwrite it
+            return Conflict(what)
         return _fault_of_status(status, what, "check the service account, its roles (README) and access scopes")
 
 

@@ -884,9 +884,9 @@ def test_a_bucket_that_does_not_exist_is_named_with_what_to_do(
     assert opened.clock.waits == []
 
 
-def google_error(message: str) -> Respond:
-    body = json.dumps({"error": {"code": 404, "message": message, "errors": [{"reason": "notFound"}]}})
-    return Respond(404, body.encode(), {"Content-Type": "application/json"})
+def google_error(message: str, status: int = 404) -> Respond:
+    body = json.dumps({"error": {"code": status, "message": message, "errors": [{"reason": "?"}]}})
+    return Respond(status, body.encode(), {"Content-Type": "application/json"})
 
 
 def test_gcs_tells_an_absent_object_from_an_absent_bucket(gcs: Bucket, proxy: Proxied, opened: Opener) -> None:
@@ -901,6 +901,23 @@ def test_gcs_tells_an_absent_object_from_an_absent_bucket(gcs: Bucket, proxy: Pr
     for call in (lambda: put(store, KEY), lambda: keys(store)):
         with pytest.raises(Denied, match="does not exist"):
             call()
+
+
+def test_gcs_tells_who_may_not_delete_in_words_of_its_own_that_a_key_is_taken(
+    gcs: Bucket, proxy: Proxied, opened: Opener
+) -> None:
+    """To write to a taken key is to overwrite it, which needs the right to delete; a daemon should not have it."""
+    faulty = proxy(gcs)
+    store = opened(gcs, faulty.url)
+    why = "sa does not have storage.objects.delete access to the Google Cloud Storage object."
+    taken = faulty.on("POST", "", google_error(why, 403), nth=2, count=None)
+    faulty.on("DELETE", "", google_error(why, 403))
+    put(store, KEY)  # sent twice at first, to learn whether the server overwrites
+    assert taken.acted.is_set()
+    put(store, KEY)
+    with pytest.raises(Conflict):
+        put(store, KEY, b"others")
+    assert "storage.objects.delete" in store.delete([KEY])[KEY]
 
 
 @pytest.mark.parametrize("code", ["PermanentRedirect", "AuthorizationHeaderMalformed"])
