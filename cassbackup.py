@@ -99,6 +99,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import uuid
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -4755,11 +4756,20 @@ def schema_alone(store: Retrying, node: str, one: Chosen, filed: Sequence[Filed]
     return replace(one, sstables=(), troubles=(), others=others)
 
 
+def born_at(table: str) -> float:
+    """Return when a table was created, as its id tells: a version 1 UUID (TableId.generate). Else 0.0."""
+    with contextlib.suppress(ValueError):
+        told = uuid.UUID(table_id_of(table)[1])
+        return (told.time - 0x01B21DD213814000) / 1e7 if told.version == 1 else 0.0
+    return 0.0
+
+
 def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
     """Keep of each name the table that lived at a moment: one that was dropped and made again has two ids.
 
-    That is the one with the newest unit by then. One that was dropped yields to the other, even if that has nothing
-    but imports with old modification times; and neither yields to what was imported after the moment.
+    That is the one with the newest unit by then, of those that were created by then. One that was dropped yields to
+    the other, even if that has nothing but imports with old modification times; and neither yields to what was
+    imported after the moment.
     """
     names: dict[tuple[str, str], list[Chosen]] = {}
     for one in tables:
@@ -4767,12 +4777,12 @@ def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
             names.setdefault((one.keyspace, table_id_of(one.table)[0]), []).append(one)
     drops = {name: max((one.base.end for one in same if one.base.dropped), default=0.0) for name, same in names.items()}
 
-    def life(one: Chosen) -> tuple[bool, bool, float]:
+    def life(one: Chosen) -> tuple[bool, bool, bool, float]:
         drop = drops[one.keyspace, table_id_of(one.table)[0]]
         written = max((sstable.written for sstable in one.sstables), default=0.0)
         seen = one.base.end or any(sstable.seen <= utc(before) for sstable in one.sstables)
         there = bool(one.sstables or not one.base.dropped)
-        return bool(seen or 0 < drop < written), there, max(one.base.end, written)
+        return born_at(one.table) <= before, bool(seen or 0 < drop < written), there, max(one.base.end, written)
 
     return [max(same, key=life) for same in names.values()]
 
