@@ -525,7 +525,7 @@ def _load_entry(directory: str, page: dict[str, Any]) -> Stored:
     same = (_typed(page, "size", int), _typed(page, "mtime_ns", int)) == (stamp.size, stamp.mtime_ns)
     good = 0 <= stamp.size < 1 << 63 > abs(stamp.mtime_ns) and (not words["seen"] or is_utc(words["seen"]))
     good = good and bool(re.fullmatch("[0-9a-f]{8}", words["crc32"]) and re.fullmatch("[0-7]{4,5}", mode))
-    if not (same and good) or name in ("", ".", "..") or re.search("[/\0]", name):
+    if not (same and good) or name in ("", ".", "..") or re.search("[/\0\ud800-\udc7f\udd00-\udfff]", name):
         raise ValueError(f"entry {name!r} is not one of ours")
     return Stored(directory, name, stamp, int(mode, 8), **words)
 
@@ -4579,14 +4579,15 @@ Placed = tuple[Fetch, str, str]  # what, below which root, at which path there
 
 
 def place_staged(plan: Plan, into: str) -> list[Placed]:
-    """Return where files go so that `nodetool import` and sstableloader take them: <into>/<ks>/<table>/."""
+    """Return where files go: <into>/<ks>/<table>/, as `nodetool import` and sstableloader take them, or <into>/."""
     tables: dict[tuple[str, str], str] = {}
     for fetch in plan.fetches:
         name = (fetch.keyspace, table_id_of(fetch.table)[0])
         if tables.setdefault(name, fetch.table) != fetch.table:
             raise Usage(f"two tables are called {'.'.join(name)}", f"choose one: --table {name[0]}.{fetch.table}")
     return [
-        (fetch, into, "/".join((fetch.keyspace, table_id_of(fetch.table)[0], fetch.name))) for fetch in plan.fetches
+        (fetch, into, "/".join(filter(None, (fetch.keyspace, table_id_of(fetch.table)[0], fetch.name))))
+        for fetch in plan.fetches
     ]
 
 
@@ -4793,6 +4794,22 @@ def make_plan(store: Retrying, node: str, moment: str, tables: Sequence[Chosen],
     troubles = [f"{quote(one.keyspace)}.{quote(one.table)}: {trouble}" for one in tables for trouble in one.troubles]
     absent, cold = look_up(store, (fetch.entry for fetch in fetches), threads)
     return Plan(node, moment, tuple(tables), fetches, tuple(troubles), tuple(absent), tuple(cold))
+
+
+def plan_archive(store: Retrying, node: str, directory: str, threads: int) -> Plan:
+    """Choose all files that were archived in a directory, of each name the newest. Raises Missing, Corrupt."""
+    heads = store.list(listings_of(node, Unit("archive", "", "", directory, "")))
+    filed = filter(None, (filed_as(node, head) for head in heads))
+    listings = list(spread(functools.partial(read_filed, store, node), filed, threads))
+    entries = {entry.name: entry for listing in listings for entry in listing.files}
+    if not entries:
+        raise Missing(f"{node} has no archive of {quote(directory)}", "`cassbackup list` names the directories")
+    fetches = tuple(Fetch(entry, "", "", directory, name) for name, entry in entries.items())
+    lost = sorted({name for listing in listings for name in listing.lost} - entries.keys())
+    troubles = tuple(f"{quote(name)} was lost before it could be stored" for name in lost)
+    absent, cold = look_up(store, entries.values(), threads)
+    moment = f"{rfc3339(utc(store.now()))}, archive {quote(directory)}"
+    return Plan(node, moment, (), fetches, troubles, tuple(absent), tuple(cold))
 
 
 # ======================================================================================================
@@ -5874,7 +5891,7 @@ def plan_text(plan: Plan, notes: Sequence[str], where: str) -> str:
     """Return a plan for people."""
     rows = [("table", "SSTables", "from")]
     rows += [(quote(f"{one.keyspace}.{one.table}"), str(len(one.sstables)), one.why) for one in plan.tables]
-    lines = [f"{plan.node} as of {plan.moment}, into {where}", columns(rows, "  ")]
+    lines = [f"{plan.node} as of {plan.moment}, into {where}", *[columns(rows, "  ")] * bool(plan.tables)]
     lines.append(f"{len(plan.fetches)} files, {size_text(plan.size)}")
     lines += [f"lacking: {trouble}" for trouble in plan.troubles]
     lines += [f"not in the bucket as listed: {key}" for key in plan.absent[:20]]
@@ -6060,7 +6077,7 @@ def write_schema(store: Retrying, plan: Plan, settings: Settings, into: str) -> 
 
 
 def _restore_staged(store: Retrying, plan: Plan, settings: Settings, into: str) -> dict[str, Exception]:
-    files = [fetch for fetch in plan.fetches if sstable_of(fetch.entry.name)]
+    files = [fetch for fetch in plan.fetches if fetch.keyspace and sstable_of(fetch.entry.name)]
     tables = sorted({(fetch.keyspace, table_id_of(fetch.table)[0]) for fetch in files})
     os.makedirs(into, exist_ok=True)
     placed = place_staged(plan, into)
@@ -6133,14 +6150,19 @@ def check_plan(plan: Plan, incomplete: bool) -> None:
 
 def restore(settings: Settings, environ: Mapping[str, str]) -> int:
     """Bring back tables. Exit 1: something went wrong; 3: restored, but the backup itself lacks something."""
-    if sum(map(bool, (settings.tag, settings.at, settings.latest))) != 1:
-        raise Usage("what is to be restored?", "pass one of --tag TAG, --at TIME and --latest")
+    if sum(map(bool, (settings.tag, settings.at, settings.latest, settings.archive))) != 1:
+        raise Usage("what is to be restored?", "pass one of --tag TAG, --at TIME, --latest and --archive DIR")
+    if settings.archive and (settings.in_place or settings.import_ or settings.schema_only or settings.table):
+        raise Usage("an archive has no tables", "pass --archive and --into alone; Cassandra takes its files from there")
     if settings.in_place and settings.same_node == settings.new_node:
         hint = "a new node must not have the old one's identity"
         raise Usage("--in-place needs one of --same-node and --new-node", hint)
     store, into = open_bucket(settings, environ), restore_directory(settings)
     about = one_node(store, settings)
-    plan = plan_of(store, about.name, settings)
+    if settings.archive:
+        plan = plan_archive(store, about.name, os.path.normpath(settings.archive), settings.threads)
+    else:
+        plan = plan_of(store, about.name, settings)
     notes = notes_on(store, plan, 0.0 if settings.tag else settings.at or store.now())
     where = "the data directories" if settings.in_place else f"{into} ({size_text(room_at(into))} free)"
     print(json.dumps(plan_page(plan, notes)) if settings.json else plan_text(plan, notes, where))
@@ -6519,6 +6541,7 @@ _RESTORE = (
     *(_TAG, _AT, _LATEST, _TABLES),
     Asked("--exclude-table --exclude", "KS[.TABLE]", (), "not these"),
     Asked("--dry-run", "", False, "only say what would be restored"),
+    Asked("--archive", "DIR", "", "not tables, but the files that were archived there, as commit logs"),
     Option("--into", "DIR", "", "stage <DIR>/<ks>/<table>/ (default: cassbackup-restore/ beside the data)"),
     Asked("--import", "", False, "then hand each table to the running Cassandra (nodetool import)"),
     _NODETOOL,

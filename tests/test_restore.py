@@ -501,9 +501,9 @@ def listing_of(scene: Scene, table: str = "users") -> tuple[str, Json]:
     return found[-1].key, found[-1].document
 
 
-def tamper(scene: Scene, change: Change) -> None:
-    """Change the listing of ks1.users, and its name so that it agrees."""
-    key, page = listing_of(scene)
+def tamper(scene: Scene, change: Change, found: tuple[str, Json] | None = None) -> None:
+    """Change a listing, or that of ks1.users, and its name so that it agrees."""
+    key, page = found or listing_of(scene)
     change(page)
     name = key.rpartition("/")[2]
     with contextlib.suppress(Exception):
@@ -517,7 +517,8 @@ def entry_with(**words: Any) -> Change:
     """Return what changes an entry of a listing."""
 
     def change(page: Json) -> None:
-        entry = next(e for entries in page["directories"].values() for e in entries if "Data.db" in e["name"])
+        every = [entry for entries in page["directories"].values() for entry in entries]
+        entry = next((entry for entry in every if "Data.db" in entry["name"]), every[0])
         for word, value in words.items():
             entry[word] = value(entry[word]) if callable(value) else value
         if not {"size", "mtime_ns"} & words.keys():
@@ -544,6 +545,7 @@ HOSTILE: dict[str, Change] = {
     "name ..": entry_with(name=".."),
     "name huge": entry_with(name="nb-1-big-" + "D" * 300),
     "name number": entry_with(name=7),
+    "name lone surrogate": entry_with(name="nb-1-big-\ud800Data.db"),
     "directory ../": moved(lambda name: name + "/../../../../.."),
     "directory .": moved(lambda name: name + "/./x"),
     "directory //": moved(lambda name: name + "//x"),
@@ -604,6 +606,59 @@ def test_a_hostile_listing_is_refused_whole_before_anything_is_written(
 ) -> None:
     tamper(daily, HOSTILE[what])
     assert assert_refused().startswith("cassbackup: ")
+
+
+@pytest.fixture
+def logs(scene: Scene, tmp_path: Path) -> Path:
+    """Return a directory of commit logs that was archived in two goes."""
+    found = tmp_path / "archive"
+    found.mkdir()
+    for number in range(1, 4):
+        (found / f"CommitLog-7-{number}.log").write_bytes(b"%d" % number * 9 * number)
+        os.utime(found / f"CommitLog-7-{number}.log", (number, number))
+        if number != 1:
+            scene.once(found, args=("--include", "/archive/"))
+    return found
+
+
+def test_archived_files_come_back_whole_and_over_nothing(scene: Scene, logs: Path, into: Path) -> None:
+    restore(scene, "--archive", f"{logs}/", "--into", into)
+    assert tree(into) == tree(logs)
+    assert {path.stat().st_mtime for path in into.iterdir()} == {1, 2, 3}
+    (into / "CommitLog-7-1.log").unlink()
+    (into / "CommitLog-7-2.log").write_bytes(b"mine")
+    assert "CommitLog-7-2.log has other content" in restore(scene, "--archive", logs, "--into", into, check=1).stderr
+    assert tree(into) == {**tree(logs), "CommitLog-7-2.log": b"mine"}
+
+
+def test_what_was_lost_before_it_could_be_archived_is_named(scene: Scene, logs: Path, into: Path) -> None:
+    listing = scene.listings("archive")[-1]
+    lost = ["CommitLog-7-1.log", "CommitLog-7-9%1B.log"]  # the first is listed elsewhere
+    tamper(scene, lambda page: page.update(lost=lost), (listing.key, listing.document))
+    told = restore(scene, "--archive", logs, "--into", into, check=3).stdout
+    assert re.findall("lacking: (.*)", told) == ["CommitLog-7-9%1B.log was lost before it could be stored"]
+    assert tree(into) == tree(logs)
+
+
+def test_a_directory_that_was_not_archived_and_options_for_tables_are_refused(
+    scene: Scene, logs: Path, into: Path
+) -> None:
+    assert "has no archive of" in restore(scene, "--archive", logs.parent, "--into", into, check=1).stderr
+    for option in ("--import", "--schema-only", "--table=ks1", "--latest"):
+        restore(scene, "--archive", logs, "--into", into, option, check=2)
+    assert not into.exists()
+
+
+@pytest.mark.parametrize("what", [what for what in HOSTILE if what.startswith(("name", "key of", "key ../"))])
+def test_a_hostile_listing_of_an_archive_writes_nothing_outside(
+    scene: Scene, logs: Path, into: Path, what: str
+) -> None:
+    listing = scene.listings("archive")[-1]
+    tamper(scene, HOSTILE[what], (listing.key, listing.document))
+    before = oracle.survey(scene.at, leave_out=("restored",))
+    restore(scene, "--archive", logs, "--into", into, check=1)
+    assert oracle.untouched(before, oracle.survey(scene.at, leave_out=("restored",))) == []
+    assert tree(into).keys() < tree(logs).keys()
 
 
 @pytest.mark.slow
