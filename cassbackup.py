@@ -6260,6 +6260,16 @@ def tables_with_snapshot(directories: Sequence[str], tag: str, filters: Filters)
     return tables
 
 
+def snapshot_size(directories: Sequence[str], tag: str, table: tuple[str, str]) -> int:
+    """Return the bytes of a table's snapshot on disk."""
+    size = 0
+    for root in directories:
+        for folder, _, names in os.walk(os.path.join(root, *table, "snapshots", tag)):
+            with contextlib.suppress(FileNotFoundError):  # cleared by somebody else, or by its --ttl
+                size += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
+    return size
+
+
 def listed_of(store: Retrying, node: str, table: tuple[str, str], tag: str, since: str) -> str:
     """Return the key of a complete listing of a table's snapshot that was taken since then, "" if there is none."""
     prefix = listings_of(node, Unit("snapshot", *table, tag, "x"))[: -len("x/")]
@@ -6282,28 +6292,26 @@ class SnapshotWait:
         self.keys |= {table: key for table, key in found if key}
         return tables - self.keys.keys()
 
-    def wait(self, tables: set[tuple[str, str]], store_here: Callable[[], int]) -> set[tuple[str, str]]:
-        """Return the tables that will not be listed complete."""
-        began, said, waiter = time.time(), time.monotonic(), threading.Event()
-        while left := self.check(tables):
+    def wait(self, tables: Mapping[tuple[str, str], int], store_here: Callable[[], int]) -> set[tuple[str, str]]:
+        """Return which of these tables, given with their bytes, will not be listed complete."""
+        began, said, waiter, total = time.time(), time.monotonic(), threading.Event(), sum(tables.values())
+        show, first = show_rate(f"{self._tag}: stored", total, sys.stderr.isatty()), dict[str, Any]()
+        while left := self.check(set(tables)):
             if not holder_of(self._settings.state_dir):
                 with contextlib.suppress(Busy):  # a daemon was started just now
                     store_here()
-                    return self.check(tables)
+                    return self.check(set(tables))
             page = ask_status(self._settings.state_dir, waiter)
             if page["looked"] > began and page["quiet"] and not page["pending"]["units"]:
-                return self.check(tables)
-            if time.monotonic() - said > 30:
+                return self.check(set(tables))
+            first = first or page
+            listed, sent = total - sum(tables[table] for table in left), page["sent"]["bytes"] - first["sent"]["bytes"]
+            show(min(max(listed, sent), total - 1))  # a large table is listed late
+            if page["trouble"] and time.monotonic() - said > 30:
                 said = time.monotonic()
-                pending = size_text(page["pending"]["bytes"])
-                log.info(
-                    "waiting tag=%s tables_left=%d pending=%s trouble=%s",
-                    self._tag,
-                    len(left),
-                    pending,
-                    quote(page["trouble"]),
-                )
+                log.warning("waiting tag=%s tables_left=%d trouble=%s", self._tag, len(left), quote(page["trouble"]))
             waiter.wait(min(10.0, 0.5 + len(tables) / 100))
+        show(total)
         return set()
 
 
@@ -6379,7 +6387,8 @@ def snapshot(settings: Settings, environ: Mapping[str, str]) -> int:
         raise Fault(f"nodetool took the snapshot {tag}, but not below {' '.join(directories)}", "pass --paths")
     waiting = SnapshotWait(store, identity, settings, tag, since)
     here = Settings({**settings.all, "once": Setting(True, "flag"), "paths": Setting(tuple(directories), "flag")})
-    if missing := waiting.wait(tables, lambda: watch(here, environ)):
+    sizes = {table: snapshot_size(directories, tag, table) for table in tables}
+    if missing := waiting.wait(sizes, lambda: watch(here, environ)):
         names = ", ".join(f"{keyspace}.{table_id_of(table)[0]}" for keyspace, table in sorted(missing)[:9])
         raise Fault(
             f"{len(missing)} of {len(tables)} tables are not listed whole: {names}", f"snapshot {tag} stays on disk"

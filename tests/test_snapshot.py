@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import oracle
 import pytest
 from conftest import Daemon, Run
-from scene import SETTLE, Scene
-from servers import FileBucket
+from faultproxy import Call, FaultProxy
+from scene import SETTLE, Scene, wait_for
+from servers import Bucket, FileBucket
 from tree import Node
 
 pytestmark = pytest.mark.slow
@@ -59,6 +61,20 @@ elif words[0] == "version":
     print("ReleaseVersion: 5.0.6")
 """
 
+ON_A_TERMINAL = """
+import os, pty, sys
+def read(fd):
+    data = os.read(fd, 4096)
+    with open(sys.argv[1], "ab") as screen:
+        screen.write(data)
+    return data
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[2:], read)))
+"""
+# What runs a command and copies what it shows into a file, whose name comes first.
+TERMINAL = (sys.executable, "-c", ON_A_TERMINAL)
+NO_TERMINAL = ("sh", "-c", 'screen="$1"; shift; exec "$@" 2>"$screen"', "sh")
+SIZE = r"[\d.]+ \w+"
+
 
 class Snapshots:
     """Runs `cassbackup snapshot` on a node, with a nodetool and a cqlsh that write down how they were called."""
@@ -71,10 +87,13 @@ class Snapshots:
         self.nodetool = f"{sys.executable} {scene.at / 'nodetool.py'} {self.data} {self.calls_file}"
         self.cqlsh = f"{sys.executable} {scene.at / 'cqlsh.py'}"
 
-    def __call__(self, *args: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *args: object, check: int | None = 0, within: Sequence[object] = ()
+    ) -> subprocess.CompletedProcess[str]:
         options = ["--bucket", self.scene.bucket.target, "--state-dir", self.scene.state, "--name", "node1", *SETTLE]
         tools = ["--nodetool", self.nodetool, "--cqlsh", self.cqlsh, "--paths", self.data]
-        return self.scene.run("snapshot", *tools, *options, *args, check=check)
+        words = ("snapshot", *tools, *options, *args)
+        return self.scene.run(*words, check=check, env=self.scene.environ, within=[str(word) for word in within])
 
     def calls(self, verb: str) -> list[str]:
         """Return the calls of nodetool with this verb."""
@@ -126,6 +145,31 @@ def test_with_a_daemon_the_command_waits_for_it(snapshots: Snapshots) -> None:
     assert snapshots.scene.daemon.is_running
     snapshots("-t", "weekly")  # the same tag is a new taking
     assert len(snapshots.records("weekly")) == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_waiting_shows_how_far_the_daemon_is_and_how_long_it_will_take(
+    snapshots: Snapshots, moto: Bucket, proxy: Callable[[Bucket], FaultProxy], terminal: bool
+) -> None:
+    store, screen = proxy(moto), snapshots.scene.at / "screen"
+    snapshots.scene.bucket, snapshots.scene.environ = moto, moto.through(store.url)
+    snapshots.scene.start(snapshots.data)
+    screen.touch()
+    held = Call(lambda: wait_for(lambda: "to go" in screen.read_text(), 100), "before")
+    store.on("PUT", r"orders.*-Data\.db", held, count=None)
+    snapshots("-t", "weekly", within=(*(TERMINAL if terminal else NO_TERMINAL), screen))
+    told = f"weekly: stored {SIZE} of {SIZE} [(]{SIZE}/s[)]"
+    text = screen.read_bytes().decode()
+    assert re.search(told + r", \d+ s to go" + (r"\r" if terminal else r"\n"), text)  # the next line goes over it
+    assert re.search(told + r"\r?\n", text)
+
+
+def test_a_restore_shows_on_a_terminal_how_far_it_is(snapshots: Snapshots) -> None:
+    snapshots("-t", "weekly")
+    screen = snapshots.scene.at / "screen"
+    options = ("--bucket", snapshots.scene.bucket.target, "--tag", "weekly", "--into", snapshots.scene.at / "restored")
+    snapshots.scene.run("restore", *options, check=0, within=[*TERMINAL, str(screen)])
+    assert re.search(f"restored ({SIZE}) of \\1 [(]{SIZE}/s[)]\r?\n", screen.read_bytes().decode())
 
 
 def test_the_tag_record_names_the_listings_the_schema_and_the_place_in_the_ring(snapshots: Snapshots) -> None:
