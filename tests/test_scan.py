@@ -252,7 +252,7 @@ def test_a_full_watch_table_is_named_with_its_sysctl_and_all_is_listed_all_the_s
         table.flush()
     node.snapshot("daily")
     wait_for(lambda: oracle.lost(node.history, scene.bucket.objects(), "node1") == [])
-    scene.settled()
+    assert scene.settled()["counts"]["found_by_rescan"] > 0
     scene.assert_all_is_listed(node.history)
 
 
