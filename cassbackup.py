@@ -58,7 +58,8 @@ Contents
     Restore         plan first, then file by file
     Verify          is an object what a listing says
     Prune           what may go, and deleting it without a lock
-    Commands        watch, status, config, list, verify, restore, prune, snapshot
+    Doctor          what can go wrong, before it does: checks, and the cure
+    Commands        watch, status, config, list, verify, restore, prune, snapshot, doctor
     Command line    options, logging, main
 """
 
@@ -111,6 +112,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
+from importlib import metadata
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast, get_args
 
@@ -616,6 +618,15 @@ class Access:
     threads: int = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A lifecycle rule of a bucket, as far as it matters here."""
+
+    name: str
+    prefixes: tuple[str, ...]  # of keys in the bucket; "" is all of them
+    does: frozenset[str]  # expire; archive (to where nothing is read before a thaw); abort uploads; trim old versions
+
+
 P = ParamSpec("P")
 At = TypeVar("At", int, str)  # how far a stream has come: an offset, or a key
 Body = bytes | bytearray
@@ -1053,6 +1064,42 @@ class S3Store:
                 why[error["Key"].removeprefix(self._prefix)] = f"{error['Code']}: {error.get('Message', '')}"
         return why
 
+    def credentials(self) -> str:
+        """Return where the credentials come from, "" where there are none."""
+        found = self._client._request_signer._credentials
+        return found.method if found else ""
+
+    def _about(self, operation: str) -> Any:
+        """Ask for a setting of the bucket. Raises Missing where it has none, Denied without a right of its own."""
+        with self._faults("the bucket itself"):
+            return getattr(self._client, operation)(Bucket=self._bucket)
+
+    def rules(self) -> Iterator[Rule]:
+        """Yield the lifecycle rules, but for those that go by tags: our objects have none."""
+        found: dict[str, Any] = {}
+        with contextlib.suppress(Missing):
+            found = self._about("get_bucket_lifecycle_configuration")
+        for rule in found.get("Rules", ()):
+            chosen = rule.get("Filter", {}).get("And") or rule.get("Filter", {})
+            if rule["Status"] != "Enabled" or "Tag" in chosen or chosen.get("Tags"):
+                continue
+            does = {
+                "expire": {"Days", "Date"} & rule.get("Expiration", {}).keys(),
+                "archive": any(map(_cold, rule.get("Transitions", ()))),
+                "abort": "AbortIncompleteMultipartUpload" in rule,
+                "trim": "NoncurrentVersionExpiration" in rule,
+            }
+            prefix = chosen.get("Prefix") or rule.get("Prefix") or ""
+            yield Rule(rule.get("ID", "?"), (prefix,), frozenset(word for word, so in does.items() if so))
+
+    def versions(self) -> str:
+        """Return "" unless the bucket keeps versions; whether it does, and how long it locks them."""
+        with contextlib.suppress(Missing, Denied):
+            lock = self._about("get_object_lock_configuration")["ObjectLockConfiguration"]
+            kept = lock.get("Rule", {}).get("DefaultRetention", {})
+            return " ".join(["on, with object lock", *(f"{word}={kept[word]}" for word in sorted(kept))])
+        return "on" if self._about("get_bucket_versioning").get("Status") == "Enabled" else ""
+
     def _arrived(self, key: str, etag: str, body: Body) -> bool:
         """Tell whether the ETag proves the bytes. Without TLS it must, if it is an MD5: some servers only echo CRCs."""
         if _is_md5(etag, body):
@@ -1235,6 +1282,25 @@ class GCSStore:
             except (Conflict, Denied) as fault:
                 why[key] = fault.what
         return why
+
+    def rules(self) -> Iterator[Rule]:
+        """Yield the lifecycle rules. Raises Denied without storage.buckets.get. ARCHIVE can be read at once there."""
+        for number, rule in enumerate(self._about().lifecycle_rules, 1):
+            does, when = rule["action"]["type"], rule.get("condition", {})
+            old = {"numNewerVersions", "daysSinceNoncurrentTime", "noncurrentTimeBefore"} & when.keys()
+            trims = old or when.get("isLive") is False
+            words = {"AbortIncompleteMultipartUpload": {"abort"}, "Delete": {"trim" if trims else "expire"}}
+            yield Rule(f"{number} ({does})", tuple(when.get("matchesPrefix", ("",))), frozenset(words.get(does, ())))
+
+    def versions(self) -> str:
+        """Return "" unless the bucket keeps versions or a retention; what it keeps."""
+        bucket = self._about()
+        locked = f"retention={bucket.retention_period} s" * bool(bucket.retention_period)
+        return " ".join(filter(None, ["on" * bucket.versioning_enabled, locked]))
+
+    def _about(self) -> Any:
+        with self._faults("the bucket itself", no_object=False):
+            return self._client.get_bucket(self._bucket.name, **self._CALL)
 
     def _blob(self, key: str) -> Any:
         blob = self._bucket.blob(self._prefix + key, kms_key_name=self._access.kms_key or None)
@@ -1529,7 +1595,13 @@ class Cloud:
     region: str
 
 
-def _ask(url: str, headers: Mapping[str, str], method: str = "GET", marked: Mapping[str, str] | None = None) -> str:
+def _ask(
+    url: str,
+    headers: Mapping[str, str],
+    method: str = "GET",
+    marked: Mapping[str, str] | None = None,
+    shape: str = r"[A-Za-z0-9+/=_.:-]{1,1000}",
+) -> str:
     """Return a short answer, "" where there is none; `marked` are headers that it must have."""
     import requests
 
@@ -1540,7 +1612,7 @@ def _ask(url: str, headers: Mapping[str, str], method: str = "GET", marked: Mapp
         if reply.status_code != 200 or any(reply.headers.get(name) != value for name, value in (marked or {}).items()):
             return ""
         text = reply.raw.read(65536).decode("ascii", "replace").strip()
-    return text if re.fullmatch(r"[A-Za-z0-9+/=_.:-]{1,1000}", text) else ""
+    return text if re.fullmatch(shape, text) else ""
 
 
 def _ask_aws(environ: Mapping[str, str]) -> Cloud | None:
@@ -1558,6 +1630,14 @@ def _ask_gce(environ: Mapping[str, str]) -> Cloud | None:
     instance = _ask(base + "id", headers, marked=headers)
     zone = _ask(base + "zone", headers, marked=headers) if instance else ""  # projects/123/zones/europe-west1-b
     return Cloud("gs", instance, zone.rpartition("/")[2].rpartition("-")[0]) if instance else None
+
+
+def ask_scopes(environ: Mapping[str, str]) -> list[str]:
+    """Return the access scopes of this VM on GCE: what its service account can do is bounded by them."""
+    base = f"http://{environ.get('GCE_METADATA_HOST') or '169.254.169.254'}/computeMetadata/v1/instance/"
+    headers = {"Metadata-Flavor": "Google"}
+    url = base + "service-accounts/default/scopes"
+    return _ask(url, headers, marked=headers, shape=r"[A-Za-z0-9/_.:\s-]{1,9000}").split()
 
 
 def _may_be_cloud() -> bool:
@@ -2105,16 +2185,20 @@ def why_no_link(root: str, path: str) -> str:
     return "" if os.stat(root).st_dev == os.stat(path).st_dev else "another file system"
 
 
-def open_area(root: str, pin_dir: str = "") -> Area:
-    """Open a data directory's pin area: beside it, else inside, where link(2) works. Raises Usage, Busy."""
-    real = os.path.realpath(root)
-    candidates = [
+def area_paths(real: str, pin_dir: str) -> list[str]:
+    """Return where a data directory's pin area may be, the best place first."""
+    if pin_dir:
+        return [os.path.join(os.path.abspath(pin_dir), quote(real, slash="%2F"))]
+    return [
         os.path.join(os.path.dirname(real), ".cassbackup", os.path.basename(real)),
         os.path.join(real, ".cassbackup", "backups"),  # Cassandra's own walks skip a directory of this name
     ]
-    if pin_dir:
-        candidates = [os.path.join(os.path.abspath(pin_dir), quote(real, slash="%2F"))]
-    problems = []
+
+
+def open_area(root: str, pin_dir: str = "") -> Area:
+    """Open a data directory's pin area: beside it, else inside, where link(2) works. Raises Usage, Busy."""
+    real = os.path.realpath(root)
+    candidates, problems = area_paths(real, pin_dir), []
     for path in candidates:
         try:
             os.makedirs(path, 0o755, exist_ok=True)
@@ -5278,6 +5362,354 @@ class Pruning:
 
 
 # ======================================================================================================
+# Doctor
+# ======================================================================================================
+
+_OLD_TAG_S: Final = 7 * 86400.0
+Result = Literal["ok", "warning", "bad", "skipped"]
+
+
+class Finding(NamedTuple):
+    """What a check found, and the cure where it is not ok."""
+
+    name: str
+    result: Result
+    detail: str
+    cure: str = ""
+
+
+def judge(name: str, good: bool, detail: str, otherwise: Result, cure: str) -> Finding:
+    """Return a finding: ok, or something else with its cure."""
+    return Finding(name, "ok", detail) if good else Finding(name, otherwise, detail, cure)
+
+
+def finding_of(name: str, error: Fault | OSError) -> Finding:
+    """Return what a check ran into."""
+    what, hint = (error.what, error.hint) if isinstance(error, Fault) else (str(error), "")
+    return Finding(name, "bad", what, hint or "ask again, as the owner of the data")
+
+
+@dataclass(slots=True)
+class Survey:
+    """What the daemon will find at its first look."""
+
+    directories: int = 0  # each takes a watch
+    files: int = 0  # a file with several names counts once
+    size: int = 0
+    requests: int = 0  # a put, or the parts with a beginning and an end; and two for each listing
+    backups: Counter[int] = field(default_factory=Counter)  # bytes in backups/, by device
+    tags: dict[str, float] = field(default_factory=dict)  # when the newest directory of a tag was changed
+    _seen: set[tuple[int, int]] = field(default_factory=set)  # of files with several names
+
+    def look(self, root: str, filters: Filters) -> None:
+        """Walk a data directory as the daemon will."""
+        for folder, folders, names in os.walk(root):
+            parts = [] if folder == root else os.path.relpath(folder, root).split("/")
+            kind, live = "".join(parts[2:3]), len(parts) == 2 and not filters.include
+            wanted = [name for name in folders if not name.startswith((".cassbackup", "lost+found"))]
+            wanted = [name for name in wanted if not live or name in ("snapshots", "backups")]
+            folders[:] = [name for name in wanted if filters.directory([*parts, name])]
+            if kind == "snapshots" and len(parts) == 4:
+                self.tags[parts[3]] = max(self.tags.get(parts[3], 0.0), os.stat(folder).st_mtime)
+            inside = kind == "backups" or (kind == "snapshots" and len(parts) > 3)
+            paths = [path for name in names if filters.archived(path := os.path.join(folder, name)) or inside]
+            self.directories, self.requests = self.directories + 1, self.requests + 2 * bool(paths)
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    self._count(os.lstat(path), kind == "backups")
+
+    def _count(self, info: os.stat_result, incremental: bool) -> None:
+        one = (info.st_dev, info.st_ino)
+        if one in self._seen:
+            return
+        if info.st_nlink > 1:
+            self._seen.add(one)
+        self.files, self.size = self.files + 1, self.size + info.st_size
+        self.requests += 1 if info.st_size <= PART_BYTES else 2 + -(-info.st_size // PART_BYTES)
+        self.backups[info.st_dev] += info.st_blocks * 512 * incremental
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is examined: the daemon's settings, and what was made of them."""
+
+    settings: Any  # as the command line read them
+    environ: Mapping[str, str]
+    directories: Sequence[str]
+    was_root: bool  # and has become the owner of the data
+    yaml: str  # the text of cassandra.yaml
+    nodetool: Callable[..., str]
+    holder: str  # pid of the daemon, "" where none runs
+    survey: Survey
+    cloud: Cloud | None
+    node: str
+    machine: str  # its machine-id(5)
+    store: Store
+
+    @property
+    def patient(self) -> Retrying:
+        """Return the store for what may be tried again."""
+        return Retrying(self.store, threading.Event().wait, 5.0, Budget(0.0))
+
+
+def _kernel(name: str) -> int:
+    with open(f"/proc/sys/fs/{name}") as file:
+        return int(file.read())
+
+
+def _nearest(path: str) -> str:
+    """Return a path, or as much of it as there is."""
+    return path if os.path.exists(path) else _nearest(os.path.dirname(path))
+
+
+def check_versions(case: Case) -> Iterator[Finding]:
+    """Tell what runs here; what is absent and needed, another check finds."""
+    names = ("pyinotify", "requests", "boto3", "google-cloud-storage")
+    found = {one.name: one.version for one in metadata.distributions() if one.name in names}
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("versions", "ok", " ".join(map(" ".join, [("Python", python), *sorted(found.items())])))
+
+
+def check_data(case: Case) -> Iterator[Finding]:
+    """Only the owner of a file may link it (fs.protected_hardlinks); and no pin may take the last of a disk."""
+    floor, pinned = case.settings.free_floor, case.settings.max_pinned
+    for root in case.directories:
+        disk, info, me = os.statvfs(root), os.stat(root), os.geteuid()
+        owner, free = _user(info.st_uid), disk.f_bavail / disk.f_blocks
+        cure = f"fs.protected_hardlinks lets only the owner link: sudo -u {owner} cassbackup doctor"
+        worse: Result = "bad" if _kernel("protected_hardlinks") else "warning"
+        yield judge("user", me in (0, info.st_uid), f"{_user(me)}; {quote(root)} belongs to {owner}", worse, cure)
+        detail = f"{quote(root)} has {free:.0%} free; pins may hold {pinned:.0%} alone, down to {floor:.0%} free"
+        worse = "bad" if free < floor else "warning"
+        cure = "make room (old snapshots, backups/), or lower --free-floor and --max-pinned"
+        yield judge("disk", free >= floor + pinned, detail, worse, cure)
+        share = case.survey.backups[info.st_dev] / (disk.f_blocks * disk.f_frsize)
+        cure = "--delete-uploaded-incrementals: Cassandra itself never deletes them"
+        yield judge("backups/", share <= 0.05, f"{share:.1%} of the disk", "warning", cure)
+
+
+def check_links(case: Case) -> Iterator[Finding]:
+    """Link a file into each pin area, or, where it is not made yet, into the directory that it will be made in."""
+    for root in case.directories:
+        problems = dict[str, str]()
+        for path in area_paths(os.path.realpath(root), case.settings.pin_dir):
+            at = _nearest(path)
+            problems[path] = why_no_link(root, at) if os.access(at, os.W_OK) else f"{at} is not writable"
+            if not problems[path]:
+                yield Finding("link", "ok", f"{quote(root)} into {quote(path)}" + " (not made yet)" * (at != path))
+                break
+        else:
+            cure = "run as the owner of the data; the pins on its mount (each ReadWritePaths= is one), or --pin-dir"
+            detail = "; ".join(f"{quote(path)}: {problem}" for path, problem in problems.items())
+            yield Finding("link", "bad", f"{quote(root)} into {detail}", cure)
+
+
+def check_unit(case: Case) -> Iterator[Finding]:
+    """Compare ReadWritePaths: the service writes below them alone, and links fail unless data and pins share one."""
+    words = ["systemctl", "show", "cassbackup.service", "--property=LoadState,ProtectSystem,ReadWritePaths"]
+    told = subprocess.run(words, check=False, capture_output=True, text=True).stdout if shutil.which(words[0]) else ""
+    if "LoadState=loaded" not in told:
+        yield Finding("unit", "skipped", "there is no cassbackup.service here")
+        return
+    allowed = re.findall(r"(?:^ReadWritePaths=|\s)[-+]*(/\S*)", told, re.M)
+    areas = [(real, area_paths(real, case.settings.pin_dir)[0]) for real in map(os.path.realpath, case.directories)]
+    needed = {os.path.commonpath(both) for both in areas} | {*([case.store.url[7:]] * isinstance(case.store, DirStore))}
+    shut = [path for path in sorted(needed) if not any(f"{path}/".startswith(f"{one}/") for one in allowed)]
+    cure = "systemctl edit cassbackup (and cassbackup-snapshot, cassbackup-prune); add\n[Service]"
+    cure += "".join(f"\nReadWritePaths={path}" for path in shut)
+    good = not shut or "ProtectSystem=strict" not in told
+    yield judge("unit", good, f"cassbackup.service may {'not ' * bool(shut)}write where it must", "bad", cure)
+
+
+def check_limits(case: Case) -> Iterator[Finding]:
+    """Compare what the daemon needs of inotify(7), and of descriptors, with what the kernel gives."""
+    try:
+        Watcher().close()
+    except OSError as error:
+        yield Finding("instances", "bad", str(error), "sysctl fs.inotify.max_user_instances=1024; write it to sysctl.d")
+    needed, watches = case.survey.directories, _kernel("inotify/max_user_watches")
+    events = _kernel("inotify/max_queued_events")
+    cure = f"sysctl fs.inotify.max_user_watches={max(1 << 20, 4 * needed)}; write it to sysctl.d"
+    worse: Result = "bad" if needed > watches else "warning"
+    yield judge("watches", needed <= 0.8 * watches, f"{needed} directories, max_user_watches {watches}", worse, cure)
+    cure = "sysctl fs.inotify.max_queued_events=16384; write it to sysctl.d"
+    yield judge("events", events >= 4096, f"max_queued_events {events}", "warning", cure)
+    daemon = f"/proc/{case.holder}/limits"
+    with open(daemon if os.path.exists(daemon) else "/proc/self/limits") as file:
+        files = int(re.findall(r"^Max open files +(\d+)", file.read(), re.M)[0])
+    cure = "LimitNOFILE=65536 in the unit, or ulimit -n 65536"
+    yield judge("descriptors", files >= 2 * _HELD_FILES, f"{files} open files", "warning", cure)
+
+
+def check_state(case: Case) -> Iterator[Finding]:
+    """Only the daemon writes to the state directory; so the kernel is asked whether it could."""
+    path = case.settings.state_dir
+    at = _nearest(path)
+    may = os.path.isdir(at) and (case.was_root or os.access(at, os.W_OK | os.X_OK))
+    detail = f"{quote(path)} is {'' if may else 'not '}writable" + " (not made yet)" * (at != path)
+    yield judge("state", may, detail, "bad", "give it to the owner of the data, or pass --state-dir")
+
+
+def check_cassandra(case: Case) -> Iterator[Finding]:
+    """Between snapshots only incremental backups protect: cassandra.yaml says what will be, nodetool what is."""
+    words = dict(re.findall(r"^(incremental_backups|auto_snapshot):\s*(\w+)", case.yaml, re.M))
+    configured, running = words.get("incremental_backups") == "true", "unknown"
+    try:
+        running = "off" if "not running" in case.nodetool("statusbackup") else "on"
+    except Fault as fault:
+        yield Finding("nodetool", "skipped", fault.what, "pass --nodetool, or ask again when Cassandra runs")
+    cure = "incremental_backups: true in cassandra.yaml, and nodetool enablebackup; else only snapshots protect"
+    detail = f"{'on' if configured else 'off'} in cassandra.yaml{' (not found)' * (not case.yaml)}, {running} now"
+    yield judge("incrementals", configured and running != "off", detail, "warning", cure)
+    automatic = words.get("auto_snapshot", "true") == "true"
+    cure = "auto_snapshot: true in cassandra.yaml: then DROP and TRUNCATE leave a snapshot"
+    yield judge("auto_snapshot", automatic, "on" if automatic else "off", "warning", cure)
+    old = sorted(tag for tag, changed in case.survey.tags.items() if time.time() - changed > _OLD_TAG_S)
+    detail = f"{len(case.survey.tags)} tags on disk; older than a week: {quote(' '.join(old[:5])) or 'none'}"
+    cure = "when it is listed: nodetool clearsnapshot -t " + quote("".join(old[:1]))
+    yield judge("snapshots", not old, detail, "warning", cure)
+
+
+def check_cost(case: Case) -> Iterator[Finding]:
+    """Tell what a first run takes; later ones send only what is new."""
+    one, rate = case.survey, case.settings.max_bandwidth
+    days = one.size / rate / 86400 if rate else 0.0
+    speed = f"{days:.1f} days at {size_text(rate)}/s" if rate else "no bandwidth limit"
+    detail = f"{one.files} files, {size_text(one.size)}, {one.requests} requests, {speed}"
+    yield judge("first run", days < 7, detail, "warning", "raise --max-bandwidth, or leave tables out")
+
+
+def check_cloud(case: Case) -> Iterator[Finding]:
+    """Tell where we are, and with whose rights."""
+    where = " ".join(asdict(case.cloud).values()) if case.cloud else "neither AWS nor GCE answers"
+    yield Finding("cloud", "ok", f"{where}; this node is {case.node}")
+    if isinstance(case.store, S3Store):
+        source, cure = case.store.credentials(), "give the instance a role, or set AWS_ACCESS_KEY_ID and its secret"
+        yield judge("credentials", bool(source), f"from {source}" if source else "none", "bad", cure)
+    given = case.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if isinstance(case.store, GCSStore) and case.cloud and case.cloud.scheme == "gs" and not given:
+        scopes = {scope.rpartition("/")[2] for scope in ask_scopes(case.environ)}
+        good = bool({"cloud-platform", "devstorage.read_write", "devstorage.full_control"} & scopes)
+        cure = "stop the VM; gcloud compute instances set-service-account VM --scopes=storage-rw; start it"
+        yield judge("scopes", good, " ".join(sorted(scopes)) or "none", "bad", cure)
+
+
+def check_reach(case: Case) -> Iterator[Finding]:
+    """Reach the bucket, and compare clocks: S3 refuses what is 15 minutes off."""
+    if isinstance(case.store, DirStore):
+        path, size = case.store.url[7:], case.survey.size
+        if not os.path.isdir(path):
+            raise Unreachable(f"{quote(path)} is not there", "mount or make it, or the daemon makes it on another disk")
+        disk, device = os.statvfs(path), os.stat(path).st_dev
+        free, apart = disk.f_bavail * disk.f_frsize, all(os.stat(root).st_dev != device for root in case.directories)
+        detail = f"{size_text(free)} free, {size_text(size)} to store"
+        yield judge("room", free > size, detail, "bad", "make room there")
+        detail = "apart from the data" if apart else "on the disk of the data, and lost with it"
+        yield judge("mount", apart, detail, "warning", "mount another disk or an NFS share there")
+    try:
+        any(case.patient.list(f"{case.node}.listings/owner"))
+        yield Finding("list", "ok", f"{case.store.url} answers")
+    except Denied as fault:
+        if not re.search("AccessDenied|: 403 for ", fault.what):  # no such bucket, no credentials, another region
+            raise Unreachable(fault.what, fault.hint) from fault
+        yield finding_of("list", fault)
+    ahead = time.time() - case.store.now()
+    worse: Result = "bad" if abs(ahead) > 300 else "warning"
+    cure = "have chrony or systemd-timesyncd set this clock"
+    yield judge("clock", abs(ahead) < 60, f"{abs(ahead):.0f} s from the store's", worse, cure)
+
+
+def check_rights(case: Case) -> Iterator[Finding]:
+    """Use each right once, on one key that is always the same: nothing piles up where it cannot be deleted."""
+    store, key, body = case.patient, f"{case.node}.doctor", b"cassbackup doctor\n"
+    rights: dict[str, Callable[[], object]] = {
+        "put": lambda: case.store.put(key, body, zlib.crc32(body)),
+        "head": lambda: store.head(key),
+        "get": lambda: list(store.get(key)),
+        "multipart": lambda: store.abandon(key, store.begin(key, 2 * PART_BYTES)),
+        "unfinished": lambda: any(case.store.unfinished(f"{case.node}/")),
+    }
+    for right, use in rights.items():
+        try:
+            use()
+        except (Conflict, Missing):  # only who has the right is told that the key is taken, or is not there
+            pass
+        except Denied as fault:
+            yield Finding(right, "warning" if right == "unfinished" else "bad", fault.what, fault.hint)
+            continue
+        yield Finding(right, "ok", key)
+    kept = "no right to, which is good for a daemon; prune needs it, elsewhere"
+    gone = "may delete; safer is a daemon that may not, and a prune elsewhere that may"
+    yield Finding("delete", "ok", kept if store.delete([key]) else gone)
+
+
+def check_rules(case: Case) -> Iterator[Finding]:
+    """Look for rules of the bucket that delete or archive what we list, and for what is paid for and of no use."""
+    if not isinstance(case.store, (S3Store, GCSStore)):
+        return
+    try:
+        rules, versions = list(case.store.rules()), case.store.versions()
+    except Fault as fault:  # no right to ask, or a server that knows no rules
+        yield Finding("lifecycle", "skipped", fault.what, "s3:GetLifecycleConfiguration, storage.buckets.get show it")
+        return
+    prefix = case.store.url.split("/", 3)[3:]
+    ours = ["/".join([*prefix, case.node + end]) for end in ("/", ".listings/", ".condemned/")]
+    hit = [rule for rule in rules if any(k.startswith(p) or p.startswith(k) for k in ours for p in rule.prefixes)]
+    for rule in hit:
+        cure = "take these backups out of it: what goes is for prune to say, and what is archived must be thawed"
+        detail = f"rule {rule.name}: {' and '.join(sorted(rule.does)) or 'no harm'}"
+        good = not {"expire", "archive"} & rule.does
+        yield judge("lifecycle", good, detail, "bad" if "expire" in rule.does else "warning", cure)
+    does = {word for rule in hit for word in rule.does}
+    aborted = "abort" in does or isinstance(case.store, GCSStore)  # where they end by themselves
+    cure = "a rule AbortIncompleteMultipartUpload after 7 days: the parts of a node that is gone are paid for, unseen"
+    yield judge("uploads", aborted, f"broken ones are {'' if aborted else 'not '}cleared", "warning", cure)
+    cure = "a rule NoncurrentVersionExpiration; else what prune deletes is paid for ever"
+    yield judge("versioning", not versions or "trim" in does, versions or "off", "warning", cure)
+
+
+def check_history(case: Case) -> Iterator[Finding]:
+    """One name, one machine; when it was heard of, and when a prune last found something to delete."""
+    node, store, now = case.node, case.patient, case.store.now()
+    owner = read_page(store, f"{node}.listings/owner").get("machine_id")
+    ours = not case.machine or owner in (None, case.machine)
+    detail = f"{node} is free" if not owner else f"{node} belongs to {'this' if ours else 'another'} machine"
+    cure = "give this node another --name; or --adopt, if it is the same node, rebuilt around its disk"
+    yield judge("owner", ours, detail, "bad", cure)
+    if heard := about_node(store, node).heard:
+        silent, cure = now - seconds_of(heard), "see cassbackup status and systemctl status cassbackup"
+        detail, good = f"{silent / 60:.0f} minutes ago", silent < 3 * case.settings.heartbeat
+        detail += "; no daemon runs here" * (not case.holder)
+        yield judge("heartbeat", good, detail, "bad" if case.holder else "warning", cure)
+    oldest = min((filed.when for filed in filed_in(store, node, warn_of)), default=now)
+    condemned = max((head.modified for head in store.list(f"{node}.condemned/")), default=0.0)
+    last = f"{(now - condemned) / 86400:.0f} days ago" if condemned else "no trace of one"  # till the next, if it found
+    detail = f"the oldest listing is {(now - oldest) / 86400:.0f} days old; the last prune: {last}"
+    cure = "cassbackup prune, or enable cassbackup-prune.timer; nothing, if all of it is to be kept"
+    yield judge("prune", max(oldest, condemned) > now - _SILENT_S, detail, "warning", cure)
+
+
+HERE: Final = (
+    *(check_versions, check_data, check_links, check_unit, check_limits),
+    *(check_state, check_cassandra, check_cost),
+)
+THERE: Final = (check_cloud, check_reach, check_rights, check_rules, check_history)
+
+
+def examine(case: Case, checks: Iterable[Callable[[Case], Iterator[Finding]]]) -> Iterator[Finding]:
+    """Do checks. What one of them runs into is its finding; a bucket that does not answer ends them."""
+    for check in checks:
+        name = check.__name__.removeprefix("check_")
+        try:
+            yield from check(case)
+        except (Fault, OSError) as error:
+            yield finding_of(name, error)
+            if isinstance(error, Unreachable):
+                yield Finding("bucket", "skipped", "whatever else is to be asked of it")
+                return
+
+
+# ======================================================================================================
 # Commands
 # ======================================================================================================
 
@@ -5318,13 +5750,18 @@ def yaml_list(text: str, key: str) -> list[str]:
     return [name for item in items if (name := item.strip().strip("\"'"))]
 
 
+def cassandra_yaml(etc: str = "/etc/cassandra") -> str:
+    """Return the text of cassandra.yaml, "" where there is none."""
+    for path in (f"{etc}/cassandra.yaml", f"{etc}/conf/cassandra.yaml"):
+        if os.path.exists(path):
+            with open(path, errors="surrogateescape") as file:
+                return file.read()
+    return ""
+
+
 def data_directories(paths: Sequence[str], etc: str = "/etc/cassandra") -> list[str]:
     """Return the directories to watch: as given, as cassandra.yaml says, or where Cassandra usually keeps its data."""
-    found = list(paths)
-    for yaml in (f"{etc}/cassandra.yaml", f"{etc}/conf/cassandra.yaml"):
-        if not found and os.path.exists(yaml):
-            with open(yaml, errors="surrogateescape") as file:
-                found = yaml_list(file.read(), "data_file_directories")
+    found = list(paths) or yaml_list(cassandra_yaml(etc), "data_file_directories")
     found = found or [path for path in ("/var/lib/cassandra/data", "/data") if os.path.isdir(f"{path}/system")]
     if not found:
         raise Usage("no data directory found", "name it: cassbackup /var/lib/cassandra/data")
@@ -5351,12 +5788,13 @@ def open_state(path: str) -> None:
         raise Usage(f"state directory {quote(path)} cannot be written ({error.strerror})", "pass --state-dir") from None
 
 
-def become_owner(path: str, state_dir: str) -> None:
+def become_owner(path: str, state_dir: str = "") -> None:
     """Become the owner of the data directory if we are root: links need it, and restores get the right owner."""
     info = os.stat(path)
     if os.geteuid() != 0 or info.st_uid == 0:
         return
-    os.chown(state_dir, info.st_uid, info.st_gid)
+    if state_dir:
+        os.chown(state_dir, info.st_uid, info.st_gid)
     try:
         os.initgroups(pwd.getpwuid(info.st_uid).pw_name, info.st_gid)
     except KeyError:  # a user without a name, as in a container
@@ -6169,15 +6607,18 @@ def move_aside(strangers: Mapping[str, Sequence[str]]) -> None:
 class Nodetool:
     """Cassandra's own nodetool, as the operator calls it."""
 
-    def __init__(self, command: str) -> None:
-        self._command = shlex.split(command)
+    def __init__(self, command: str, timeout: float | None = None) -> None:
+        self._command, self._timeout = shlex.split(command), timeout
 
     def __call__(self, *words: str) -> str:
-        """Run a command of nodetool; return what it says. Raises Fault where it fails."""
+        """Run a command of nodetool; return what it says. Raises Fault where it fails, or takes too long."""
+        whole, timeout = [*self._command, *words], self._timeout
         try:
-            done = subprocess.run([*self._command, *words], check=False, capture_output=True, text=True)
+            done = subprocess.run(whole, check=False, capture_output=True, text=True, timeout=timeout)
         except OSError as error:
             raise Usage(f"{self._command[0]} cannot be run ({error.strerror})", "pass --nodetool") from None
+        except subprocess.TimeoutExpired:
+            raise Fault(f"{self._command[0]} {words[0]} did not answer in {timeout:.0f} s") from None
         if done.returncode:
             told = [line for line in f"{done.stderr}\n{done.stdout}".splitlines() if line.strip()]  # it uses either
             named = [line for line in told if line.startswith(("nodetool:", "error:"))] or told or ["it says nothing"]
@@ -6596,6 +7037,46 @@ def snapshot(settings: Settings, environ: Mapping[str, str]) -> int:
     return DONE
 
 
+def findings_text(found: Sequence[Finding]) -> str:
+    """Return findings for people: a line for each, the cure below it."""
+    lines = columns([(one.name, one.result, one.detail) for one in found]).splitlines()
+    cures = ["".join(f"\n    {line}" for line in one.cure.splitlines()) for one in found]
+    counts = Counter(one.result for one in found)
+    return "\n".join([*map(str.__add__, lines, cures), ", ".join(f"{counts[word]} {word}" for word in sorted(counts))])
+
+
+def doctor(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Say what can go wrong before it does, and the cure. Exit 3 where anything is bad; a warning is none."""
+    found, directories, survey, node = list[Finding](), list[str](), Survey(), ""
+    yaml, store, was_root = "", cast(Store, None), os.geteuid() == 0
+    try:
+        yaml = cassandra_yaml()
+        directories = data_directories(settings.paths)
+        become_owner(directories[0])
+        for path in directories:
+            survey.look(path, filters_of(settings))
+    except (Fault, OSError) as error:
+        found.append(finding_of("data", error))
+    try:
+        if not settings.bucket:
+            raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
+        areas = [path for root in directories for path in area_paths(os.path.realpath(root), settings.pin_dir)]
+        memories = [read_json(os.path.join(path, "identity.json")) for path in (settings.state_dir, *areas)]
+        known = next(filter(None, memories), {})
+        identity = identify(settings, environ, known)
+        node, access = identity.node, access_of(settings, identity.region)
+        store = open_store(identity.url, access, new=known.get("url") != identity.url)
+    except (Fault, OSError) as error:
+        found.append(finding_of("bucket", error))
+    cloud, holder = detect_cloud(environ), holder_of(settings.state_dir)
+    here = (settings, environ, directories, was_root, yaml, Nodetool(settings.nodetool, 10.0), holder, survey)
+    case = Case(*here, cloud, node, read_machine_id(), store)
+    found += examine(case, HERE + THERE * bool(store))
+    page = {"schema": 1, "checks": [one._asdict() for one in found]}
+    print(json.dumps(page) if settings.json else findings_text(found))
+    return BEHIND if any(one.result == "bad" for one in found) else DONE
+
+
 # ======================================================================================================
 # Command line
 # ======================================================================================================
@@ -6829,6 +7310,7 @@ _SNAPSHOT = (
     _NODETOOL,
     Option("--cqlsh", "CMD", "cqlsh", "how to call cqlsh, for DESCRIBE SCHEMA"),
 )
+_DOCTOR = (Asked("--json", "", False, "print JSON"), _NODETOOL)
 _SNAPSHOT_STORE = tuple(replace(option, flags=option.flags.replace(" -t", "")) for option in _STORE)
 _SNAPSHOT_HERE = tuple(replace(option, flags=option.flags.replace("paths", "--paths")) for option in _HERE)
 _DAEMON = (("store", _STORE), ("what to store", _WHAT), ("on this node", _HERE), ("always", _ALWAYS))
@@ -6857,6 +7339,7 @@ COMMANDS: Final = MappingProxyType(
             prune, "delete old backups; a dry run unless --confirm", (*_WHERE, ("what to keep", _PRUNE), _LAST)
         ),
         "status": Command(status, "how far behind the daemon is; exit 3 when it is", (("status", _ASK + _ALWAYS),)),
+        "doctor": Command(doctor, "what can go wrong, before it does, and the cure", (("doctor", _DOCTOR), *_DAEMON)),
         "config": Command(config, "each setting, its value and where it came from", _DAEMON),
     }
 )

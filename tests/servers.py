@@ -384,6 +384,7 @@ class FakeMetadata:
         self.instance_id = instance_id
         self.zone = zone or ("europe-west1-b" if cloud == "gce" else "eu-west-1b")
         self.mood: Mood = mood
+        self.scopes = [GCE_SCOPE]
         self.requests: list[tuple[str, str]] = []
         self._stopped = threading.Event()
         self._server = _MetadataServer(self)
@@ -444,12 +445,13 @@ class FakeMetadata:
 
     def gce(self) -> dict[str, str]:
         """Return path -> text below /computeMetadata/v1/."""
-        account = {"email": "sa@test.iam.gserviceaccount.com", "aliases": ["default"], "scopes": [GCE_SCOPE]}
+        account = {"email": "sa@test.iam.gserviceaccount.com", "aliases": ["default"], "scopes": self.scopes}
         token = {"access_token": "ya29.test", "expires_in": 3600, "token_type": "Bearer"}
         accounts = {}
         for name in ("default", str(account["email"])):
             accounts[f"instance/service-accounts/{name}/"] = json.dumps(account)
             accounts[f"instance/service-accounts/{name}/token"] = json.dumps(token)
+            accounts[f"instance/service-accounts/{name}/scopes"] = "\n".join(self.scopes) + "\n"
         return {
             "instance/id": self.instance_id,
             "instance/zone": f"projects/123456789/zones/{self.zone}",
