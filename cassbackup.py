@@ -59,7 +59,8 @@ Contents
     Verify          is an object what a listing says
     Prune           what may go, and deleting it without a lock
     Doctor          what can go wrong, before it does: checks, and the cure
-    Commands        watch, status, config, list, verify, restore, prune, snapshot, doctor
+    Report          how much would be lost at each moment: a picture from listings
+    Commands        watch, status, config, list, verify, restore, prune, snapshot, doctor, report
     Command line    options, logging, main
 """
 
@@ -78,6 +79,7 @@ import glob
 import grp
 import hashlib
 import heapq
+import html
 import itertools
 import json
 import keyword
@@ -425,9 +427,16 @@ def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
 
 
+def rfc3339(stamp: str) -> str:
+    """Return the same moment as it stands inside a listing: 2026-11-21T20:24:38.123456Z."""
+    return f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:11]}:{stamp[11:13]}:{stamp[13:]}"
+
+
 def seconds_of(stamp: str) -> float:
     """Undo utc. Raises ValueError."""
-    return datetime.strptime(stamp, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
+    if not re.fullmatch(_UTC, stamp):
+        raise ValueError(f"{stamp!r} does not match")
+    return datetime.fromisoformat(rfc3339(stamp)[:-1] + "+00:00").timestamp()  # 20 times as fast as strptime
 
 
 @functools.lru_cache(10_000)
@@ -436,11 +445,6 @@ def is_utc(stamp: str) -> bool:
     with contextlib.suppress(ValueError):
         return bool(re.fullmatch(_UTC, stamp)) and seconds_of(stamp) >= 0
     return False
-
-
-def rfc3339(stamp: str) -> str:
-    """Return the same moment as it stands inside a listing: 2026-11-21T20:24:38.123456Z."""
-    return f"{stamp[:4]}-{stamp[4:6]}-{stamp[6:11]}:{stamp[11:13]}:{stamp[13:]}"
 
 
 def utc_of(moment: str) -> str:
@@ -4039,6 +4043,7 @@ class Daemon:
             return 1.0
         prefix, through = f"{self.carrier.node}.listings/heartbeat/", rfc3339(utc(min([looked, *found])))
         page = {"version": 1, "listed_through": through, "pending_units": len(found), "cassbackup": __version__}
+        page |= {"looked": rfc3339(utc(looked)), "oldest_incrementals": self.backlog.oldest(urgent=True)}
         body = json.dumps(page).encode()
         self.store.put(f"{prefix}{self.clock()}.json", body, zlib.crc32(body))
         old = [head.key for head in self.store.list(prefix)][:-HEARTBEATS_KEPT]
@@ -5710,6 +5715,605 @@ def examine(case: Case, checks: Iterable[Callable[[Case], Iterator[Finding]]]) -
 
 
 # ======================================================================================================
+# Report
+# ======================================================================================================
+
+_LATE_S: Final = 900.0  # as `status --max-lag`: what was listed that soon after it was found was never in danger
+_OLD_S: Final = 26 * 3600.0  # as `status --max-age`
+_FLUSH_S: Final = 3 * 3600.0  # tables of `system` are flushed every hour (SystemKeyspace), and linked like all
+_ROLLUP_BYTES: Final = 32 * MIB  # of roll-ups to be read where prune has deleted what they stand for
+_LEFT: Final = 200  # where the chart begins, in pixels
+_WIDTH: Final = 720  # of the chart
+_RUNS: Final = 600  # pieces of all lanes, with titles; or so: a page of 300 tables is smaller than 200 kB
+
+
+class State(NamedTuple):
+    """How a table stands at a moment, and how that looks: here by a mark, there by a colour and a pattern."""
+
+    name: str
+    mark: str
+    plain: str  # the mark in ASCII
+    ansi: str  # the colour of the mark (SGR)
+    light: str
+    dark: str
+    pattern: str  # a path in a square of 6 pixels
+    text: str
+
+
+STATES: Final = MappingProxyType(  # the worst last
+    {
+        state.name: state
+        for state in (
+            State("absent", " ", " ", "0", "#ffffff", "#14181d", "", "no such table"),
+            State("whole", "█", "#", "32", "#2f8f6b", "#3fa57e", "", "any moment can be restored"),
+            State("points", "▒", ":", "36", "#7fb2dd", "#4d83b3", "M3 1v2", "no incrementals: up to 26 h lost"),
+            State("waiting", "!", "!", "33", "#e3a92f", "#d29a2a", "M0 6L6 0", "found, but stored late"),
+            State("silent", "?", "?", "35", "#a9b2bd", "#6b7683", "M1 3h2", "nothing heard: not known to be stored"),
+            State("partial", "x", "x", "31", "#d9734f", "#cc6a48", "M0 0L6 6M0 6L6 0", "only an incomplete snapshot"),
+            State("none", "-", "-", "31", "#b3364a", "#c2475b", "M0 3h6", "no snapshot yet, at most incrementals"),
+        )
+    }
+)
+_RANKS: Final = MappingProxyType({name: rank for rank, name in enumerate(STATES)})
+
+
+class Span(NamedTuple):
+    """A part of a node's life: incrementals are at work (on), or are not (off), or nothing is heard (silent)."""
+
+    begin: float
+    end: float
+    what: str
+
+
+def life_of(
+    signs: Iterable[float], flushes: Iterable[float], beats: Sequence[float], now: float, away: Callable[[Span], bool]
+) -> list[Span]:
+    """Return a node's life from its first sign to now.
+
+    `signs` are moments at which it saw or wrote anything, `flushes` those of incrementals, `beats` heartbeats in order.
+    A daemon that lives is not silent for three heartbeats, nor, where they are kept no more, for three hours. While it
+    is, Cassandra links on, and `away` tells whether that was found when it came back. Else incrementals were at work
+    only between two of them that are no more than three hours apart.
+    """
+    distances = sorted(later - earlier for earlier, later in itertools.pairwise(beats))
+    pause = 3 * max(HEARTBEAT_S, distances[len(distances) // 2] if beats[1:] else 0.0)
+    own, gaps = sorted(moment for moment in flushes if moment <= now), list[Span]()
+    moments = sorted({*own, *beats, *(moment for moment in signs if moment <= now), now})
+    for last, first in itertools.pairwise(moments):
+        gap = Span(last, first, "silent")
+        if first - last > (pause if beats and last >= beats[0] else _FLUSH_S):
+            gaps += [gap] * (first - last <= _FLUSH_S or first == now or away(gap))
+    ends, lengths = [gap.end for gap in gaps], [0.0, *itertools.accumulate(gap.end - gap.begin for gap in gaps)]
+
+    def lived(moment: float) -> float:
+        return moment - lengths[bisect.bisect_right(ends, moment)]
+
+    edges = itertools.pairwise([moments[0], *own, now])
+    life = [Span(a, b, "off") for a, b in edges if not own or lived(b) - lived(a) > _FLUSH_S]
+    # What is found when it comes back waits a moment to be listed.
+    life += [gap._replace(end=min(gap.end + _LATE_S, now)) for gap in gaps]
+    whole, at = list[Span](), moments[0]
+    for span in sorted(life):
+        whole += [Span(at, span.begin, "on")] * (at < span.begin)
+        whole += [span._replace(begin=max(at, span.begin))] * (at < span.end)
+        at = max(at, span.end)
+    return [*whole, Span(at, now, "on")] if at < now else whole
+
+
+def flushed_since(found: float, life: Iterable[Span]) -> float:
+    """Return from when on that may have been flushed which was found at a moment: who comes back finds much."""
+    gaps = (gap for gap in life if gap.what == "silent" and gap.end - _LATE_S - 60 <= found < gap.end)
+    return min((gap.begin for gap in gaps), default=found - RECONCILE_S)
+
+
+class Late(NamedTuple):
+    """Incrementals that were listed late, or (math.inf) never whole."""
+
+    found: float
+    flushed: float  # perhaps as early as that
+    listed: float
+
+
+class Point(NamedTuple):
+    """What a snapshot is good for: all that was flushed by its end, from when it was listed on."""
+
+    listed: float
+    end: float
+    what: str  # whole, incomplete, truncated or dropped
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """What the bucket tells of one table."""
+
+    keyspace: str
+    table: str  # the directory's name
+    first: float  # when it was first seen
+    last: float  # when another table of this name was first seen
+    points: tuple[Point, ...]  # by when they were listed
+    late: tuple[Late, ...] = ()  # by when they were found
+
+    @property
+    def name(self) -> str:
+        """Return ks.table."""
+        return f"{self.keyspace}.{table_id_of(self.table)[0]}"
+
+
+class Stretch(NamedTuple):
+    """How a table stood for a time. A restore would have brought back all that was flushed by `since`; 0.0: nothing."""
+
+    begin: float
+    end: float
+    state: str
+    since: float
+
+
+def _stand(
+    base: Point, waiting: Sequence[Late], life: Sequence[Span], offs: Sequence[Span], at: float
+) -> tuple[str, float]:
+    """Return the state of a table at a moment, and through when it could be restored: base, then incrementals.
+
+    An incremental that was never linked is lost to all moments until the next snapshot; one that was found late, since
+    the daemon was away, is not.
+    """
+    state, since = "whole", at
+    broken = bisect.bisect_right(offs, base.end, key=lambda span: span.end)
+    here = life[bisect.bisect_left(life, at, key=lambda span: span.begin) - 1]
+    if broken < len(offs) and offs[broken].begin < at:
+        since = max(base.end, offs[broken].begin if offs[broken] != life[0] else 0.0)  # it had a life before
+        state = "points" if at - since < _OLD_S else "silent"
+    elif here.what == "silent":
+        state, since = "silent", max(base.end, here.begin)
+    since = min([since, *(max(base.end, one.flushed) for one in waiting if one.found > base.end)])
+    return ("waiting" if state == "whole" and at - since >= _LATE_S else state), since
+
+
+def stretches_of(lane: Lane, life: Sequence[Span], begin: float, now: float) -> list[Stretch]:
+    """Return how a table stood between two moments, one stretch after the other.
+
+    At each of them only what was listed by then counts, so that `restore --at` brings back just that.
+    """
+    cuts = {begin, now, lane.first, lane.last, *itertools.chain(*((one.flushed + _LATE_S, *one) for one in lane.late))}
+    for moment in (*(point.end for point in lane.points), *(span.begin for span in life)):
+        cuts |= {moment, moment + _OLD_S}
+    moments = sorted(moment for moment in cuts | {point.listed for point in lane.points} if begin <= moment <= now)
+    points, late, seen = deque(lane.points), deque(lane.late), False
+    offs = [span for span in life if span.what == "off"]
+    base, waiting, stretches = Point(0.0, 0.0, ""), list[Late](), list[Stretch]()
+    for first, end in itertools.pairwise(moments):
+        at, state, since = (first + end) / 2, "absent", 0.0
+        while points and points[0].listed <= at:
+            point, seen = points.popleft(), True
+            if point.what != "incomplete" and (point.end, point.what == "whole") >= (base.end, base.what == "whole"):
+                base = point
+        while late and late[0].found <= at:
+            waiting.append(late.popleft())
+        waiting = [one for one in waiting if one.listed > at]
+        if lane.first <= at < lane.last and base.what != "dropped":
+            state, since = _stand(base, waiting, life, offs, at) if base.end else ("partial" if seen else "none", 0.0)
+        since = end if state == "whole" else since
+        if stretches and stretches[-1].state == state and (state == "whole" or stretches[-1].since == since):
+            stretches[-1] = stretches[-1]._replace(end=end, since=since)
+        else:
+            stretches.append(Stretch(first, end, state, since))
+    return stretches
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What the bucket tells of a node, table by table, from one moment to another."""
+
+    about: About
+    begin: float
+    now: float
+    sure: float  # all that was found by then is listed, or known to wait
+    lanes: tuple[tuple[Lane, list[Stretch]], ...]
+    backups: tuple[list[Taking], ...]
+
+    def standing(self, *but: str) -> list[tuple[Lane, Stretch]]:
+        """Return how each table stands at the end, but for those in some states."""
+        return [(lane, parts[-1]) for lane, parts in self.lanes if parts[-1].state not in ("absent", *but)]
+
+    def loss(self, last: Stretch) -> float | None:
+        """Return how many seconds of a table's flushes would be lost at the end; None is all of them."""
+        since = min(last.since, self.sure) if last.state == "whole" else last.since
+        return max(0.0, self.now - since) if since else None
+
+
+class Chronicle:
+    """Reads what a node's listings are called, and few of them, and keeps what a picture needs.
+
+    That grows with tables and their snapshots, not with incrementals: of most of these only the minute is kept.
+    """
+
+    def __init__(self, store: Retrying, about: About, begin: float, now: float) -> None:
+        self._store, self._about, self._begin, self._now = store, about, begin, now
+        self._signs, self._flushes = set[float](), set[float]()
+        self._first: dict[tuple[str, str], float] = {}
+        self._newest: dict[tuple[str, str], float] = {}  # when an incremental was listed
+        self._late: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        self._takings: dict[tuple[str, str], list[Taking]] = {}
+        self._rollups: list[Filed] = []
+        self._earliest: dict[float, Filed] = {}  # incrementals, of each hour the first
+
+    def picture(self, words: Sequence[str], threads: int) -> Picture:
+        """Return the picture of the tables that are meant. Raises Missing if there are none."""
+        filed = filed_in(self._store, self._about.name, warn_of)
+        for table, group in itertools.groupby(filed, lambda one: (one.unit.keyspace, one.unit.table)):
+            self._read_table(table, group, words)
+        beats, page = self._read_beats()
+        self._read_rollups(threads)
+        life = life_of(self._signs, self._flushes, beats, self._now, self._was_away)
+        sure = max([moment for moment in (*self._signs, *self._flushes) if moment <= self._now], default=self._now)
+        with contextlib.suppress(LookupError, TypeError, ValueError, ArithmeticError):
+            sure = self._read_waiting(page, beats[-1])
+        lanes = [(lane, stretches_of(lane, life, self._begin, self._now)) for lane in self._lanes(life, threads)]
+        lanes.sort(key=lambda one: (one[0].keyspace.startswith("system"), one[0].keyspace, one[0].table))
+        shown = tuple(one for one in lanes if any(part.state != "absent" for part in one[1]))
+        if not shown:
+            raise Missing(f"no table of {self._about.name} is meant", "`cassbackup list` shows what there is")
+        takings = [one for one in itertools.chain(*self._takings.values()) if not is_automatic(one.unit.tag)]
+        backups = [one for one in backups_of(takings) if seconds_of(one[0].unit.since) >= self._begin]
+        return Picture(self._about, self._begin, self._now, sure, shown, tuple(backups))
+
+    def _sign(self, signs: set[float], begin: float, end: float) -> None:
+        signs |= {begin // 60 * 60, min(-(-end // 60) * 60, max(end, self._now))}
+
+    def _read_table(self, table: tuple[str, str], group: Iterable[Filed], words: Sequence[str]) -> None:
+        snapshots, batch = list[Filed](), False
+        for one in group:
+            found = seconds_of(one.listed)
+            if found > self._now:
+                continue
+            if one.unit.kind == "snapshot":
+                snapshots.append(one)
+                self._sign(self._signs, seconds_of(one.unit.since), found)
+            elif one.state == "rollup" or one.unit.kind == "archive":
+                self._rollups += [one] * (not batch and one.state == "rollup")
+                batch = False
+                self._sign(self._signs, found, found)
+            else:
+                batch = batch or one.state == "complete"  # what is not is not rolled up
+                self._sign(self._flushes, found, one.when)
+                first = self._earliest.setdefault(found // 3600, one)
+                self._earliest[found // 3600] = one if one.listed < first.listed else first
+                self._newest[table] = max(one.when, self._newest.get(table, 0.0))
+                listed = one.when if one.state == "complete" else math.inf
+                if listed - found > _LATE_S and listed > self._begin:
+                    self._late.setdefault(table, []).append((found, listed))
+            if one.unit.kind != "archive" and is_selected(one.unit, words):
+                moment = min(found, seconds_of(one.unit.since or one.listed))
+                self._first[table] = min(moment, self._first.get(table, moment))
+        takings = [one for one in takings_of(snapshots) if not _PARTIAL.fullmatch(one.unit.tag)]
+        past = [one for one in takings if one.complete and seconds_of(one.newest.listed) < self._begin]
+        base = max((one.unit.since for one in past if not emptied_at(one.unit.tag)), default="")
+        kept = [one for one in takings if one not in past or one.unit.since == base or emptied_at(one.unit.tag)]
+        if table in self._first:
+            self._takings[table] = kept
+
+    def _read_beats(self) -> tuple[list[float], dict[str, Any]]:
+        prefix = f"{self._about.name}.listings/heartbeat/"
+        stamps = [head.key.removeprefix(prefix).removesuffix(".json") for head in self._store.list(prefix)]
+        stamps = sorted(stamp for stamp in stamps if is_utc(stamp) and seconds_of(stamp) <= self._now)
+        page: dict[str, Any] = {}
+        with contextlib.suppress(Missing):
+            try:
+                page = read_page(self._store, prefix + stamps[-1]) if stamps else {}
+            except Corrupt as fault:
+                warn_of(fault)
+        return list(map(seconds_of, stamps)), page
+
+    def _read_waiting(self, page: Mapping[str, Any], beat: float) -> float:
+        """Take in which incrementals waited at the newest heartbeat; return when the daemon had looked everywhere."""
+        for place, found in dict(page["oldest_incrementals"]).items():
+            keyspace, _, table = place.partition("/")
+            if self._newest.get((keyspace, table), 0.0) < beat:  # else it was listed since: the oldest goes first
+                self._late.setdefault((keyspace, table), []).append((float(found), math.inf))
+        return seconds_of(utc_of(page["looked"]))
+
+    def _read_rollups(self, threads: int) -> None:
+        """Learn from roll-ups, the small ones first, when incrementals came whose own listings are gone."""
+        smallest = sorted(self._rollups, key=lambda one: one.body)
+        total = itertools.accumulate(one.body for one in smallest)
+        few = (one for one, size in zip(smallest, total, strict=True) if size <= _ROLLUP_BYTES)
+        ask = functools.partial(self._ask, lambda listing: {one.seen for one in listing.files})
+        for seen in spread(ask, few, threads):
+            for moment in map(seconds_of, filter(None, seen or ())):
+                self._sign(self._flushes, moment, moment)
+
+    def _ask(self, about: Callable[[Listing], T], filed: Filed) -> T | None:
+        """Read a listing for what it tells; of one that cannot be read only the log does."""
+        try:
+            return about(read_filed(self._store, self._about.name, filed))
+        except (Corrupt, Missing) as fault:
+            log.warning("left out error=%s", quote(str(fault)))
+            return None
+
+    def _was_away(self, gap: Span) -> bool:
+        """Tell whether the first that was found after a silence had been flushed while it lasted."""
+
+        def is_late(listing: Listing) -> bool:
+            limit = seconds_of(listing.unit.since) - 2 * RECONCILE_S
+            return any(gap.begin - 60 <= one.written < limit for one in sstables_of([listing]))
+
+        filed = self._earliest.get(gap.end // 3600) or self._earliest.get(gap.end // 3600 + 1)
+        return bool(filed and self._ask(is_late, filed))
+
+    def _delay(self, backup: Sequence[Taking]) -> float:
+        """Return how long after its end a snapshot was first seen: of all its tables alike, by the smallest listing."""
+        smallest = min(backup, key=lambda taking: taking.newest.body)
+        base = self._ask(base_on, smallest.newest)
+        delay = seconds_of(smallest.unit.since) - base.end if base else 0.0
+        return delay if delay > RECONCILE_S else 0.0
+
+    def _points(self, threads: int) -> Iterator[tuple[Unit, Point]]:
+        takings = list(itertools.chain(*self._takings.values()))
+        backups = backups_of(one for one in takings if one.complete and not emptied_at(one.unit.tag))
+        delays = spread(self._delay, backups, threads)
+        delayed = {taking.unit: delay for backup, delay in zip(backups, delays, strict=True) for taking in backup}
+        for one in takings:
+            end, listed = seconds_of(one.unit.since), seconds_of(one.filed[0].listed)
+            if emptied := emptied_at(one.unit.tag):
+                yield one.unit, Point(listed, emptied, one.unit.tag.partition("-")[0])
+                continue
+            yield one.unit, Point(listed, end, "incomplete")
+            for whole in [filed.listed for filed in one.filed if filed.state == "complete"][:1]:
+                yield one.unit, Point(seconds_of(whole), end - delayed[one.unit], "whole")
+
+    def _lanes(self, life: Sequence[Span], threads: int) -> Iterator[Lane]:
+        points: dict[tuple[str, str], list[Point]] = {}
+        for unit, point in self._points(threads):
+            points.setdefault((unit.keyspace, unit.table), []).append(point)
+        after: dict[tuple[str, str], float] = {}
+        for table, first in sorted(self._first.items(), key=lambda item: -item[1]):
+            name = (table[0], table_id_of(table[1])[0])
+            late = (Late(found, flushed_since(found, life), end) for found, end in sorted(self._late.get(table, ())))
+            yield Lane(*table, first, after.get(name, math.inf), tuple(sorted(points.get(table, ()))), tuple(late))
+            after[name] = first
+
+
+def duration_text(seconds: float | None) -> str:
+    """Return a duration for people, rounded up: 2 h 10 min; None is all there is."""
+    if seconds is None:
+        return "all of it"
+    if seconds <= 59:
+        return f"{math.ceil(seconds)} s"
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    if hours < 48:
+        return " ".join([f"{hours} h"] * bool(hours) + [f"{minutes} min"] * (minutes > 0 or not hours))
+    return f"{hours // 24} d" + f" {hours % 24} h" * (hours % 24 > 0)
+
+
+def moment_text(moment: float) -> str:
+    """Return a moment for people, in UTC."""
+    return rfc3339(utc(moment))[:16].replace("T", " ")
+
+
+def headline(picture: Picture) -> str:
+    """Say the one thing that matters: what would be lost if the node died now."""
+    rows, behind = picture.standing(), picture.standing("whole", "partial", "none")
+    bare, parts = picture.standing("whole", "points", "waiting", "silent"), list[str]()
+    if len(rows) > len(bare):
+        loss = max(picture.loss(last) or 0.0 for _, last in behind or picture.standing("partial", "none"))
+        where = f" to {len(behind)} of {len(rows)} tables" if behind else ""
+        parts.append(f"up to {duration_text(loss)} of flushed writes{where} would be lost")
+    if bare:
+        parts.append(f"{len(bare)} of {len(rows)} tables are without a whole snapshot")
+    return f"If {quote(picture.about.name)} died now: {'; '.join(parts) or 'it has no table to lose'}"
+
+
+class Run(NamedTuple):
+    """Columns of a lane that look the same."""
+
+    first: int
+    last: int
+    state: str
+    parts: list[Stretch]
+
+
+def runs_of(parts: Sequence[Stretch], begin: float, now: float, columns: int) -> list[Run]:
+    """Draw a lane in so many columns: of what falls into a column the worst is seen."""
+    drawn, scale = ["absent"] * columns, columns / (now - begin)
+    spans = [(int((one.begin - begin) * scale), math.ceil((one.end - begin) * scale), one) for one in parts]
+    for first, end, part in spans:
+        for column in range(first, min(end, columns)):
+            drawn[column] = max(drawn[column], part.state, key=_RANKS.__getitem__)
+    runs, first = list[Run](), 0
+    for state, group in itertools.groupby(drawn):
+        last = first + len(list(group))
+        runs.append(Run(first, last, state, [p for a, b, p in spans if a < last and b > first and p.state == state]))
+        first = last
+    return runs
+
+
+def strip_text(picture: Picture, width: int, plain: bool, colour: bool) -> str:
+    """Return the picture for a terminal of a width: a line for each table, whose end says what would be lost now."""
+    names = [quote(lane.name) for lane, _ in picture.lanes]
+    label = min(max(map(len, names)), max(12, width // 3))
+    columns = max(10, width - label - 14)
+    lines, used = [headline(picture)], set[str]()
+
+    def drawn(state: State, count: int) -> str:
+        text = (state.plain if plain else state.mark) * count
+        return f"\033[{state.ansi}m{text}\033[0m" if colour and text.strip() else text
+
+    for name, (_, parts) in zip(names, picture.lanes, strict=True):
+        runs = runs_of(parts, picture.begin, picture.now, columns)
+        used |= {run.state for run in runs}
+        bar = "".join(drawn(STATES[run.state], run.last - run.first) for run in runs)
+        loss = "" if parts[-1].state == "absent" else duration_text(picture.loss(parts[-1]))
+        short = name if len(name) <= label else f"{name[: label - 2]}.."
+        lines.append(f"{short:{label}} {bar} {loss}".rstrip())
+    begin, now = moment_text(picture.begin), moment_text(picture.now)
+    gap = columns - len(begin) - len(now)
+    lines.append(" " * (label + 1) + (f"{begin}{' ' * gap}{now}" if gap > 0 else now[-columns:]))
+    lines += [f"{drawn(one, 1)} {one.text}" for one in STATES.values() if one.name in used - {"absent"}]
+    return "\n".join(lines)
+
+
+def _e(text: str) -> str:
+    """Spell a name so that a page shows it and does nothing else."""
+    return html.escape(quote(text).replace("%25", "%"))
+
+
+_STYLE: Final = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1b242d;--soft:#5b6875;--line:#e4e8ec;LIGHT}
+@media(prefers-color-scheme:dark){:root{--paper:#14181d;--ink:#e6eaee;--soft:#98a4b0;--line:#2a323a;DARK}}
+body{margin:0 auto;padding:32px 24px 48px;max-width:1100px;background:var(--paper);color:var(--ink);
+font:14px/1.5 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
+h1{margin:0 0 6px;font-size:21px;line-height:1.3;font-weight:650;text-wrap:balance}
+h2{margin:0 0 8px;font-size:15px;font-weight:650} p{margin:0 0 20px;color:var(--soft)} svg{display:block}
+section+section{margin-top:56px;padding-top:40px;border-top:1px solid var(--line)} .wide{overflow-x:auto}
+text{font-size:12px;fill:var(--ink)} .soft{fill:var(--soft)} .key{font-weight:650} .whole{fill:var(--whole)}
+.end{text-anchor:end} .mid{text-anchor:middle} .grid{stroke:var(--line)}
+.cut{stroke:var(--paper);stroke-width:1.5;fill:none} .ring{fill:var(--paper);stroke:var(--none);stroke-width:1.6}
+ul{display:flex;flex-wrap:wrap;gap:4px 24px;margin:20px 0 28px;padding:0;list-style:none;color:var(--soft)}
+li svg{display:inline-block;margin-right:8px;vertical-align:-2px} table{border-collapse:collapse;width:100%}
+th,td{padding:6px 16px 6px 0;border-bottom:1px solid var(--line);text-align:left}
+th{font-weight:400;color:var(--soft)} .num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+"""
+
+
+def _style() -> str:
+    light, dark = ("".join(f"--{one.name}:{one[tone]};" for one in STATES.values()) for tone in (4, 5))
+    fills = (f".{one.name}{{fill:url(#p-{one.name})}}" for one in STATES.values() if one.pattern)
+    return _STYLE.replace("LIGHT", light).replace("DARK", dark) + "\n".join(fills)
+
+
+def _patterns() -> str:
+    square = '<pattern id="p-{0}" width="6" height="6" patternUnits="userSpaceOnUse">'
+    square += '<path d="M0 0h6v6h-6z" style="fill:var(--{0})"/><path class="cut" d="{1}"/></pattern>'
+    drawn = "".join(square.format(one.name, one.pattern) for one in STATES.values() if one.pattern)
+    return f'<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>{drawn}</defs></svg>'
+
+
+def _legend(states: Collection[str]) -> str:
+    swatch = '<svg width="24" height="12" aria-hidden="true"><path class="{}" d="M0 0h24v12h-24z"/></svg>'
+    shown = (one for one in STATES.values() if one.name in states and one.name != "absent")
+    return "".join(f"<li>{swatch.format(one.name)}{one.text}</li>" for one in shown)
+
+
+def _axis(picture: Picture, height: int) -> Iterator[str]:
+    """Yield lines at full hours, days or weeks, ten of them at most."""
+    span, hours = picture.now - picture.begin, (1, 3, 6, 12, 24, 48, 120, 240, 720, 2160, 8640)
+    step = next((hour * 3600 for hour in hours if span / hour <= 9 * 3600), math.ceil(span / 9))
+    for moment in range(math.ceil(picture.begin / step) * step, int(picture.now) + 1, step):
+        x = f"{_LEFT + (moment - picture.begin) / span * _WIDTH:.1f}"
+        text = datetime.fromtimestamp(moment, timezone.utc).strftime("%b %-d" if step % 86400 == 0 else "%H:%M")
+        yield f'<path class="grid" d="M{x} 20V{height}"/><text class="soft mid" x="{x}" y="12">{text}</text>'
+
+
+def _dots(picture: Picture) -> Iterator[str]:
+    """Yield a mark for each snapshot, one in five pixels: a ring where it is not whole."""
+    dots: dict[int, str] = {}
+    for backup in picture.backups:
+        moment, whole = seconds_of(backup[0].unit.since), all(taking.complete for taking in backup)
+        x = int((moment - picture.begin) / (picture.now - picture.begin) * _WIDTH)
+        text = f"{backup[0].unit.tag}, {moment_text(moment)}, {len(backup)} tables{', not whole' * (not whole)}"
+        if x // 5 not in dots or not whole:
+            place = f'class="{"whole" if whole else "ring"}" cx="{_LEFT + x}" cy="31" r="2.5"'
+            dots[x // 5] = f"<circle {place}><title>{_e(text)}</title></circle>"
+    yield from dots.values()
+
+
+def _title(lane: Lane, run: Run) -> str:
+    """Return what is shown where the pointer rests."""
+    losses = [part.end - part.since for part in run.parts if part.since and part.state != "whole"]
+    lost = f", up to {duration_text(max(losses))} lost" if losses else ""
+    span = f"{moment_text(run.parts[0].begin)} to {moment_text(run.parts[-1].end)}"
+    return f"<title>{_e(f'{lane.name}, {span}: {STATES[run.state].text}{lost}')}</title>"
+
+
+def _lane(picture: Picture, number: int, runs: Sequence[Run], y: int, titles: bool) -> Iterator[str]:
+    lane, last = picture.lanes[number][0], picture.lanes[number][1][-1]
+    name, kind = table_id_of(lane.table)[0], ' class="key"' * (last.state != "whole")
+    short = _e(name) if len(name) <= 28 else f"{_e(name[:27])}…<title>{_e(lane.name)}</title>"
+    yield f'<text class="end" x="{_LEFT - 12}" y="{y + 10}">{short}</text>'
+    scale = _WIDTH / runs[-1].last
+    for run in runs:
+        if run.state != "absent":
+            width = f"{(run.last - run.first) * scale:g}"
+            place = f"M{_LEFT + run.first * scale:g} {y}h{width}v12h-{width}z"
+            yield f'<path class="{run.state}" d="{place}">{_title(lane, run) * titles}</path>'
+    loss = "gone" if last.state == "absent" else duration_text(picture.loss(last))
+    yield f'<text{kind} x="{_LEFT + _WIDTH + 12}" y="{y + 10}">{loss}</text>'
+
+
+def _svg(picture: Picture) -> str:
+    """Draw the lanes of a node, keyspace by keyspace; as coarsely as it takes for a page of bounded size."""
+    columns, runs = _WIDTH, list[list[Run]]()
+    while not runs or (columns >= 20 and sum(map(len, runs)) > 3 * _RUNS):
+        runs = [runs_of(parts, picture.begin, picture.now, columns) for _, parts in picture.lanes]
+        columns //= 2
+    lines, y, keyspace = list[str](), 36, None
+    for number, (lane, _) in enumerate(picture.lanes):
+        if lane.keyspace != keyspace:
+            keyspace, y = lane.keyspace, y + 30
+            lines.append(f'<text class="key" x="0" y="{y - 6}">{_e(keyspace)}</text>')
+        lines += _lane(picture, number, runs[number], y, sum(map(len, runs)) <= _RUNS)
+        y += 18
+    head = f'<text class="soft end" x="{_LEFT - 12}" y="35">snapshots</text>' * bool(picture.backups)
+    head += f'<text class="soft" x="{_LEFT + _WIDTH + 12}" y="12">lost, if now</text>'
+    size = f'width="{_LEFT + _WIDTH + 110}" height="{y + 6}"'
+    label = f'role="img" aria-label="{_e(headline(picture))}"'
+    return f"<svg {size} {label}>{''.join([*_axis(picture, y), head, *_dots(picture), *lines])}</svg>"
+
+
+def _table(picture: Picture) -> str:
+    """Return what is not restorable to any moment now, the worst first."""
+    rows = sorted(picture.standing("whole"), key=lambda row: (-_RANKS[row[1].state], row[1].since, row[0].name))
+    if not rows:
+        return "<h2>Nothing is unprotected now</h2>"
+    cells = "".join(
+        f"<tr><td>{_e(lane.name)}</td><td>{STATES[last.state].text}</td>"
+        f'<td class="num">{moment_text(last.since) if last.since else "–"}</td>'
+        f'<td class="num">{duration_text(picture.loss(last))}</td></tr>'
+        for lane, last in rows
+    )
+    head = '<th>table</th><th>why</th><th class="num">restorable to, UTC</th><th class="num">lost, if now</th>'
+    return f'<h2>Unprotected now</h2><div class="wide"><table><tr>{head}</tr>{cells}</table></div>'
+
+
+def report_page(pictures: Sequence[Picture]) -> str:
+    """Return one page with all pictures: well-formed, without a script, and without anything from elsewhere."""
+    sections = []
+    for picture in pictures:
+        about = f"cluster {picture.about.cluster}, " * bool(picture.about.cluster)
+        about += f"{moment_text(picture.begin)} to {moment_text(picture.now)} UTC, as the bucket's listings tell it. "
+        about += "At each moment: what would a restore have brought back, had the node died then? Flushed data alone: "
+        about += "what was in memtables is in the commit log, which cassbackup stores with --include."
+        states = {part.state for _, parts in picture.lanes for part in parts}
+        body = f'<h1>{_e(headline(picture))}.</h1><p>{_e(about)}</p><div class="wide">{_svg(picture)}</div>'
+        sections.append(f"<section>{body}<ul>{_legend(states)}</ul>{_table(picture)}</section>")
+    title = f"cassbackup report: {', '.join(picture.about.name for picture in pictures)}"
+    rule = "default-src 'none'; style-src 'unsafe-inline'"
+    head = f'<meta charset="utf-8"/><meta http-equiv="Content-Security-Policy" content="{rule}"/>'
+    head += f'<meta name="viewport" content="width=device-width"/><title>{_e(title)}</title>'
+    return (
+        f'<!DOCTYPE html>\n<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head>{head}<style>{_style()}</style></head>'
+        f"<body>{_patterns()}{''.join(sections)}</body></html>\n"
+    )
+
+
+def report_document(picture: Picture) -> dict[str, Any]:
+    """Return what JSON says of a node."""
+    tables = []
+    for lane, parts in picture.lanes:
+        page: dict[str, Any] = {"table": f"{lane.keyspace}.{lane.table}", "now": parts[-1].state}
+        page["loss_s"] = None if parts[-1].state == "absent" else picture.loss(parts[-1])
+        page["intervals"] = [
+            {"from": rfc3339(utc(one.begin)), "to": rfc3339(utc(one.end)), "state": one.state}
+            | ({"restorable_to": rfc3339(utc(one.since))} if one.since and one.state != "whole" else {})
+            for one in parts
+        ]
+        tables.append(page)
+    told = {"name": picture.about.name, "cluster": picture.about.cluster, "headline": headline(picture)}
+    moments = {"from": picture.begin, "to": picture.now, "sure_to": picture.sure}
+    told |= {name: rfc3339(utc(moment)) for name, moment in moments.items()}
+    return {**told, "unprotected": len(picture.standing("whole")), "tables": tables}
+
+
+# ======================================================================================================
 # Commands
 # ======================================================================================================
 
@@ -6104,14 +6708,19 @@ def open_bucket(settings: Settings, environ: Mapping[str, str]) -> Retrying:
     )
 
 
-def one_node(store: Retrying, settings: Settings) -> About:
-    """Return the node that --node means; else this machine's own, else the only one. Raises Usage, Missing."""
+def meant_nodes(store: Retrying, settings: Settings) -> list[About]:
+    """Return the nodes that --node means; else this machine's own, else all. Raises Missing."""
     names = node_names(store)
     own = read_json(os.path.join(settings.state_dir, "identity.json")).get("node", "")
     with contextlib.suppress(Usage):
         own = own if own in names else name_node(None, host_name(), read_machine_id())
     word = settings.node or (own if own in names else "")
-    found = find_nodes(store, word, settings.cluster, settings.threads)
+    return find_nodes(store, word, settings.cluster, settings.threads)
+
+
+def one_node(store: Retrying, settings: Settings) -> About:
+    """Return the node that --node means; else this machine's own, else the only one. Raises Usage, Missing."""
+    found = meant_nodes(store, settings)
     if len(found) > 1:
         raise Usage(f"{len(found)} nodes are meant", f"pass --node; there are {', '.join(a.name for a in found[:9])}")
     return found[0]
@@ -6869,6 +7478,40 @@ def prune(settings: Settings, environ: Mapping[str, str]) -> int:
     return code
 
 
+def report(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Draw how much would have been lost at each moment. Exit 0 whatever that is: `status` is there to alarm."""
+    if settings.days < 1:
+        raise Usage("--days 0 is no time", "pass a number of days from 1 on")
+    store = open_bucket(settings, environ)
+    now, pictures, empty = settings.at or store.now(), list[Picture](), None
+    for about in meant_nodes(store, settings):
+        try:
+            chronicle = Chronicle(store, about, now - settings.days * 86400.0, now)
+            pictures.append(chronicle.picture(settings.table, settings.threads))
+        except Missing as fault:
+            empty = fault
+    if empty and not pictures:
+        raise empty
+    out = settings.out or ("" if settings.terminal or settings.json else "cassbackup-report.html")
+    page = report_page(pictures) if out else ""
+    if out not in ("", "-"):
+        with open(f"{out}.tmp", "w", encoding="utf-8") as file:
+            file.write(page)
+        os.replace(f"{out}.tmp", out)
+    if settings.json:
+        document = {"schema": 1, "bucket": store.url, "nodes": list(map(report_document, pictures))}
+        print(json.dumps(document))
+    elif settings.terminal:
+        plain = "?" in "█▒".encode(sys.stdout.encoding, "replace").decode("latin-1")
+        colour = sys.stdout.isatty() and not environ.get("NO_COLOR")
+        width = shutil.get_terminal_size().columns
+        text = "\n\n".join(strip_text(picture, width, plain, colour) for picture in pictures)
+        print(text.encode("ascii", "replace").decode() if plain else text)
+    else:
+        print(page.rstrip() if out == "-" else "\n".join([*map(headline, pictures), f"the picture is in {out}"]))
+    return DONE
+
+
 def ring_place(nodetool: Nodetool) -> dict[str, Any]:
     """Return what a successor needs to know of this node: cluster, host id, tokens, dc, rack, addresses."""
     info, cluster = nodetool("info", "-T"), nodetool("describecluster")
@@ -7242,6 +7885,13 @@ _RESTORE = (
     Asked("--data-dir", "[OLD=]NEW", (), "in place: the data directory, or which one for which"),
     Asked("--move-aside", "", False, "in place: put SSTables that are in the way into a snapshot directory"),
 )
+_REPORT = (
+    _TABLES,
+    Asked("--days", "NUMBER", 30, "how far to look back"),
+    _AT,
+    Asked("--out", "FILE", "", "where the page goes (default: cassbackup-report.html); - is stdout"),
+    Asked("--terminal", "", False, "draw it here"),
+)
 _PRUNE = (
     Option("--keep-last", "NUMBER", 0, "keep so many snapshots of each table"),
     Option("--keep-within", "DURATION", 0.0, "keep what is younger, as 30d; also Cassandra's own snapshots (else 14d)"),
@@ -7338,6 +7988,7 @@ COMMANDS: Final = MappingProxyType(
         "prune": Command(
             prune, "delete old backups; a dry run unless --confirm", (*_WHERE, ("what to keep", _PRUNE), _LAST)
         ),
+        "report": Command(report, "how much would be lost: a picture", (*_WHERE, ("what to draw", _REPORT), _LAST)),
         "status": Command(status, "how far behind the daemon is; exit 3 when it is", (("status", _ASK + _ALWAYS),)),
         "doctor": Command(doctor, "what can go wrong, before it does, and the cure", (("doctor", _DOCTOR), *_DAEMON)),
         "config": Command(config, "each setting, its value and where it came from", _DAEMON),

@@ -305,7 +305,7 @@ def test_lines_carry_priorities_where_journald_reads_them(
 
 def test_the_readme_names_every_option_and_its_variable(scene: Scene) -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for command in ("watch", "status", "snapshot", "list", "verify", "restore", "prune"):
+    for command in ("watch", "status", "snapshot", "list", "verify", "restore", "prune", "doctor", "report"):
         said = scene.run(command, "--help", check=0).stdout
         named = set(re.findall(r"--[a-z][a-z-]+|CASSBACKUP_[A-Z_]+|BUCKET_NAME|REGION", said)) - {"--help"}
         assert [name for name in sorted(named) if name not in readme] == []

@@ -284,7 +284,7 @@ def test_a_clock_that_stands_still_gives_rising_stamps() -> None:
 
 @pytest.mark.parametrize("moment", ["", "now", "2026-11-21", "2026-13-21T20:24:38.123456Z", "2026-11-21T20:24:38Z"])
 def test_what_is_no_moment_is_refused(moment: str) -> None:
-    with pytest.raises(ValueError, match="does not match"):
+    with pytest.raises(ValueError, match=r"does not match|must be in"):
         utc_of(moment)
 
 
