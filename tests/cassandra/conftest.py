@@ -1,6 +1,7 @@
 """Fixtures: real Cassandra nodes, of which no more run at a time than a test needs.
 
-cassandra     a node with incremental backups that tests share; each test runs on one with big and one with bti SSTables
+cassandra     a node with incremental backups that tests share; each test runs on one with big, one with bti SSTables,
+              and some on an older Cassandra
 keyspace      a new keyspace in it
 new_node      a function that starts a node of the test's own
 three_nodes   three nodes of the test's own that are one cluster
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 from drill import Score
-from jars import NotHere, fetch, java
+from jars import OLDER, NotHere, fetch, java
 from nodes import Node, Setup, cluster
 from scene import Scene
 from servers import FileBucket
@@ -114,13 +115,19 @@ def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session", params=["big", "bti"])
 def sstables(request: pytest.FixtureRequest) -> str:
-    """Return the format of the shared node's SSTables."""
+    """Return the format of the shared node's SSTables; an older Cassandra is known by its version."""
+    if request.param == OLDER:
+        try:
+            java(OLDER)
+        except NotHere as reason:
+            pytest.skip(str(reason))
     return str(request.param)
 
 
 @pytest.fixture
 def cassandra(fleet: Fleet, sstables: Any) -> Node:
-    return fleet.shared(sstables, Setup(sstables=sstables, incremental_backups=True))
+    which = {"version": OLDER} if sstables == OLDER else {"sstables": sstables}
+    return fleet.shared(sstables, Setup(**which, incremental_backups=True))
 
 
 KEYSPACES = (f"ks{number}" for number in count(1))

@@ -90,6 +90,16 @@ class Drill:
         self.score.size = sum((Path(self.scene.bucket.bucket) / key).stat().st_size for key in keys)
 
 
+def contents(directories: Iterable[Path], component: str) -> dict[str, bytes]:
+    """Return name -> content of the SSTable components of a kind in some directories."""
+    return {path.name: path.read_bytes() for directory in directories for path in directory.glob(f"*-{component}")}
+
+
+def live(node: Node, table: str, component: str) -> dict[str, bytes]:
+    """Return name -> content of the live components of a kind of a table `keyspace.table`."""
+    return contents(node.table_directories(*table.split(".")), component)
+
+
 def stored_digests(scene: Scene) -> dict[str, tuple[int, int]]:
     """Return key of each Data.db -> its CRC-32 as listed, and as its Digest.crc32 says it as stored."""
     found = {}

