@@ -5,8 +5,8 @@ table=$data/ks1/users-5a1c395e8b3e11ecbd3d0242ac130003
 
 say() { echo "== $*"; }
 
-until_true() { # wait a minute at most for a command to succeed
-    for _ in $(seq 120); do
+until_true() { # wait two minutes at most for a command to succeed
+    for _ in $(seq 240); do
         if "$@"; then return 0; fi
         sleep 0.5
     done
@@ -28,10 +28,10 @@ make_node() {
     usermod --home /var/lib/cassandra cassandra 2>/dev/null || true
 }
 
-# storm TAG: a snapshot of a hundred SSTables, cleared as soon as it is held
+# storm TAG: a snapshot of a hundred SSTables
 storm() {
     setpriv --reuid cassandra --regid cassandra --clear-groups sh -eu <<SH
-mkdir -p $table/snapshots/making
+mkdir -p $table/snapshots
 cd $table
 names=
 for n in \$(seq 100); do
@@ -43,7 +43,6 @@ mkdir snapshots/$1
 ln nb-$1*-big-* snapshots/$1/
 printf '{"files":[%s]}' "\${names#,}" >snapshots/$1/manifest.json
 echo 'CREATE TABLE ks1.users (id int PRIMARY KEY);' >snapshots/$1/schema.cql
-rmdir snapshots/making
 SH
 }
 
@@ -51,5 +50,8 @@ is_stored() { # is_stored TAG: its listing says complete
     find "$bucket" -path "*.listings/ks1/users-*/snapshots/$1/*-complete-202-*" | grep -q .
 }
 
-pins() { find /var/lib/cassandra/.cassbackup -name .released~ -prune -o -type f -path '*~*/*~*' -print | wc -l; }
+pins() { # pins [TAG]: how many files wait, wherever
+    find /var/lib/cassandra/.cassbackup /var/lib/cassandra/pins "$data/.cassbackup" -name .released~ -prune -o \
+        -type f -path "*${1:-}~*/*~*" -print 2>/dev/null | wc -l
+}
 no_pins() { [ "$(pins)" = 0 ]; }
