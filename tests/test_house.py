@@ -27,12 +27,13 @@ MODULE = ROOT / "cassbackup.py"
 
 ROOMS = (
     "Facts", "Errors", "Things", "Names", "Stores", "Cloud", "Ledger", "Watch", "Scan and pin", "Upload",
-    "Publish", "Daemon", "Catalog", "Choose", "Restore", "Verify", "Prune", "Commands", "Command line",
+    "Publish", "Daemon", "Metrics", "Catalog", "Choose", "Restore", "Verify", "Prune", "Doctor", "Report", "Commands",
+    "Command line",
 )  # fmt: skip
 
 # The house was drawn for 3,000. Built, with what reviews and faults asked for, it needs more; but it may not grow
 # unnoticed.
-MAX_LINES = 7000
+MAX_LINES = 8000
 MAX_FUNCTION = 50
 SHORT_FUNCTION, SHORT_SHARE = 15, 0.60
 MAX_BROAD_HANDLERS = 5
@@ -44,6 +45,7 @@ SDK_ROOMS = {
     "s3transfer": {"Stores"},
     "google": {"Stores"},
     "google_crc32c": {"Stores"},
+    "prometheus_client": {"Metrics"},
     "pyinotify": {"Watch"},
     "requests": {"Cloud", "Stores"},
 }
@@ -68,6 +70,7 @@ NEVER = {
     "Restore": ("Ledger", "Watch", "Scan and pin", "Upload"),
     "Verify": ("Ledger", "Watch", "Scan and pin", "Upload"),
     "Prune": ("Ledger", "Watch", "Scan and pin", "Upload"),
+    "Report": ("Ledger", "Watch", "Scan and pin", "Upload"),
 }
 GO_BETWEENS = {"Ledger": {"ledger"}, "Watch": {"watcher"}, "Scan and pin": {"pins"}, "Upload": {"uploaders"}}
 
