@@ -60,7 +60,9 @@ Contents
     Prune           what may go, and deleting it without a lock
     Doctor          what can go wrong, before it does: checks, and the cure
     Report          how much would be lost at each moment: a picture from listings
-    Commands        watch, status, config, list, verify, restore, prune, snapshot, doctor, report
+    Common ground   what commands share: settings, who we are, nodetool, how far it is
+    On the node     the commands watch, status, config, snapshot, doctor
+    On the bucket   the commands list, verify, restore, prune, report
     Command line    options, logging, main
 """
 
@@ -6314,7 +6316,7 @@ def report_document(picture: Picture) -> dict[str, Any]:
 
 
 # ======================================================================================================
-# Commands
+# Common ground
 # ======================================================================================================
 
 
@@ -6531,6 +6533,79 @@ def filters_of(settings: Settings) -> Filters:
     return Filters(*globs, settings.since, settings.include, settings.exclude)
 
 
+class Nodetool:
+    """Cassandra's own nodetool, as the operator calls it."""
+
+    def __init__(self, command: str, timeout: float | None = None) -> None:
+        self._command, self._timeout = shlex.split(command), timeout
+
+    def __call__(self, *words: str) -> str:
+        """Run a command of nodetool; return what it says. Raises Fault where it fails, or takes too long."""
+        whole, timeout = [*self._command, *words], self._timeout
+        try:
+            done = subprocess.run(whole, check=False, capture_output=True, text=True, timeout=timeout)
+        except OSError as error:
+            raise Usage(f"{self._command[0]} cannot be run ({error.strerror})", "pass --nodetool") from None
+        except subprocess.TimeoutExpired:
+            raise Fault(f"{self._command[0]} {words[0]} did not answer in {timeout:.0f} s") from None
+        if done.returncode:
+            told = [line for line in f"{done.stderr}\n{done.stdout}".splitlines() if line.strip()]  # it uses either
+            named = [line for line in told if line.startswith(("nodetool:", "error:"))] or told or ["it says nothing"]
+            raise Fault(f"{self._command[0]} {' '.join(words)}: {quote(named[0])}", "is Cassandra running?")
+        return done.stdout
+
+    def _knows(self, *names: str) -> bool:
+        with contextlib.suppress(Fault):
+            self("tablestats", *names)
+            return True
+        return False
+
+    def check(self, tables: Iterable[tuple[str, str]]) -> str:
+        """Return Cassandra's version, after a look whether it answers and has these tables. Raises Fault, Missing."""
+        version = self("version").partition(":")[2].strip()
+        names = [".".join(table) for table in tables]  # each call is the start of a JVM
+        absent = [] if self._knows(*names) else [name for name in names if not self._knows(name)]
+        if absent:
+            hint = "create them first; `cassbackup restore --schema-only` brings their schema"
+            raise Missing(f"Cassandra has no table {', '.join(absent)}", hint)
+        if "not running" not in self("statusbackup"):
+            log.warning(
+                "incremental backup is on: what is imported is linked into backups/ hint=nodetool disablebackup"
+            )
+        return version
+
+
+def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
+    """Return a table for people."""
+    texts = [[quote(str(cell)).replace("%25", "%") for cell in row] for row in rows]  # some are quoted already
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
+
+
+def show_rate(what: str, total: int, shown: bool) -> Callable[[int], None]:
+    """Return what tells how far a transfer of so many bytes (0: unknown) is, on a terminal or in the log."""
+    began, said = time.monotonic(), [time.monotonic()]
+
+    def show(done: int) -> None:
+        now = time.monotonic()
+        if now - said[0] < (0.2 if shown else 10.0) and (not total or done < total):
+            return
+        said[0], rate = now, done / max(0.001, now - began)
+        eta = f", {(total - done) / rate:.0f} s to go" if rate and done < total else ""
+        text = f"{what} {size_text(done)}{f' of {size_text(total)}' * bool(total)} ({size_text(rate)}/s){eta}"
+        if shown:
+            print(f"\033[K{text}", end="\n" if done >= total else "\r", file=sys.stderr, flush=True)
+        else:
+            log.info("%s", text)
+
+    return show
+
+
+# ======================================================================================================
+# On the node
+# ======================================================================================================
+
+
 def assemble(settings: Settings, areas: Sequence[Area], node: str, store: Retrying, stop: threading.Event) -> Daemon:
     """Join the rooms."""
     ledger = Ledger(os.path.join(settings.state_dir, "ledger.sqlite"), f"{store.url} {node}")
@@ -6684,11 +6759,217 @@ def config(settings: Settings, environ: Mapping[str, str]) -> int:
     return DONE
 
 
-def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
-    """Return a table for people."""
-    texts = [[quote(str(cell)).replace("%25", "%") for cell in row] for row in rows]  # some are quoted already
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
+def ring_place(nodetool: Nodetool) -> dict[str, Any]:
+    """Return what a successor needs to know of this node: cluster, host id, tokens, dc, rack, addresses."""
+    info, cluster = nodetool("info", "-T"), nodetool("describecluster")
+
+    def told(name: str, text: str) -> list[str]:
+        return re.findall(rf"^\s*{name}\s*:\s*(.+?)\s*$", text, re.M)
+
+    host_id = "".join(told("ID", info)[:1])
+    rows = [line.split() for line in nodetool("status").splitlines() if host_id and host_id in line]
+    page: dict[str, Any] = {"version": 1, "host_id": host_id, "addresses": [row[1] for row in rows]}
+    page |= {"cluster": "".join(told("Name", cluster)[:1]), "partitioner": "".join(told("Partitioner", cluster)[:1])}
+    page |= {"dc": "".join(told("Data Center", info)[:1]), "rack": "".join(told("Rack", info)[:1])}
+    return page | {"tokens": told("Token", info), "cassandra": nodetool("version").partition(":")[2].strip()}
+
+
+def tables_with_snapshot(directories: Sequence[str], tag: str, filters: Filters) -> set[tuple[str, str]]:
+    """Return (keyspace, the table's directory) of what has a snapshot of this tag on disk and is to be stored."""
+    tables = set()
+    for root in directories:
+        for keyspace in os.listdir(root):
+            with contextlib.suppress(NotADirectoryError, FileNotFoundError):
+                for table in os.listdir(os.path.join(root, keyspace)):
+                    wanted = filters.directory([keyspace]) and filters.directory([keyspace, table])
+                    if wanted and os.path.isdir(os.path.join(root, keyspace, table, "snapshots", tag)):
+                        tables.add((keyspace, table))
+    return tables
+
+
+def snapshot_size(directories: Sequence[str], tag: str, table: tuple[str, str]) -> int:
+    """Return the bytes of a table's snapshot on disk."""
+    size = 0
+    for root in directories:
+        for folder, _, names in os.walk(os.path.join(root, *table, "snapshots", tag)):
+            with contextlib.suppress(FileNotFoundError):  # cleared by somebody else, or by its --ttl
+                size += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
+    return size
+
+
+def listed_of(store: Retrying, node: str, table: tuple[str, str], tag: str, since: str) -> str:
+    """Return the key of a complete listing of a table's snapshot that was taken since then, "" if there is none."""
+    prefix = listings_of(node, Unit("snapshot", *table, tag, "x"))[: -len("x/")]
+    filed = (filed_as(node, head) for head in store.list(prefix, prefix + since[:-1]))
+    return max((one.key for one in filed if one and one.state == "complete"), default="")
+
+
+class SnapshotWait:
+    """Waits until a snapshot is listed whole: by the daemon, or, where there is none, by storing it here."""
+
+    def __init__(self, store: Retrying, identity: Identity, settings: Settings, tag: str, since: str) -> None:
+        self._store, self._node, self._settings, self._tag, self._since = store, identity.node, settings, tag, since
+        self.keys: dict[tuple[str, str], str] = {}  # the listings, by table
+
+    def check(self, tables: set[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Return the tables that are not listed complete."""
+        asked = sorted(tables - self.keys.keys())
+        find = functools.partial(listed_of, self._store, self._node, tag=self._tag, since=self._since)
+        found = zip(asked, spread(find, asked, self._settings.threads), strict=True)
+        self.keys |= {table: key for table, key in found if key}
+        return tables - self.keys.keys()
+
+    def wait(self, tables: Mapping[tuple[str, str], int], store_here: Callable[[], int]) -> set[tuple[str, str]]:
+        """Return which of these tables, given with their bytes, will not be listed complete."""
+        began, said, waiter, total = time.time(), time.monotonic(), threading.Event(), sum(tables.values())
+        show, first = show_rate(f"{self._tag}: stored", total, sys.stderr.isatty()), dict[str, Any]()
+        while left := self.check(set(tables)):
+            if not holder_of(self._settings.state_dir):
+                with contextlib.suppress(Busy):  # a daemon was started just now
+                    store_here()
+                    return self.check(set(tables))
+            page = ask_status(self._settings.state_dir, waiter)
+            if page["looked"] > began and page["quiet"] and not page["pending"]["units"]:
+                return self.check(set(tables))
+            first = first or page
+            listed, sent = total - sum(tables[table] for table in left), page["sent"]["bytes"] - first["sent"]["bytes"]
+            show(min(max(listed, sent), total - 1))  # a large table is listed late
+            if page["trouble"] and time.monotonic() - said > 30:
+                said = time.monotonic()
+                log.warning("waiting tag=%s tables_left=%d trouble=%s", self._tag, len(left), quote(page["trouble"]))
+            waiter.wait(min(10.0, 0.5 + len(tables) / 100))
+        show(total)
+        return set()
+
+
+def agree_with_daemon(settings: Settings, identity: Identity, filters: Filters) -> None:
+    """Refuse to wait for a daemon that stores elsewhere, or something else. Raises Usage."""
+    if pid := holder_of(settings.state_dir):
+        page = ask_status(settings.state_dir, threading.Event())
+        ours = {"store": identity.url, "node": identity.node, "filters": str(filters)}
+        for word, value in ours.items():
+            if page.get(word) != value:
+                what = f"the running daemon (pid {pid}) has {word} {page.get(word)}, and this command {value}"
+                raise Usage(what, "give both the same settings, best in /etc/default/cassbackup")
+
+
+def record_tag(
+    store: Retrying, node: str, tag: str, since: str, keys: Iterable[str], nodetool: Nodetool, cqlsh: str
+) -> None:
+    """Write down what belongs together: the tag's listings, the schema, and the node's place in the ring."""
+    place = ring_place(nodetool)
+    if read_page(store, f"{node}.listings/node") != place:
+        first = store.head(f"{node}.listings/node.json") is None
+        body = json.dumps(place).encode()
+        store.put(f"{node}.listings/node{'' if first else '.' + utc(time.time())}.json", body, zlib.crc32(body))
+    page = {"version": 1, "node": node, "tag": tag, "taken": rfc3339(since), "listings": sorted(keys)}
+    for words in ("DESCRIBE SCHEMA WITH INTERNALS", "DESCRIBE SCHEMA"):  # table ids, dropped columns: only since 4.0
+        try:
+            lines = Nodetool(cqlsh)("-e", words).splitlines(keepends=True)
+            page["schema"] = "".join(line for line in lines if not line.startswith("WARNING:"))
+            break
+        except Fault as fault:
+            told = quote(str(fault))
+    else:
+        log.warning("no schema is kept with this snapshot error=%s hint=pass --cqlsh", told)
+    body = json.dumps(page | {"place": place}).encode()
+    store.put(f"{node}.listings/tags/{quote(tag, slash='%2F')}/{utc(time.time())}.json", body, zlib.crc32(body))
+
+
+def clear_listed(nodetool: Nodetool, directories: Sequence[str], waiting: Callable[[str], SnapshotWait]) -> None:
+    """Clear earlier snapshots of ours that an earlier run could not, and that are listed by now."""
+    pattern = f"{OWN_TAG}*"
+    paths = [path for root in directories for path in glob.glob(f"{glob.escape(root)}/*/*/snapshots/{pattern}")]
+    for tag in sorted({os.path.basename(path) for path in paths}):
+        if not waiting(tag).check(tables_with_snapshot(directories, tag, Filters())):
+            nodetool("clearsnapshot", "-t", tag)
+            log.info("cleared an earlier snapshot tag=%s", tag)
+
+
+def snapshot(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Take a snapshot, wait until it is listed whole, clear it. Exit 1: not whole, so it stays; 3: no room for one."""
+    directories = data_directories(settings.paths)
+    tag = settings.tag or f"{OWN_TAG}{utc(time.time())[:13]}Z"
+    if not re.fullmatch(r"[\w.-]{1,200}", tag):
+        raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
+    open_state(settings.state_dir)
+    known = read_json(os.path.join(settings.state_dir, "identity.json"))
+    identity, filters = identify(settings, environ, known), filters_of(settings)
+    agree_with_daemon(settings, identity, filters)
+    for root in directories:
+        disk = os.statvfs(root)
+        if disk.f_bavail < settings.free_floor * disk.f_blocks:
+            log.error("too little room for a snapshot path=%s hint=mend that first, or lower --free-floor", quote(root))
+            return BEHIND
+    access, nodetool = access_of(settings, identity.region), Nodetool(settings.nodetool)
+    raw = open_store(identity.url, access, new=known.get("url") != identity.url)
+    store = Retrying(raw, threading.Event().wait, 120.0, Budget(0.0))
+    clear_listed(nodetool, directories, lambda old: SnapshotWait(store, identity, settings, old, utc(0)))
+    since = utc(time.time())
+    options = ["-sf"] if settings.skip_flush else []
+    options += ["--ttl", f"{settings.ttl:.0f}s"] if settings.ttl else []
+    nodetool("snapshot", "-t", tag, *options, *settings.keyspaces)
+    tables = tables_with_snapshot(directories, tag, filters)
+    if not tables:
+        raise Fault(f"nodetool took the snapshot {tag}, but not below {' '.join(directories)}", "pass --paths")
+    waiting = SnapshotWait(store, identity, settings, tag, since)
+    here = Settings({**settings.all, "once": Setting(True, "flag"), "paths": Setting(tuple(directories), "flag")})
+    sizes = {table: snapshot_size(directories, tag, table) for table in tables}
+    if missing := waiting.wait(sizes, lambda: watch(here, environ)):
+        names = ", ".join(f"{keyspace}.{table_id_of(table)[0]}" for keyspace, table in sorted(missing)[:9])
+        raise Fault(
+            f"{len(missing)} of {len(tables)} tables are not listed whole: {names}", f"snapshot {tag} stays on disk"
+        )
+    record_tag(store, identity.node, tag, since, waiting.keys.values(), nodetool, settings.cqlsh)
+    if not settings.keep:
+        nodetool("clearsnapshot", "-t", tag)
+    print(f"{tag}: {len(tables)} tables, listed whole in {store.url}")
+    return DONE
+
+
+def findings_text(found: Sequence[Finding]) -> str:
+    """Return findings for people: a line for each, the cure below it."""
+    lines = columns([(one.name, one.result, one.detail) for one in found]).splitlines()
+    cures = ["".join(f"\n    {line}" for line in one.cure.splitlines()) for one in found]
+    counts = Counter(one.result for one in found)
+    return "\n".join([*map(str.__add__, lines, cures), ", ".join(f"{counts[word]} {word}" for word in sorted(counts))])
+
+
+def doctor(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Say what can go wrong before it does, and the cure. Exit 3 where anything is bad; a warning is none."""
+    found, directories, survey, node = list[Finding](), list[str](), Survey(), ""
+    yaml, store, was_root = "", cast(Store, None), os.geteuid() == 0
+    try:
+        yaml = cassandra_yaml()
+        directories = data_directories(settings.paths)
+        become_owner(directories[0])
+        for path in directories:
+            survey.look(path, filters_of(settings))
+    except (Fault, OSError) as error:
+        found.append(finding_of("data", error))
+    try:
+        if not settings.bucket:
+            raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
+        areas = [path for root in directories for path in area_paths(os.path.realpath(root), settings.pin_dir)]
+        memories = [read_json(os.path.join(path, "identity.json")) for path in (settings.state_dir, *areas)]
+        known = next(filter(None, memories), {})
+        identity = identify(settings, environ, known)
+        node, access = identity.node, access_of(settings, identity.region)
+        store = open_store(identity.url, access, new=known.get("url") != identity.url)
+    except (Fault, OSError) as error:
+        found.append(finding_of("bucket", error))
+    cloud, holder = detect_cloud(environ), holder_of(settings.state_dir)
+    here = (settings, environ, directories, was_root, yaml, Nodetool(settings.nodetool, 10.0), holder, survey)
+    case = Case(*here, cloud, node, read_machine_id(), store)
+    found += examine(case, HERE + THERE * bool(store))
+    page = {"schema": 1, "checks": [one._asdict() for one in found]}
+    print(json.dumps(page) if settings.json else findings_text(found))
+    return BEHIND if any(one.result == "bad" for one in found) else DONE
+
+
+# ======================================================================================================
+# On the bucket
+# ======================================================================================================
 
 
 def open_bucket(settings: Settings, environ: Mapping[str, str]) -> Retrying:
@@ -6929,25 +7210,6 @@ def list_(settings: Settings, environ: Mapping[str, str]) -> int:
         text = list_text(pages, older, bool(settings.node or settings.tag or settings.table or len(pages) == 1))
     print(json.dumps(document) if settings.json else text)
     return DONE
-
-
-def show_rate(what: str, total: int, shown: bool) -> Callable[[int], None]:
-    """Return what tells how far a transfer of so many bytes (0: unknown) is, on a terminal or in the log."""
-    began, said = time.monotonic(), [time.monotonic()]
-
-    def show(done: int) -> None:
-        now = time.monotonic()
-        if now - said[0] < (0.2 if shown else 10.0) and (not total or done < total):
-            return
-        said[0], rate = now, done / max(0.001, now - began)
-        eta = f", {(total - done) / rate:.0f} s to go" if rate and done < total else ""
-        text = f"{what} {size_text(done)}{f' of {size_text(total)}' * bool(total)} ({size_text(rate)}/s){eta}"
-        if shown:
-            print(f"\033[K{text}", end="\n" if done >= total else "\r", file=sys.stderr, flush=True)
-        else:
-            log.info("%s", text)
-
-    return show
 
 
 def selected(store: Retrying, settings: Settings, node: str) -> list[Filed]:
@@ -7213,48 +7475,6 @@ def move_aside(strangers: Mapping[str, Sequence[str]]) -> None:
         log.info("moved aside files=%d to=%s", len(names), quote(target))
 
 
-class Nodetool:
-    """Cassandra's own nodetool, as the operator calls it."""
-
-    def __init__(self, command: str, timeout: float | None = None) -> None:
-        self._command, self._timeout = shlex.split(command), timeout
-
-    def __call__(self, *words: str) -> str:
-        """Run a command of nodetool; return what it says. Raises Fault where it fails, or takes too long."""
-        whole, timeout = [*self._command, *words], self._timeout
-        try:
-            done = subprocess.run(whole, check=False, capture_output=True, text=True, timeout=timeout)
-        except OSError as error:
-            raise Usage(f"{self._command[0]} cannot be run ({error.strerror})", "pass --nodetool") from None
-        except subprocess.TimeoutExpired:
-            raise Fault(f"{self._command[0]} {words[0]} did not answer in {timeout:.0f} s") from None
-        if done.returncode:
-            told = [line for line in f"{done.stderr}\n{done.stdout}".splitlines() if line.strip()]  # it uses either
-            named = [line for line in told if line.startswith(("nodetool:", "error:"))] or told or ["it says nothing"]
-            raise Fault(f"{self._command[0]} {' '.join(words)}: {quote(named[0])}", "is Cassandra running?")
-        return done.stdout
-
-    def _knows(self, *names: str) -> bool:
-        with contextlib.suppress(Fault):
-            self("tablestats", *names)
-            return True
-        return False
-
-    def check(self, tables: Iterable[tuple[str, str]]) -> str:
-        """Return Cassandra's version, after a look whether it answers and has these tables. Raises Fault, Missing."""
-        version = self("version").partition(":")[2].strip()
-        names = [".".join(table) for table in tables]  # each call is the start of a JVM
-        absent = [] if self._knows(*names) else [name for name in names if not self._knows(name)]
-        if absent:
-            hint = "create them first; `cassbackup restore --schema-only` brings their schema"
-            raise Missing(f"Cassandra has no table {', '.join(absent)}", hint)
-        if "not running" not in self("statusbackup"):
-            log.warning(
-                "incremental backup is on: what is imported is linked into backups/ hint=nodetool disablebackup"
-            )
-        return version
-
-
 def _put_live(staged: str, keyspace: str, table: str) -> None:
     """Rename staged SSTables into the table's newest directory, under generations that are free there."""
     homes = [os.path.join(data, keyspace) for data in data_directories(())]
@@ -7510,214 +7730,6 @@ def report(settings: Settings, environ: Mapping[str, str]) -> int:
     else:
         print(page.rstrip() if out == "-" else "\n".join([*map(headline, pictures), f"the picture is in {out}"]))
     return DONE
-
-
-def ring_place(nodetool: Nodetool) -> dict[str, Any]:
-    """Return what a successor needs to know of this node: cluster, host id, tokens, dc, rack, addresses."""
-    info, cluster = nodetool("info", "-T"), nodetool("describecluster")
-
-    def told(name: str, text: str) -> list[str]:
-        return re.findall(rf"^\s*{name}\s*:\s*(.+?)\s*$", text, re.M)
-
-    host_id = "".join(told("ID", info)[:1])
-    rows = [line.split() for line in nodetool("status").splitlines() if host_id and host_id in line]
-    page: dict[str, Any] = {"version": 1, "host_id": host_id, "addresses": [row[1] for row in rows]}
-    page |= {"cluster": "".join(told("Name", cluster)[:1]), "partitioner": "".join(told("Partitioner", cluster)[:1])}
-    page |= {"dc": "".join(told("Data Center", info)[:1]), "rack": "".join(told("Rack", info)[:1])}
-    return page | {"tokens": told("Token", info), "cassandra": nodetool("version").partition(":")[2].strip()}
-
-
-def tables_with_snapshot(directories: Sequence[str], tag: str, filters: Filters) -> set[tuple[str, str]]:
-    """Return (keyspace, the table's directory) of what has a snapshot of this tag on disk and is to be stored."""
-    tables = set()
-    for root in directories:
-        for keyspace in os.listdir(root):
-            with contextlib.suppress(NotADirectoryError, FileNotFoundError):
-                for table in os.listdir(os.path.join(root, keyspace)):
-                    wanted = filters.directory([keyspace]) and filters.directory([keyspace, table])
-                    if wanted and os.path.isdir(os.path.join(root, keyspace, table, "snapshots", tag)):
-                        tables.add((keyspace, table))
-    return tables
-
-
-def snapshot_size(directories: Sequence[str], tag: str, table: tuple[str, str]) -> int:
-    """Return the bytes of a table's snapshot on disk."""
-    size = 0
-    for root in directories:
-        for folder, _, names in os.walk(os.path.join(root, *table, "snapshots", tag)):
-            with contextlib.suppress(FileNotFoundError):  # cleared by somebody else, or by its --ttl
-                size += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
-    return size
-
-
-def listed_of(store: Retrying, node: str, table: tuple[str, str], tag: str, since: str) -> str:
-    """Return the key of a complete listing of a table's snapshot that was taken since then, "" if there is none."""
-    prefix = listings_of(node, Unit("snapshot", *table, tag, "x"))[: -len("x/")]
-    filed = (filed_as(node, head) for head in store.list(prefix, prefix + since[:-1]))
-    return max((one.key for one in filed if one and one.state == "complete"), default="")
-
-
-class SnapshotWait:
-    """Waits until a snapshot is listed whole: by the daemon, or, where there is none, by storing it here."""
-
-    def __init__(self, store: Retrying, identity: Identity, settings: Settings, tag: str, since: str) -> None:
-        self._store, self._node, self._settings, self._tag, self._since = store, identity.node, settings, tag, since
-        self.keys: dict[tuple[str, str], str] = {}  # the listings, by table
-
-    def check(self, tables: set[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Return the tables that are not listed complete."""
-        asked = sorted(tables - self.keys.keys())
-        find = functools.partial(listed_of, self._store, self._node, tag=self._tag, since=self._since)
-        found = zip(asked, spread(find, asked, self._settings.threads), strict=True)
-        self.keys |= {table: key for table, key in found if key}
-        return tables - self.keys.keys()
-
-    def wait(self, tables: Mapping[tuple[str, str], int], store_here: Callable[[], int]) -> set[tuple[str, str]]:
-        """Return which of these tables, given with their bytes, will not be listed complete."""
-        began, said, waiter, total = time.time(), time.monotonic(), threading.Event(), sum(tables.values())
-        show, first = show_rate(f"{self._tag}: stored", total, sys.stderr.isatty()), dict[str, Any]()
-        while left := self.check(set(tables)):
-            if not holder_of(self._settings.state_dir):
-                with contextlib.suppress(Busy):  # a daemon was started just now
-                    store_here()
-                    return self.check(set(tables))
-            page = ask_status(self._settings.state_dir, waiter)
-            if page["looked"] > began and page["quiet"] and not page["pending"]["units"]:
-                return self.check(set(tables))
-            first = first or page
-            listed, sent = total - sum(tables[table] for table in left), page["sent"]["bytes"] - first["sent"]["bytes"]
-            show(min(max(listed, sent), total - 1))  # a large table is listed late
-            if page["trouble"] and time.monotonic() - said > 30:
-                said = time.monotonic()
-                log.warning("waiting tag=%s tables_left=%d trouble=%s", self._tag, len(left), quote(page["trouble"]))
-            waiter.wait(min(10.0, 0.5 + len(tables) / 100))
-        show(total)
-        return set()
-
-
-def agree_with_daemon(settings: Settings, identity: Identity, filters: Filters) -> None:
-    """Refuse to wait for a daemon that stores elsewhere, or something else. Raises Usage."""
-    if pid := holder_of(settings.state_dir):
-        page = ask_status(settings.state_dir, threading.Event())
-        ours = {"store": identity.url, "node": identity.node, "filters": str(filters)}
-        for word, value in ours.items():
-            if page.get(word) != value:
-                what = f"the running daemon (pid {pid}) has {word} {page.get(word)}, and this command {value}"
-                raise Usage(what, "give both the same settings, best in /etc/default/cassbackup")
-
-
-def record_tag(
-    store: Retrying, node: str, tag: str, since: str, keys: Iterable[str], nodetool: Nodetool, cqlsh: str
-) -> None:
-    """Write down what belongs together: the tag's listings, the schema, and the node's place in the ring."""
-    place = ring_place(nodetool)
-    if read_page(store, f"{node}.listings/node") != place:
-        first = store.head(f"{node}.listings/node.json") is None
-        body = json.dumps(place).encode()
-        store.put(f"{node}.listings/node{'' if first else '.' + utc(time.time())}.json", body, zlib.crc32(body))
-    page = {"version": 1, "node": node, "tag": tag, "taken": rfc3339(since), "listings": sorted(keys)}
-    for words in ("DESCRIBE SCHEMA WITH INTERNALS", "DESCRIBE SCHEMA"):  # table ids, dropped columns: only since 4.0
-        try:
-            lines = Nodetool(cqlsh)("-e", words).splitlines(keepends=True)
-            page["schema"] = "".join(line for line in lines if not line.startswith("WARNING:"))
-            break
-        except Fault as fault:
-            told = quote(str(fault))
-    else:
-        log.warning("no schema is kept with this snapshot error=%s hint=pass --cqlsh", told)
-    body = json.dumps(page | {"place": place}).encode()
-    store.put(f"{node}.listings/tags/{quote(tag, slash='%2F')}/{utc(time.time())}.json", body, zlib.crc32(body))
-
-
-def clear_listed(nodetool: Nodetool, directories: Sequence[str], waiting: Callable[[str], SnapshotWait]) -> None:
-    """Clear earlier snapshots of ours that an earlier run could not, and that are listed by now."""
-    pattern = f"{OWN_TAG}*"
-    paths = [path for root in directories for path in glob.glob(f"{glob.escape(root)}/*/*/snapshots/{pattern}")]
-    for tag in sorted({os.path.basename(path) for path in paths}):
-        if not waiting(tag).check(tables_with_snapshot(directories, tag, Filters())):
-            nodetool("clearsnapshot", "-t", tag)
-            log.info("cleared an earlier snapshot tag=%s", tag)
-
-
-def snapshot(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Take a snapshot, wait until it is listed whole, clear it. Exit 1: not whole, so it stays; 3: no room for one."""
-    directories = data_directories(settings.paths)
-    tag = settings.tag or f"{OWN_TAG}{utc(time.time())[:13]}Z"
-    if not re.fullmatch(r"[\w.-]{1,200}", tag):
-        raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
-    open_state(settings.state_dir)
-    known = read_json(os.path.join(settings.state_dir, "identity.json"))
-    identity, filters = identify(settings, environ, known), filters_of(settings)
-    agree_with_daemon(settings, identity, filters)
-    for root in directories:
-        disk = os.statvfs(root)
-        if disk.f_bavail < settings.free_floor * disk.f_blocks:
-            log.error("too little room for a snapshot path=%s hint=mend that first, or lower --free-floor", quote(root))
-            return BEHIND
-    access, nodetool = access_of(settings, identity.region), Nodetool(settings.nodetool)
-    raw = open_store(identity.url, access, new=known.get("url") != identity.url)
-    store = Retrying(raw, threading.Event().wait, 120.0, Budget(0.0))
-    clear_listed(nodetool, directories, lambda old: SnapshotWait(store, identity, settings, old, utc(0)))
-    since = utc(time.time())
-    options = ["-sf"] if settings.skip_flush else []
-    options += ["--ttl", f"{settings.ttl:.0f}s"] if settings.ttl else []
-    nodetool("snapshot", "-t", tag, *options, *settings.keyspaces)
-    tables = tables_with_snapshot(directories, tag, filters)
-    if not tables:
-        raise Fault(f"nodetool took the snapshot {tag}, but not below {' '.join(directories)}", "pass --paths")
-    waiting = SnapshotWait(store, identity, settings, tag, since)
-    here = Settings({**settings.all, "once": Setting(True, "flag"), "paths": Setting(tuple(directories), "flag")})
-    sizes = {table: snapshot_size(directories, tag, table) for table in tables}
-    if missing := waiting.wait(sizes, lambda: watch(here, environ)):
-        names = ", ".join(f"{keyspace}.{table_id_of(table)[0]}" for keyspace, table in sorted(missing)[:9])
-        raise Fault(
-            f"{len(missing)} of {len(tables)} tables are not listed whole: {names}", f"snapshot {tag} stays on disk"
-        )
-    record_tag(store, identity.node, tag, since, waiting.keys.values(), nodetool, settings.cqlsh)
-    if not settings.keep:
-        nodetool("clearsnapshot", "-t", tag)
-    print(f"{tag}: {len(tables)} tables, listed whole in {store.url}")
-    return DONE
-
-
-def findings_text(found: Sequence[Finding]) -> str:
-    """Return findings for people: a line for each, the cure below it."""
-    lines = columns([(one.name, one.result, one.detail) for one in found]).splitlines()
-    cures = ["".join(f"\n    {line}" for line in one.cure.splitlines()) for one in found]
-    counts = Counter(one.result for one in found)
-    return "\n".join([*map(str.__add__, lines, cures), ", ".join(f"{counts[word]} {word}" for word in sorted(counts))])
-
-
-def doctor(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Say what can go wrong before it does, and the cure. Exit 3 where anything is bad; a warning is none."""
-    found, directories, survey, node = list[Finding](), list[str](), Survey(), ""
-    yaml, store, was_root = "", cast(Store, None), os.geteuid() == 0
-    try:
-        yaml = cassandra_yaml()
-        directories = data_directories(settings.paths)
-        become_owner(directories[0])
-        for path in directories:
-            survey.look(path, filters_of(settings))
-    except (Fault, OSError) as error:
-        found.append(finding_of("data", error))
-    try:
-        if not settings.bucket:
-            raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
-        areas = [path for root in directories for path in area_paths(os.path.realpath(root), settings.pin_dir)]
-        memories = [read_json(os.path.join(path, "identity.json")) for path in (settings.state_dir, *areas)]
-        known = next(filter(None, memories), {})
-        identity = identify(settings, environ, known)
-        node, access = identity.node, access_of(settings, identity.region)
-        store = open_store(identity.url, access, new=known.get("url") != identity.url)
-    except (Fault, OSError) as error:
-        found.append(finding_of("bucket", error))
-    cloud, holder = detect_cloud(environ), holder_of(settings.state_dir)
-    here = (settings, environ, directories, was_root, yaml, Nodetool(settings.nodetool, 10.0), holder, survey)
-    case = Case(*here, cloud, node, read_machine_id(), store)
-    found += examine(case, HERE + THERE * bool(store))
-    page = {"schema": 1, "checks": [one._asdict() for one in found]}
-    print(json.dumps(page) if settings.json else findings_text(found))
-    return BEHIND if any(one.result == "bad" for one in found) else DONE
 
 
 # ======================================================================================================

@@ -27,13 +27,13 @@ MODULE = ROOT / "cassbackup.py"
 
 ROOMS = (
     "Facts", "Errors", "Things", "Names", "Stores", "Cloud", "Ledger", "Watch", "Scan and pin", "Upload",
-    "Publish", "Daemon", "Metrics", "Catalog", "Choose", "Restore", "Verify", "Prune", "Doctor", "Report", "Commands",
-    "Command line",
+    "Publish", "Daemon", "Metrics", "Catalog", "Choose", "Restore", "Verify", "Prune", "Doctor", "Report",
+    "Common ground", "On the node", "On the bucket", "Command line",
 )  # fmt: skip
 
 # The house was drawn for 3,000. Built, with what reviews and faults asked for, it needs more; but it may not grow
 # unnoticed.
-MAX_LINES = 8000
+MAX_LINES = 8200
 MAX_FUNCTION = 50
 SHORT_FUNCTION, SHORT_SHARE = 15, 0.60
 MAX_BROAD_HANDLERS = 5
@@ -57,7 +57,7 @@ NAME_ROOMS = {
     "os.environ": {"Command line"},
     "os.environb": {"Command line"},
     "os.getenv": {"Command line"},
-    "print": {"Commands", "Command line"},
+    "print": {"Common ground", "On the node", "On the bucket", "Command line"},
 }
 
 # A room on the left never names anything of the rooms on the right, nor takes one as an argument.
@@ -71,12 +71,14 @@ NEVER = {
     "Verify": ("Ledger", "Watch", "Scan and pin", "Upload"),
     "Prune": ("Ledger", "Watch", "Scan and pin", "Upload"),
     "Report": ("Ledger", "Watch", "Scan and pin", "Upload"),
+    "On the bucket": ("Ledger", "Watch", "Scan and pin", "Upload"),
 }
 GO_BETWEENS = {"Ledger": {"ledger"}, "Watch": {"watcher"}, "Scan and pin": {"pins"}, "Upload": {"uploaders"}}
 
 # These work on a bare machine that has nothing but the bucket.
 BUCKET_COMMANDS = {"list_", "verify", "restore", "prune", "report"}
 NODE_ROOMS = ("Ledger", "Watch", "Scan and pin")
+COMMAND_ROOMS = ("Common ground", "On the node", "On the bucket")
 
 # A promise that is not asked for until the function that gives it is there.
 PROMISES = {"P1": "", "P2": "", "P3": "", "P4": "", "P5": "", "P6": "restore", "P7": "prune", "P8": ""}
@@ -411,10 +413,10 @@ def identifiers(tree: ast.AST) -> set[str]:
 
 
 def bucket_commands_that_need_the_node(house: House) -> list[str]:
-    in_room = {name: s for s in house.statements if s.room == "Commands" for name in s.binds}
+    in_room = {name: s for s in house.statements if s.room in COMMAND_ROOMS for name in s.binds}
     node_names = house.names_of(*NODE_ROOMS)
     wrong, seen, todo = [], set(), [(name, name) for name in sorted(BUCKET_COMMANDS & in_room.keys())]
-    while todo:  # what a command reaches through the helpers of its own room counts as well
+    while todo:  # what a command reaches through what commands share counts as well
         command, name = todo.pop()
         if (command, name) not in seen:
             seen.add((command, name))
@@ -637,7 +639,7 @@ def build(**rooms: str) -> House:
                 except Exception:
                     log.exception("no")
         """,
-        "Commands": """
+        "On the bucket": """
             def list_():
                 "List."
                 print(open_store())
@@ -716,9 +718,9 @@ SEEDS: list[tuple[Callable[[House], list[str]], dict[str, str]]] = [
     (modules_in_the_wrong_room, {"Watch": "from os import environ"}),
     (modules_in_the_wrong_room, {"Facts": "from sqlite3 import connect"}),
     (modules_in_the_wrong_room, {"Watch": "def f(): print(1)"}),
-    (modules_in_the_wrong_room, {"Commands": "def f(): sys.exit(1)"}),
-    (modules_in_the_wrong_room, {"Commands": "def f(): raise SystemExit"}),
-    (modules_in_the_wrong_room, {"Commands": "def f(x: argparse.Namespace): pass"}),
+    (modules_in_the_wrong_room, {"On the bucket": "def f(): sys.exit(1)"}),
+    (modules_in_the_wrong_room, {"On the bucket": "def f(): raise SystemExit"}),
+    (modules_in_the_wrong_room, {"On the bucket": "def f(x: argparse.Namespace): pass"}),
     (sleeps_outside_retrying, {"Stores": "def f(): time.sleep(1)"}),
     (sleeps_outside_retrying, {"Upload": "class Retrying:\n    def f(self, s=time.sleep): pass"}),
     (sleeps_outside_retrying, {"Facts": "from time import sleep"}),
@@ -727,12 +729,12 @@ SEEDS: list[tuple[Callable[[House], list[str]], dict[str, str]]] = [
     (forbidden_arrows, {"Upload": "def f(self): self.ledger.knows()"}),
     (forbidden_arrows, {"Stores": "def f(): scan()"}),
     (forbidden_arrows, {"Watch": "def f(x: 'upload'): pass"}),
-    (bucket_commands_that_need_the_node, {"Commands": "def verify(): scan()"}),
-    (bucket_commands_that_need_the_node, {"Commands": "def f(): return Ledger\ndef restore(): f()"}),
+    (bucket_commands_that_need_the_node, {"On the bucket": "def verify(): scan()"}),
+    (bucket_commands_that_need_the_node, {"On the bucket": "def f(): return Ledger\ndef restore(): f()"}),
     (public_names_without_docstring, {"Upload": "def f(): pass"}),
     (public_names_without_docstring, {"Upload": "class C: pass"}),
     (public_names_without_docstring, {"Upload": "class C:\n    'C.'\n    def f(self): pass"}),
-    (promises_not_in_the_docstring, {"Commands": "def restore(): 'Restore.'"}),
+    (promises_not_in_the_docstring, {"On the bucket": "def restore(): 'Restore.'"}),
 ]
 
 
