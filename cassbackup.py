@@ -2222,6 +2222,14 @@ def open_area(root: str, pin_dir: str = "") -> Area:
     return Area(root, usable[0])
 
 
+def name_forgotten(area: Area) -> None:
+    """Name in the log a pin area of earlier settings where files wait: nothing looks there any more."""
+    for path in area_paths(os.path.realpath(area.root), ""):
+        if path != area.path and os.path.isdir(path) and any(map(parse_pin_directory, os.listdir(path))):
+            hint = "store them with cassbackup watch --once and the earlier settings (--pin-dir)"
+            log.error("files wait in a pin area that is not used any more area=%s hint=%s", quote(path), hint)
+
+
 @dataclass(slots=True, eq=False)
 class Place:
     """A directory that is looked into, and what is known of it."""
@@ -4651,9 +4659,16 @@ def _others(listing: Listing, names: Sequence[str]) -> tuple[tuple[str, Stored],
     return tuple((origin_of(listing.unit, entry)[0], entry) for entry in listing.files if entry.name in names)
 
 
+def _left_out(listings: Iterable[Listing]) -> tuple[str, ...]:
+    """Name each Data.db that is called as in no format we know: it is stored, and cannot be restored as an SSTable."""
+    names = {entry.name for listing in listings for entry in listing.files if entry.name.endswith("-Data.db")}
+    odd = sorted(name for name in names if not sstable_of(name))
+    return tuple(f"{quote(name)} is called as no SSTable that we know, left out" for name in odd)
+
+
 def choose_at(keyspace: str, table: str, base: Base, batches: Iterable[Listing], before: float) -> Chosen:
     """Choose the SSTables of one table as it was at a moment."""
-    snapshot = sstables_of([base.listing] if base.listing else [])
+    snapshot, batches = sstables_of([base.listing] if base.listing else []), list(batches)
     chosen = {one.identity: one for one in snapshot}
     there = {(entry.name, entry.crc32) for one in snapshot for entry in one.files}
     fitting = [one for one in sstables_of(batches) if one.identity not in chosen and base.adds(one, before)]
@@ -4661,6 +4676,7 @@ def choose_at(keyspace: str, table: str, base: Base, batches: Iterable[Listing],
     lost = [one for one in fitting if one.identity not in added]
     lost = [one for one in lost if any((entry.name, entry.crc32) not in there for entry in one.files)]
     troubles = tuple(f"{one.name} is not whole in backups/, left out" for one in lost)
+    troubles += _left_out([base.listing, *batches] if base.listing else batches)
     others = _others(base.listing, (SCHEMA,)) if base.listing else ()
     return Chosen(keyspace, table, tuple((chosen | added).values()), base, len(added), others, troubles)
 
@@ -4668,8 +4684,9 @@ def choose_at(keyspace: str, table: str, base: Base, batches: Iterable[Listing],
 def choose_taking(listing: Listing) -> Chosen:
     """Choose a snapshot alone, as it was."""
     base, unit = base_on(listing) or Base(0.0, seconds_of(listing.unit.since), listing), listing.unit
-    lacks = sorted({*listing.missing, *listing.lost})
-    troubles = () if listing.complete else (f"its snapshot is not complete, it lacks {quote(' '.join(lacks))}",)
+    lacks = quote(" ".join(sorted({*listing.missing, *listing.lost})))
+    troubles = _left_out([listing])
+    troubles += () if listing.complete else (f"its snapshot is not complete, it lacks {lacks}",)
     others = _others(listing, (SCHEMA, MANIFEST))
     unique = {one.identity: one for one in sstables_of([listing])}
     return Chosen(unit.keyspace, unit.table, tuple(unique.values()), base, 0, others, troubles)
@@ -6640,6 +6657,8 @@ def watch(settings: Settings, environ: Mapping[str, str]) -> int:
     lock_file(os.path.join(state_dir, "lock"))
     metrics = Metrics(settings.metrics_listen, settings.metrics_textfile)
     areas = [open_area(path, settings.pin_dir) for path in directories]
+    for area in areas:
+        name_forgotten(area)
     memories = [os.path.join(folder, "identity.json") for folder in (state_dir, *(area.path for area in areas))]
     known = next(filter(None, map(read_json, memories)), {})
     identity = identify(settings, environ, known)

@@ -513,6 +513,15 @@ def test_a_table_that_was_dropped_made_again_and_filled_by_an_import_is_restored
     assert [(chosen.table, len(chosen.sstables)) for chosen in story.chosen(1.9 * DAY)] == [(FIRST, 1)]
 
 
+def test_an_sstable_whose_name_we_do_not_know_is_named_and_not_left_out_in_silence() -> None:
+    story = Story()
+    story.snapshot(1 * DAY, nb(1, 0.5 * DAY), Written("nb-2-3-big", 0.5 * DAY, 2))
+    story.backups(2 * DAY, nb(3, 2 * DAY, 3), Written("future", 2 * DAY, 4))
+    (chosen,) = story.chosen(3 * DAY)
+    assert [one.name for one in chosen.sstables] == ["nb-1-big", "nb-3-big"]
+    assert [trouble.split()[0] for trouble in chosen.troubles] == ["future-Data.db", "nb-2-3-big-Data.db"]
+
+
 def test_a_table_is_not_restored_to_a_moment_before_it_was_created() -> None:
     """Its id tells when: else what was imported into it, with its old times, would stand for the table of that time."""
     story, first, second = Story(), f"users-{id_of(0, 1)}", f"users-{id_of(3 * DAY, 2)}"

@@ -16,7 +16,7 @@ import oracle
 import pytest
 from conftest import Daemon, Run, clean_environ
 from faultproxy import FaultProxy
-from scene import SETTLE, Scene, assert_no_pin_is_left, nobody, wait_for
+from scene import SETTLE, Scene, area_of, assert_no_pin_is_left, nobody, pins, wait_for
 from servers import Bucket, FileBucket
 from tree import Node, Table
 
@@ -305,6 +305,26 @@ def test_files_held_open_outlive_the_clearing_of_their_snapshot(
     between.up()
     scene.settled()
     scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_a_pin_area_of_earlier_settings_where_files_wait_is_named(
+    scene: Scene, node: Node, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    """P2: nothing looks there any more, and what it holds may be held by nothing else."""
+    between = proxy(moto)
+    scene.bucket, scene.environ = moto, moto.through(between.url)
+    scene.start(*node.data_dirs)
+    between.down()
+    node.table("ks1", "users").flush()
+    wait_for(lambda: list(pins(area_of(node))))
+    scene.daemon.stop()
+    between.up()
+    other = ("--pin-dir", node.root / "pins")
+    named = f"not used any more area={area_of(node) / node.data_dirs[0].name}"
+    assert named in scene.once(*node.data_dirs, args=other).stderr
+    scene.once(*node.data_dirs)
+    assert named not in scene.once(*node.data_dirs, args=other).stderr
 
 
 def test_where_the_kernel_refuses_links_to_foreign_files_they_are_listed_all_the_same(
