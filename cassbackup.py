@@ -3880,6 +3880,7 @@ class Daemon:
     _held_alone: int = 0
     _asked: int = 0
     _status_due: float = 0.0
+    _sent: deque[tuple[float, int]] = field(default_factory=lambda: deque([(time.time(), 0)], maxlen=7))
     _told_due: float = 0.0
     _status_lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -4064,6 +4065,7 @@ class Daemon:
     def status(self) -> dict[str, Any]:
         """Return what `cassbackup status` shows."""
         waiting, now, sent = self.backlog.waiting(), time.time(), self.uploaders.sent
+        since, before = self._sent[0]
         counts = {**self.pinner.counts, **self.carrier.counts}
         files, size = sum(one.files for one in waiting), sum(one.size for one in waiting)
         return {
@@ -4082,6 +4084,7 @@ class Daemon:
             "held_alone_bytes": self._held_alone,
             "full": any(area.full for area in self.pinner.areas),
             "sent": {"files": sent["files"], "bytes": sent["bytes"]},
+            "rate": (sent["bytes"] - before) / max(1.0, now - since),  # bytes a second, over a minute or so
             "counts": {name: count for name, count in sorted(counts.items()) if count},
             "trouble": next(filter(None, [self.store.trouble, *self._failures.values(), self.ledger.broken]), ""),
             "newest_listing": self.ledger.fact("newest"),
@@ -4097,6 +4100,8 @@ class Daemon:
         with self._status_lock:
             page = json.dumps(self.status() | {"snapshots": self.snapshots()}).encode()
             write_whole(os.path.join(self.state_dir, "status.json"), page, durable=False)
+            if time.time() - self._sent[-1][0] > 9.0:
+                self._sent.append((time.time(), self.uploaders.sent["bytes"]))
 
 
 # ======================================================================================================
@@ -6736,8 +6741,7 @@ def why_behind(page: Mapping[str, Any], holder: str, max_lag: float, max_age: fl
 def status_text(page: Mapping[str, Any], behind: Sequence[str]) -> str:
     """Return the status for people."""
     pending, sent, counts = page["pending"], page["sent"], page["counts"]
-    rate = sent["bytes"] / max(1.0, page["written"] - page["started"])
-    eta = f", about {pending['bytes'] / rate:.0f} s to go" if pending["bytes"] and rate else ""
+    eta = f", at least {pending['bytes'] / page['rate']:.0f} s to go" if pending["bytes"] and page["rate"] else ""
     lines = [
         f"node      {page['node']}",
         f"store     {page['store']}",

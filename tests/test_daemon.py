@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -246,6 +247,15 @@ def test_status_is_red_for_each_thing_that_is_wrong_p8(scene: Scene, node: Node,
     assert "oldest unlisted file" in scene.run(*status, "--max-lag", "1s", check=3).stdout
     scene.daemon.kill()
     assert "no daemon is running" in scene.run(*status, check=3).stdout
+
+
+@pytest.mark.slow
+def test_status_tells_how_long_what_waits_will_take_at_the_speed_of_late(scene: Scene, node: Node) -> None:
+    scene.start(*node.data_dirs, args=("--max-bandwidth", "4M"))
+    node.table("ks1", "users").flush(size=40_000_000)
+    told = ("status", "--state-dir", scene.state)
+    wait_for(lambda: re.search(r"pending .*, at least [1-9]\d* s to go", scene.run(*told).stdout))
+    assert "to go" not in scene.run(*told, "--wait").stdout
 
 
 # ------------------------------------------------------------------------------------------------------------
