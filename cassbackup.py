@@ -1726,6 +1726,7 @@ class Ledger:
 
     def __init__(self, path: str, scope: str) -> None:
         self._path, self._scope, self._lock = path, scope, threading.RLock()
+        self._facts: dict[str, tuple[int, Mapping[str, str]]] = {}  # by prefix, as of so many changes
         self.broken = ""
         try:
             self._db = self._open()
@@ -1826,10 +1827,16 @@ class Ledger:
         """Remember a value."""
         self._write("facts", [(quote(name), quote(value))])
 
-    def facts(self, prefix: str) -> dict[str, str]:
-        """Return the remembered values whose names begin with a prefix, by the rest of the name."""
-        rows = self._read("facts", "name GLOB ?", quote(prefix) + "*")
-        return {unquote(name)[len(prefix) :]: unquote(value) for name, value in rows}
+    def facts(self, prefix: str) -> Mapping[str, str]:
+        """Return the remembered values whose names begin with a prefix, by the rest of the name.
+
+        Asked for every few seconds, of thousands of tables; so they are read again only when something was written.
+        """
+        changes = self._db.total_changes
+        if self._facts.get(prefix, (-1,))[0] != changes:
+            rows = self._read("facts", "name GLOB ?", quote(prefix) + "*")
+            self._facts[prefix] = changes, {unquote(name)[len(prefix) :]: unquote(value) for name, value in rows}
+        return self._facts[prefix][1]
 
     def forget(self, directory: str = "") -> None:
         """Forget a directory's listed names; without one, everything."""
@@ -4649,10 +4656,8 @@ class Chosen:
     def why(self) -> str:
         """Say what the table is restored from."""
         if listing := self.base.listing:
-            state = "" if listing.complete else "INCOMPLETE "
-            text = (
-                f"{state}snapshot {quote(listing.unit.tag)}@{listing.unit.since}, taken {rfc3339(utc(self.base.end))}"
-            )
+            state, tag = "" if listing.complete else "INCOMPLETE ", f"{quote(listing.unit.tag)}@{listing.unit.since}"
+            text = f"{state}snapshot {tag}, taken {rfc3339(utc(self.base.end))}"
         elif self.base.end:
             text = f"empty since it was truncated or dropped at {rfc3339(utc(self.base.end))}"
         else:
@@ -7715,9 +7720,8 @@ def prune(settings: Settings, environ: Mapping[str, str]) -> int:
         pages.append(page | {"bytes": sum(pruning.objects.values()), "deleted": gone})
     if settings.tag and not any(page["listings"] or page["deleted"] for page in pages):
         raise Missing(f"nothing of {settings.tag!r} may go", "is it a tag? The last good one of a table needs --force")
-    print(
-        json.dumps({"schema": 1, "confirmed": confirm, "nodes": pages}) if settings.json else prune_text(pages, confirm)
-    )
+    page = {"schema": 1, "confirmed": confirm, "nodes": pages}
+    print(json.dumps(page) if settings.json else prune_text(pages, confirm))
     return code
 
 
@@ -7998,23 +8002,17 @@ _SNAPSHOT = (
 _DOCTOR = (Asked("--json", "", False, "print JSON"), _NODETOOL)
 _SNAPSHOT_STORE = tuple(replace(option, flags=option.flags.replace(" -t", "")) for option in _STORE)
 _SNAPSHOT_HERE = tuple(replace(option, flags=option.flags.replace("paths", "--paths")) for option in _HERE)
+_SNAPSHOT_GROUPS = (
+    *(("snapshot", _SNAPSHOT), ("store", _SNAPSHOT_STORE), ("what to store", _WHAT)),
+    *(("on this node", _SNAPSHOT_HERE), ("always", _ALWAYS)),
+)
 _DAEMON = (("store", _STORE), ("what to store", _WHAT), ("on this node", _HERE), ("always", _ALWAYS))
 _WHERE = (("bucket", _BUCKET), ("node", _NODE))
 _LAST = ("always", _ALWAYS)
 COMMANDS: Final = MappingProxyType(
     {
         "watch": Command(watch, "watch and store (the default command)", _DAEMON),
-        "snapshot": Command(
-            snapshot,
-            "take a snapshot, wait until it is listed whole, clear it",
-            (
-                ("snapshot", _SNAPSHOT),
-                ("store", _SNAPSHOT_STORE),
-                ("what to store", _WHAT),
-                ("on this node", _SNAPSHOT_HERE),
-                _LAST,
-            ),
-        ),
+        "snapshot": Command(snapshot, "take a snapshot, wait until it is listed whole, clear it", _SNAPSHOT_GROUPS),
         "list": Command(
             list_, "nodes, snapshots and incrementals in the bucket", (*_WHERE, ("what to show", _LIST), _LAST)
         ),
