@@ -8,8 +8,9 @@ SHELL := /bin/bash
 # The Python of .venv, and the Pythons that `make test-pythons` looks for.
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.11 3.12 3.13
-# Two test files at a time; a test waits more than it works. WORKERS= for one after the other.
-WORKERS ?= -n 2 --dist loadfile
+# Two test files at a time, in their order: the shortest last would be those with the longest tests. WORKERS= for one
+# after the other.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # What make test-cassandra runs.
 CASSANDRA ?= tests/cassandra
 # More arguments for pytest: make test ARGS="-k restore -x"

@@ -1427,7 +1427,7 @@ class Retrying:
         self.timed = Timed(store)
         self._store = store = cast(Store, self.timed)
         self._wait, self._patience, self._budget = wait, patience, budget
-        self._slow_until = 0.0
+        self._slow_until, self._inside = 0.0, threading.local()
         self._refuses: bool | None = None  # does the server refuse to overwrite?
         self.trouble, self.failing_since = "", 0.0  # what is wrong now, for status, and since when (time.time)
         self.url, self.ordered, self.now = store.url, store.ordered, store.now
@@ -1538,12 +1538,16 @@ class Retrying:
             began, attempt = time.monotonic(), 0
             while True:
                 self._sleep(self._slow_until - time.monotonic())
+                self._inside.depth = outer = getattr(self._inside, "depth", 0) + 1
                 try:
                     result = call(*args, **kwargs)
-                    self.trouble, self.failing_since = "", 0.0
+                    if outer == 1:  # a put that looks first has not succeeded when it has looked
+                        self.trouble, self.failing_since = "", 0.0
                     return result
                 except (Unreachable, Denied) as fault:
                     self._bear(fault, attempt, time.monotonic() - began)
+                finally:
+                    self._inside.depth = outer - 1
                 attempt += 1
 
         return retried
@@ -1833,9 +1837,10 @@ class Ledger:
         Asked for every few seconds, of thousands of tables; so they are read again only when something was written.
         """
         changes = self._db.total_changes
-        if self._facts.get(prefix, (-1,))[0] != changes:
+        if self._facts.get(prefix, (-1, {}))[0] != changes:
             rows = self._read("facts", "name GLOB ?", quote(prefix) + "*")
-            self._facts[prefix] = changes, {unquote(name)[len(prefix) :]: unquote(value) for name, value in rows}
+            told = {unquote(name)[len(prefix) :]: unquote(value) for name, value in rows}
+            self._facts[prefix] = changes if told else -1, told  # nothing may be that it could not be read
         return self._facts[prefix][1]
 
     def forget(self, directory: str = "") -> None:
@@ -2043,7 +2048,8 @@ def lock_file(path: str) -> int:
 
 def write_whole(path: str, body: bytes, durable: bool = True, for_all: bool = False) -> None:
     """Write a small file so that it is there whole or not at all; `for_all` to read, whatever the umask."""
-    with open(f"{path}.tmp", "wb") as file:
+    how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC  # the directory may be another user's
+    with open(os.open(f"{path}.tmp", how, 0o666), "wb") as file:
         file.write(body)
         if for_all:
             os.fchmod(file.fileno(), 0o644)
@@ -3887,6 +3893,7 @@ class Daemon:
     _held_alone: int = 0
     _asked: int = 0
     _status_due: float = 0.0
+    _trims: bool = True  # may we delete old heartbeats?
     _sent: deque[tuple[float, int]] = field(default_factory=lambda: deque([(time.time(), 0)], maxlen=7))
     _told_due: float = 0.0
     _status_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -4064,9 +4071,9 @@ class Daemon:
         page |= {"looked": rfc3339(utc(looked)), "oldest_incrementals": self.backlog.oldest(urgent=True)}
         body = json.dumps(page).encode()
         self.store.put(f"{prefix}{self.clock()}.json", body, zlib.crc32(body))
-        old = [head.key for head in self.store.list(prefix)][:-HEARTBEATS_KEPT]
-        if old:
-            self.store.delete(old)  # a daemon need not have the right to delete: then they stay
+        if self._trims:  # a daemon need not have the right to delete: then prune does it
+            old = [head.key for head in self.store.list(prefix)][:-HEARTBEATS_KEPT][:1000]
+            self._trims = not (old and self.store.delete(old))
         return self.timing.heartbeat_s
 
     def status(self) -> dict[str, Any]:
@@ -4174,6 +4181,9 @@ class Metrics:
         class Server(socketserver.ThreadingTCPServer):
             allow_reuse_address = daemon_threads = True
 
+            def verify_request(self, request: Any, client_address: Any) -> bool:  # a crowd must not take our threads
+                return sum("process_request" in one.name for one in threading.enumerate()) < 8
+
             def handle_error(self, request: Any, client_address: Any) -> None:
                 log.info("scrape failed error=%s", quote(repr(sys.exc_info()[1])))
 
@@ -4193,8 +4203,8 @@ class Metrics:
             with self._lock:
                 page = self._client.generate_latest(self._registry)
                 write_whole(self._textfile, page, durable=False, for_all=True)
-        except OSError as error:
-            log.error("metrics are not written, will try again error=%s", quote(str(error)))
+        except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            log.error("metrics are not written, will try again error=%s", quote(repr(error)))
         return min(60.0, max(10.0, 1000 * (time.thread_time() - began)))  # thousands of tables: a thousandth of a core
 
     def collect(self) -> Iterator[Any]:
@@ -4686,7 +4696,8 @@ def choose_at(keyspace: str, table: str, base: Base, batches: Iterable[Listing],
     lost = [one for one in fitting if one.identity not in added]
     lost = [one for one in lost if any((entry.name, entry.crc32) not in there for entry in one.files)]
     troubles = tuple(f"{one.name} is not whole in backups/, left out" for one in lost)
-    troubles += _left_out([base.listing, *batches] if base.listing else batches)
+    then = [listing for listing in batches if listing.unit.since <= utc(before)]
+    troubles += _left_out([base.listing, *then] if base.listing else then)
     others = _others(base.listing, (SCHEMA,)) if base.listing else ()
     return Chosen(keyspace, table, tuple((chosen | added).values()), base, len(added), others, troubles)
 
@@ -5360,7 +5371,8 @@ class Pruning:
         fresh = self.objects.keys() - set(itertools.chain(*(keys for _, keys, deleted in condemned if not deleted)))
         if fresh:
             condemn(self._store, self._node, fresh)
-        self._delete(self.listings)
+        beats = [head.key for head in self._store.list(f"{self._node}.listings/heartbeat/")]
+        self._delete(self.listings + beats[:-HEARTBEATS_KEPT])
         if self.refused:  # a listing that stays names what would be deleted
             return 0
         now = hear_time(self._store, self._node)
@@ -5417,7 +5429,7 @@ def judge(name: str, good: bool, detail: str, otherwise: Result, cure: str) -> F
     return Finding(name, "ok", detail) if good else Finding(name, otherwise, detail, cure)
 
 
-def finding_of(name: str, error: Fault | OSError) -> Finding:
+def finding_of(name: str, error: Exception) -> Finding:
     """Return what a check ran into."""
     what, hint = (error.what, error.hint) if isinstance(error, Fault) else (str(error), "")
     return Finding(name, "bad", what, hint or "ask again, as the owner of the data")
@@ -5444,7 +5456,8 @@ class Survey:
             wanted = [name for name in wanted if not live or name in ("snapshots", "backups")]
             folders[:] = [name for name in wanted if filters.directory([*parts, name])]
             if kind == "snapshots" and len(parts) == 4:
-                self.tags[parts[3]] = max(self.tags.get(parts[3], 0.0), os.stat(folder).st_mtime)
+                with contextlib.suppress(FileNotFoundError):  # cleared meanwhile
+                    self.tags[parts[3]] = max(self.tags.get(parts[3], 0.0), os.stat(folder).st_mtime)
             inside = kind == "backups" or (kind == "snapshots" and len(parts) > 3)
             paths = [path for name in names if filters.archived(path := os.path.join(folder, name)) or inside]
             self.directories, self.requests = self.directories + 1, self.requests + 2 * bool(paths)
@@ -5577,7 +5590,7 @@ def check_limits(case: Case) -> Iterator[Finding]:
 
 def check_state(case: Case) -> Iterator[Finding]:
     """Only the daemon writes to the state directory; so the kernel is asked whether it could."""
-    path = case.settings.state_dir
+    path = os.path.abspath(case.settings.state_dir)
     at = _nearest(path)
     may = os.path.isdir(at) and (case.was_root or os.access(at, os.W_OK | os.X_OK))
     detail = f"{quote(path)} is {'' if may else 'not '}writable" + " (not made yet)" * (at != path)
@@ -5736,7 +5749,7 @@ def examine(case: Case, checks: Iterable[Callable[[Case], Iterator[Finding]]]) -
         name = check.__name__.removeprefix("check_")
         try:
             yield from check(case)
-        except (Fault, OSError) as error:
+        except (Fault, OSError, ValueError, ArithmeticError, LookupError) as error:
             yield finding_of(name, error)
             if isinstance(error, Unreachable):
                 yield Finding("bucket", "skipped", "whatever else is to be asked of it")
@@ -5974,7 +5987,7 @@ class Chronicle:
         self._read_rollups(threads)
         life = life_of(self._signs, self._flushes, beats, self._now, self._was_away)
         sure = max([moment for moment in (*self._signs, *self._flushes) if moment <= self._now], default=self._now)
-        with contextlib.suppress(LookupError, TypeError, ValueError, ArithmeticError):
+        with contextlib.suppress(LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
             sure = self._read_waiting(page, beats[-1])
         lanes = [(lane, stretches_of(lane, life, self._begin, self._now)) for lane in self._lanes(life, threads)]
         lanes.sort(key=lambda one: (one[0].keyspace.startswith("system"), one[0].keyspace, one[0].table))
@@ -6016,7 +6029,8 @@ class Chronicle:
         takings = [one for one in takings_of(snapshots) if not _PARTIAL.fullmatch(one.unit.tag)]
         past = [one for one in takings if one.complete and seconds_of(one.newest.listed) < self._begin]
         base = max((one.unit.since for one in past if not emptied_at(one.unit.tag)), default="")
-        kept = [one for one in takings if one not in past or one.unit.since == base or emptied_at(one.unit.tag)]
+        gone = {one.unit for one in past if one.unit.since != base and not emptied_at(one.unit.tag)}
+        kept = [one for one in takings if one.unit not in gone]
         if table in self._first:
             self._takings[table] = kept
 
@@ -6036,7 +6050,8 @@ class Chronicle:
         """Take in which incrementals waited at the newest heartbeat; return when the daemon had looked everywhere."""
         for place, found in dict(page["oldest_incrementals"]).items():
             keyspace, _, table = place.partition("/")
-            if self._newest.get((keyspace, table), 0.0) < beat:  # else it was listed since: the oldest goes first
+            listed = self._newest.get((keyspace, table), 0.0)
+            if math.isfinite(found) and listed < beat:  # else it was listed since: the oldest goes first
                 self._late.setdefault((keyspace, table), []).append((float(found), math.inf))
         return seconds_of(utc_of(page["looked"]))
 
@@ -6746,7 +6761,8 @@ def why_behind(page: Mapping[str, Any], holder: str, max_lag: float, max_age: fl
 def status_text(page: Mapping[str, Any], behind: Sequence[str]) -> str:
     """Return the status for people."""
     pending, sent, counts = page["pending"], page["sent"], page["counts"]
-    eta = f", at least {pending['bytes'] / page['rate']:.0f} s to go" if pending["bytes"] and page["rate"] else ""
+    rate = page.get("rate", 0.0)  # absent while a daemon of an earlier version runs on
+    eta = f", at least {pending['bytes'] / rate:.0f} s to go" if pending["bytes"] and rate else ""
     lines = [
         f"node      {page['node']}",
         f"store     {page['store']}",
@@ -6861,7 +6877,7 @@ class SnapshotWait:
                 return self.check(set(tables))
             first = first or page
             listed, sent = total - sum(tables[table] for table in left), page["sent"]["bytes"] - first["sent"]["bytes"]
-            show(min(max(listed, sent), total - 1))  # a large table is listed late
+            show(max(0, min(max(listed, sent), total - 1)))  # a large table is listed late
             if page["trouble"] and time.monotonic() - said > 30:
                 said = time.monotonic()
                 log.warning("waiting tag=%s tables_left=%d trouble=%s", self._tag, len(left), quote(page["trouble"]))
@@ -6966,7 +6982,7 @@ def findings_text(found: Sequence[Finding]) -> str:
 def doctor(settings: Settings, environ: Mapping[str, str]) -> int:
     """Say what can go wrong before it does, and the cure. Exit 3 where anything is bad; a warning is none."""
     found, directories, survey, node = list[Finding](), list[str](), Survey(), ""
-    yaml, store, was_root = "", cast(Store, None), os.geteuid() == 0
+    yaml, was_root, store = "", os.geteuid() == 0, cast("Store | None", None)
     try:
         yaml = cassandra_yaml()
         directories = data_directories(settings.paths)
@@ -6988,8 +7004,11 @@ def doctor(settings: Settings, environ: Mapping[str, str]) -> int:
         found.append(finding_of("bucket", error))
     cloud, holder = detect_cloud(environ), holder_of(settings.state_dir)
     here = (settings, environ, directories, was_root, yaml, Nodetool(settings.nodetool, 10.0), holder, survey)
-    case = Case(*here, cloud, node, read_machine_id(), store)
-    found += examine(case, HERE + THERE * bool(store))
+    case = Case(*here, cloud, node, read_machine_id(), cast(Store, store))
+    settled = bool(directories or os.geteuid())  # else what is put into a bucket of files would be root's
+    found += examine(case, HERE + THERE * (store is not None and settled))
+    if not settled:
+        found.append(Finding("rights", "skipped", "not as root, before the data's owner is known", "name the data"))
     page = {"schema": 1, "checks": [one._asdict() for one in found]}
     print(json.dumps(page) if settings.json else findings_text(found))
     return BEHIND if any(one.result == "bad" for one in found) else DONE

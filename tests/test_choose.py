@@ -522,6 +522,14 @@ def test_an_sstable_whose_name_we_do_not_know_is_named_and_not_left_out_in_silen
     assert [trouble.split()[0] for trouble in chosen.troubles] == ["future-Data.db", "nb-2-3-big-Data.db"]
 
 
+def test_an_odd_name_that_came_later_is_no_lack_of_an_earlier_moment() -> None:
+    story = Story()
+    story.snapshot(1 * DAY, nb(1, 0.5 * DAY))
+    story.backups(2 * DAY, Written("future", 2 * DAY, 4))
+    (chosen,) = story.chosen(1.5 * DAY)
+    assert chosen.troubles == ()
+
+
 def test_a_table_is_not_restored_to_a_moment_before_it_was_created() -> None:
     """Its id tells when: else what was imported into it, with its old times, would stand for the table of that time."""
     story, first, second = Story(), f"users-{id_of(0, 1)}", f"users-{id_of(3 * DAY, 2)}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import oracle
 import pytest
 from conftest import Daemon, Run
-from faultproxy import FaultProxy, assert_written_once, s3_error
+from faultproxy import FaultProxy, assert_written_once, count, s3_error
 from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
@@ -256,6 +256,33 @@ def test_status_tells_how_long_what_waits_will_take_at_the_speed_of_late(scene: 
     told = ("status", "--state-dir", scene.state)
     wait_for(lambda: re.search(r"pending .*, at least [1-9]\d* s to go", scene.run(*told).stdout))
     assert "to go" not in scene.run(*told, "--wait").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("may_delete", [True, False])
+def test_old_heartbeats_go_or_where_that_is_refused_it_is_tried_once_and_prune_lets_them_go(
+    scene: Scene, node: Node, between: FaultProxy, may_delete: bool
+) -> None:
+    prefix, old = "node1.listings/heartbeat/", [f"20260101T00{number:04}.000000Z" for number in range(3000, 3059)]
+    old += [stamp.replace("T00", "T01") for stamp in old]
+    for stamp in old:
+        scene.bucket.put(f"{prefix}{stamp}.json", b"{}")
+    if not may_delete:
+        between.on("POST", r"\?delete", s3_error(403, "AccessDenied"), count=None)
+    scene.start(*node.data_dirs, args=("--heartbeat", "1"))
+
+    def beats() -> list[str]:
+        return [key for key in scene.bucket.keys() if key.startswith(prefix)]  # noqa: SIM118 - a method of ours
+
+    new = f"{prefix}2026010200"
+    wait_for(lambda: sum(key > new for key in beats()) > 3)
+    scene.daemon.stop()
+    assert may_delete or count(between.trace, "POST", r"\?delete") == 1
+    assert (len(beats()) > 110) is not may_delete
+    between.heal()
+    options = ("--bucket", scene.bucket.target, "--state-dir", scene.state, "--node", "node1")
+    scene.run("prune", *options, "--keep-last", "1", "--confirm", env=scene.environ, check=0)
+    assert len(beats()) == 100
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -164,6 +164,22 @@ def test_before_anything_is_configured_it_says_what_to_set(doctor: Doctor, tmp_p
 
 
 @pytest.mark.slow
+def test_as_root_nothing_is_put_before_the_owner_of_the_data_is_known(
+    doctor: Doctor, tmp_path: Path, tmp_bucket: FileBucket
+) -> None:
+    """A directory that root has made in a bucket of files would shut the daemon out."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    before = sorted(Path(tmp_bucket.bucket).iterdir())
+    found = doctor(paths=[tmp_path / "nothing"])
+    assert (found.results("data", "rights"), found.of("put")) == (["bad", "skipped"], [])
+    assert sorted(Path(tmp_bucket.bucket).iterdir()) == before
+
+
+def test_a_relative_state_directory_is_taken_from_here(doctor: Doctor) -> None:
+    assert doctor("--state-dir", "not-made-yet").one("state").result == "ok"
+
+
 def test_it_stands_beside_a_running_daemon_and_does_not_disturb_it(doctor: Doctor, scene: Scene) -> None:
     """P5: do no harm."""
     scene.start(*doctor.node.data_dirs)

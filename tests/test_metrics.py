@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -144,6 +145,20 @@ def test_a_client_that_hangs_or_leaves_disturbs_neither_the_next_scrape_nor_the_
         gone.close()
         assert scrape(daemon)["cassbackup_failing", ""] == 0
     assert "Traceback" not in daemon.log()
+
+
+def test_a_crowd_of_clients_takes_few_threads(scene: Scene, node: Node) -> None:
+    daemon = start(scene, node)
+    port = int(re.findall(r"metrics at http://127.0.0.1:(\d+)", daemon.log())[0])
+    before = len(list(Path(f"/proc/{daemon.pid}/task").iterdir()))
+    with contextlib.ExitStack() as crowd:
+        for _ in range(60):
+            crowd.enter_context(socket.create_connection(("127.0.0.1", port)))
+        refused = socket.create_connection(("127.0.0.1", port))
+        crowd.enter_context(refused)
+        assert refused.recv(1) == b""
+        assert len(list(Path(f"/proc/{daemon.pid}/task").iterdir())) < before + 20
+    assert scrape(daemon)["cassbackup_failing", ""] == 0
 
 
 def test_what_is_found_without_a_hint_is_counted(node: Node, tmp_path: Path) -> None:

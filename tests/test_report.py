@@ -274,6 +274,14 @@ def test_incrementals_that_were_off_for_a_while_break_the_chain_until_the_next_s
     assert states(told(report)["ks.users"])[2:] == ["whole", "points", "silent", "whole", "silent"]
 
 
+@pytest.mark.parametrize("waiting", [[[1, 2]], {"ks1/users": math.nan}, {"ks1": {}}, 7, None, "users"])
+def test_a_heartbeat_that_is_none_of_ours_spoils_no_picture(past: Past, report: Report, waiting: Any) -> None:
+    dull(past, 2, tables=ALL[:1])
+    page = {"looked": "2026-11-21T20:24:38.123456Z", "oldest_incrementals": waiting}
+    past.put(f"{past.name}.listings/heartbeat/{utc(past.now)}.json", json.dumps(page).encode(), 0)
+    assert told(report)["shop.orders"]["now"] == "whole"
+
+
 def test_what_a_heartbeat_says_counts_until_a_later_listing(past: Past, report: Report) -> None:
     dull(past, 3)
     past.beat(190, {"/".join(ALL[0]): 3 * HOUR})

@@ -920,6 +920,26 @@ def test_gcs_tells_who_may_not_delete_in_words_of_its_own_that_a_key_is_taken(
     assert "storage.objects.delete" in store.delete([KEY])[KEY]
 
 
+def test_a_put_that_looked_first_and_failed_is_still_the_same_trouble(
+    moto: Bucket, proxy: Proxied, opened: Opener
+) -> None:
+    """Who may look and not put fails for ever: since the first attempt, and named once in the log."""
+    faulty, since = proxy(moto), list[float]()
+    faulty.on("PUT", "node1/", s3_error(403, "AccessDenied"), count=None)
+    known = opened(moto, faulty.url)._store
+
+    def wait(seconds: float) -> bool:
+        since.append(store.failing_since)
+        return len(since) > 9
+
+    store = Retrying(known, wait, None, Budget(0))
+    with pytest.raises(Stopped):
+        put(store, KEY)
+    failing = [moment for moment in since if moment]
+    assert len(failing) > 2
+    assert len(set(failing)) == 1
+
+
 @pytest.mark.parametrize("code", ["PermanentRedirect", "AuthorizationHeaderMalformed"])
 def test_a_bucket_in_another_region_is_named_with_what_to_do(weak: Retrying, faulty: FaultProxy, code: str) -> None:
     faulty.on("PUT", "node1/", s3_error(301 if code.startswith("P") else 400, code), count=None)
