@@ -66,7 +66,7 @@ def status() -> dict[str, Any]:
 @contextmanager
 def daemon() -> Iterator[subprocess.Popen[bytes]]:
     """Run the daemon, with its log in a file; end it with SIGTERM."""
-    print(f"$ BUCKET_NAME=file://{BUCKET.relative_to(HERE)} cassbackup {DATA.relative_to(HERE)} &", flush=True)
+    print(f"$ BUCKET_NAME=file://$PWD/{BUCKET.relative_to(HERE)} cassbackup {DATA.relative_to(HERE)} &", flush=True)
     with open(ROOT / "cassbackup.log", "wb") as log:
         process = subprocess.Popen([sys.executable, str(MODULE), "watch", str(DATA)], env=ENVIRON, stderr=log)
         try:
