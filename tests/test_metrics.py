@@ -239,6 +239,16 @@ def refused(scene: Scene, node: Node, *args: object, **more: object) -> str:
     return done.stderr
 
 
+def test_a_link_planted_beside_the_textfile_is_not_followed(tmp_path: Path) -> None:
+    """P5: the directory may be another user's, and an SSTable what the link leads to."""
+    precious = tmp_path / "nb-1-big-Data.db"
+    precious.write_bytes(b"rows")
+    (tmp_path / "x.prom.tmp").symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic"):
+        cassbackup.write_whole(str(tmp_path / "x.prom"), b"metrics", durable=False)
+    assert precious.read_bytes() == b"rows"
+
+
 @pytest.mark.parametrize("address", ["9810", "localhost", ":http", "::1:9810", "[::1]", ":65536", "a:b:1"])
 def test_an_address_that_cannot_be_read_is_named(scene: Scene, node: Node, address: str) -> None:
     assert f"--metrics-listen {address!r} cannot be read: write [HOST]:PORT" in refused(
