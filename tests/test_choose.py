@@ -532,12 +532,12 @@ def test_an_odd_name_that_came_later_is_no_lack_of_an_earlier_moment() -> None:
 
 def test_a_table_is_not_restored_to_a_moment_before_it_was_created() -> None:
     """Its id tells when: else what was imported into it, with its old times, would stand for the table of that time."""
-    story, first, second = Story(), f"users-{id_of(0, 1)}", f"users-{id_of(3 * DAY, 2)}"
-    story.backups(1 * DAY, Written("nb-1-big", 1 * DAY, 1), table=first)
-    story.snapshot(2 * DAY, Written("nb-1-big", 1 * DAY, 1), tag=tag_of("dropped", 2 * DAY), table=first)
-    story.backups(4 * DAY, Written("nb-1-big", 1 * DAY, 1), table=second)
-    assert [chosen.table for chosen in story.chosen(1.5 * DAY)] == [first]
-    assert [chosen.table for chosen in story.chosen(5 * DAY)] == [second]
+    story, tables = Story(), [f"users-{id_of(day * DAY, day)}" for day in (0, 2, 4)]
+    story.snapshot(1 * DAY, nb(1, 0.5 * DAY), tag=tag_of("dropped", 1 * DAY), table=tables[0])
+    story.backups(2.5 * DAY, nb(1, 2.5 * DAY, 2), table=tables[1])
+    story.backups(5 * DAY, nb(1, 2.6 * DAY, 3), table=tables[2])
+    assert [chosen.table for chosen in story.chosen(3 * DAY)] == [tables[1]]
+    assert [chosen.table for chosen in story.chosen(6 * DAY)] == [tables[2]]
 
 
 def test_a_table_made_again_whose_flush_was_seen_late_is_the_living_one() -> None:
