@@ -154,7 +154,7 @@ def test_a_crowd_of_clients_takes_few_threads(scene: Scene, node: Node) -> None:
     with contextlib.ExitStack() as crowd:
         for _ in range(60):
             crowd.enter_context(socket.create_connection(("127.0.0.1", port)))
-        refused = socket.create_connection(("127.0.0.1", port))
+        refused = socket.create_connection(("127.0.0.1", port), timeout=8)  # who has a thread is let wait for 10 s
         crowd.enter_context(refused)
         assert refused.recv(1) == b""
         assert len(list(Path(f"/proc/{daemon.pid}/task").iterdir())) < before + 20
