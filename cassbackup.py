@@ -3889,7 +3889,7 @@ class Daemon:
     _failures: dict[Unit, str] = field(default_factory=dict)
     _began: float = field(default_factory=time.time)
     _claim: Callable[[], None] | None = None
-    _fatal: str = ""
+    _fatal: int = 0
     _held_alone: int = 0
     _asked: int = 0
     _status_due: float = 0.0
@@ -3923,7 +3923,7 @@ class Daemon:
                 done = self._is_done()
         self._finish()
         if self._fatal or (once and self._failures):
-            return FAILED
+            return self._fatal or FAILED
         short = self.carrier.counts["incomplete"] + self.carrier.counts["lost"] + self.pinner.counts["refused"]
         return BEHIND if once and (short or not done) else DONE
 
@@ -4005,7 +4005,7 @@ class Daemon:
 
     def _give_up(self, error: Exception) -> None:
         log.critical("leaving error=%s", quote(str(error)))
-        self._fatal = str(error)
+        self._fatal = error.code if self._claim and isinstance(error, Fault) else FAILED
         self.stop.set()
 
     def _pin(self) -> float:
@@ -6524,18 +6524,12 @@ def claim(store: Retrying, identity: Identity, areas: Sequence[Area], adopt: boo
         write_whole(path, json.dumps(asdict(identity)).encode())
 
 
-def try_claim(claim_name: Callable[[Retrying], None], store: Retrying, worked: bool, once: bool) -> bool:
-    """Claim the node's name; False where that must wait, since the store is down or has refused us only now.
-
-    Only at a first start is a refusal a mistake in the configuration.
-    """
+def try_claim(claim_name: Callable[[Retrying], None], store: Retrying, once: bool) -> bool:
+    """Claim the node's name; False where that must wait, since the store is down. A refusal is a wrong setting."""
     try:
         claim_name(store)
     except Denied as fault:
-        if not worked or once:
-            raise Usage(fault.what, fault.hint) from fault
-        log.error("denied, watching all the same error=%s", quote(str(fault)))
-        return False
+        raise Usage(fault.what, fault.hint) from fault
     except Unreachable as fault:
         if once:
             raise
@@ -6695,7 +6689,8 @@ def watch(settings: Settings, environ: Mapping[str, str]) -> int:
     def claim_name(through: Retrying) -> None:
         claim(through, identity, areas, settings.adopt, memories)
 
-    claimed = try_claim(claim_name, Retrying(raw, stop.wait, 5.0, budget), worked, once)
+    # A daemon that has worked here before pins first: a store that hangs must not cost what is cleared meanwhile.
+    claimed = (once or not worked) and try_claim(claim_name, Retrying(raw, stop.wait, 5.0, budget), once)
     daemon = assemble(settings, areas, identity.node, store, stop)
     daemon.systemd, metrics.daemon = Systemd(environ), daemon
     daemon.metrics = metrics.write if settings.metrics_textfile else None

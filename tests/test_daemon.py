@@ -14,7 +14,7 @@ from pathlib import Path
 import oracle
 import pytest
 from conftest import Daemon, Run
-from faultproxy import FaultProxy, assert_written_once, count, s3_error
+from faultproxy import BlackHole, FaultProxy, assert_written_once, count, s3_error
 from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
@@ -88,6 +88,48 @@ def test_a_daemon_started_while_the_store_is_down_pins_and_lists_later(
     between.up()
     scene.settled()
     scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_a_daemon_started_while_the_store_hangs_pins_before_it_gets_any_answer(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    scene.daemon.kill()
+    hole = between.on("", "", BlackHole(), count=None)
+    scene.restart()
+    node.snapshot("daily")
+    wait_for(lambda: scene.page()["counts"].get("found", 0) >= 10)
+    node.clear()
+    users.compact()
+    wait_for(lambda: hole.hits)
+    between.down()
+    between.heal()
+    between.up()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
+def test_a_daemon_whose_name_was_taken_over_meanwhile_ends_with_exit_2_and_stores_nothing(
+    scene: Scene, node: Node
+) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    scene.daemon.kill()
+    before = kept(scene.bucket)
+    owner = {"version": 1, "machine_id": "0123456789abcdef", "data_directories": ["/data"]}
+    scene.bucket.put("node1.listings/owner.20991231T000000.000000Z.json", json.dumps(owner).encode())
+    node.snapshot("daily")
+    scene.daemon.start()
+    assert scene.daemon.process.wait(40) == 2
+    assert "belongs to another machine" in scene.daemon.log()
+    assert "--adopt" in scene.daemon.log()
+    assert kept(scene.bucket).keys() - before.keys() == {"node1.listings/owner.20991231T000000.000000Z.json"}
 
 
 @pytest.mark.slow
