@@ -2441,6 +2441,10 @@ class Pinner:
         """Return the tables that have directories, as keyspace/table-id."""
         return sorted(set(self._tables.values()))
 
+    def refused(self) -> list[str]:
+        """Return the directories that could not be looked into, and are still there."""
+        return sorted(filter(os.path.lexists, list(self._refused)))
+
     def forget(self) -> None:
         """Take nothing for listed any more, and look everywhere again: the bucket is not what it was."""
         with self.lock:
@@ -2464,6 +2468,7 @@ class Pinner:
             except OSError as error:
                 if place.relative and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     self._leave(place)
+                    self._skip_link(place.area, place.relative)
                 else:
                     place.armed, self._unarmed = False, True  # it may be back, or open to us, before the next hint
                     self._refuse(place, error)
@@ -2508,7 +2513,7 @@ class Pinner:
                 if entry.is_dir(follow_symlinks=False):
                     self._enter(place.area, f"{place.relative}/{entry.name}".lstrip("/"))
                 elif not place.files:
-                    continue
+                    self._skip_link(place.area, f"{place.relative}/{entry.name}".lstrip("/"))
                 elif not entry.is_file(follow_symlinks=False):
                     self.counts["skipped_kind"] += 1
                     log.info("not a regular file, skipped path=%s", quote(os.path.join(place.path, entry.name)))
@@ -2705,6 +2710,16 @@ class Pinner:
                 for index in (self._tags, self._takings):
                     index.pop(place.tag, None)
                 self._ended.discard(place.tag)
+
+    def _skip_link(self, area: Area, relative: str) -> None:
+        """Name a link to a directory that Cassandra may use: it is not followed, since no pin is on its disk."""
+        path = area.source(relative)
+        linked = path not in self._refused and os.path.islink(path) and os.path.isdir(path)
+        if linked and self.filters.directory(relative.split("/")):
+            self._refused.add(path)
+            self.counts["refused"] += 1
+            hint = "move it to a data directory of its own; or leave it out: --exclude-keyspace, --exclude-table"
+            log.error("symbolic link, nothing behind it is stored path=%s hint=%s", quote(path), hint)
 
     def _refuse(self, place: Place, error: OSError) -> None:
         """Count what cannot be done, and look again at the next reconciliation: the hint that brought us is used up."""
@@ -4097,6 +4112,7 @@ class Daemon:
             "pending": {"units": len(waiting), "files": files, "bytes": size},
             "held_alone_bytes": self._held_alone,
             "full": any(area.full for area in self.pinner.areas),
+            "refused": self.pinner.refused(),
             "sent": {"files": sent["files"], "bytes": sent["bytes"]},
             "rate": (sent["bytes"] - before) / max(1.0, now - since),  # bytes a second, over a minute or so
             "counts": {name: count for name, count in sorted(counts.items()) if count},
@@ -5445,6 +5461,7 @@ class Survey:
     requests: int = 0  # a put, or the parts with a beginning and an end; and two for each listing
     backups: Counter[int] = field(default_factory=Counter)  # bytes in backups/, by device
     tags: dict[str, float] = field(default_factory=dict)  # when the newest directory of a tag was changed
+    linked: list[str] = field(default_factory=list)  # directories behind symbolic links, which are not followed
     _seen: set[tuple[int, int]] = field(default_factory=set)  # of files with several names
 
     def look(self, root: str, filters: Filters) -> None:
@@ -5455,6 +5472,7 @@ class Survey:
             wanted = [name for name in folders if not name.startswith((".cassbackup", "lost+found"))]
             wanted = [name for name in wanted if not live or name in ("snapshots", "backups")]
             folders[:] = [name for name in wanted if filters.directory([*parts, name])]
+            self.linked += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
             if kind == "snapshots" and len(parts) == 4:
                 with contextlib.suppress(FileNotFoundError):  # cleared meanwhile
                     self.tags[parts[3]] = max(self.tags.get(parts[3], 0.0), os.stat(folder).st_mtime)
@@ -5533,6 +5551,9 @@ def check_data(case: Case) -> Iterator[Finding]:
         share = case.survey.backups[info.st_dev] / (disk.f_blocks * disk.f_frsize)
         cure = "--delete-uploaded-incrementals: Cassandra itself never deletes them"
         yield judge("backups/", share <= 0.05, f"{share:.1%} of the disk", "warning", cure)
+    for path in case.survey.linked:
+        cure = "move it to a data directory of its own; or leave it out: --exclude-keyspace, --exclude-table"
+        yield Finding("symlink", "bad", f"nothing behind {quote(path)} is stored: links are not followed", cure)
 
 
 def check_links(case: Case) -> Iterator[Finding]:
@@ -6743,6 +6764,9 @@ def why_behind(page: Mapping[str, Any], holder: str, max_lag: float, max_age: fl
         why.append(page["trouble"])
     if page["full"]:
         why.append("the pin area is full: files are read where they are, and can vanish")
+    if refused := page.get("refused"):  # absent while a daemon of an earlier version runs on
+        others = f", and {len(refused) - 1} more directories" if len(refused) > 1 else ""
+        why.append(f"nothing is stored of {quote(refused[0])}{others}: see the log")
     snapshots = sorted(page.get("snapshots", {}).items())
     never = [table for table, taken in snapshots if not taken]
     old = [table for table, taken in snapshots if taken and now - seconds_of(taken) > max_age]
@@ -6756,7 +6780,7 @@ def why_behind(page: Mapping[str, Any], holder: str, max_lag: float, max_age: fl
 def status_text(page: Mapping[str, Any], behind: Sequence[str]) -> str:
     """Return the status for people."""
     pending, sent, counts = page["pending"], page["sent"], page["counts"]
-    rate = page.get("rate", 0.0)  # absent while a daemon of an earlier version runs on
+    rate = page.get("rate", 0.0)  # absent, too
     eta = f", at least {pending['bytes'] / rate:.0f} s to go" if pending["bytes"] and rate else ""
     lines = [
         f"node      {page['node']}",

@@ -390,6 +390,18 @@ def test_backups_that_fill_the_disk_are_named_with_the_option_that_empties_them(
     assert "--delete-uploaded-incrementals" in found.one("backups/").cure
 
 
+def test_a_linked_keyspace_of_which_nothing_would_be_stored_is_bad_unless_it_is_left_out(
+    doctor: Doctor, tmp_path: Path
+) -> None:
+    assert "symlink" not in [found.name for found in doctor()]
+    place = doctor.node.data_dirs[0] / "ks1"
+    place.rename(tmp_path / "ks1")
+    place.symlink_to(tmp_path / "ks1")
+    found = doctor().one("symlink")
+    assert (found.result, f"nothing behind {place} is stored" in found.detail) == ("bad", True)
+    assert "symlink" not in [found.name for found in doctor("--exclude-keyspace", "ks1")]
+
+
 def test_snapshots_that_nobody_cleared_are_named(doctor: Doctor) -> None:
     assert doctor().one("snapshots").result == "ok"
     tag = doctor.node.tables[0].directories()[0] / "snapshots" / "daily"

@@ -117,6 +117,39 @@ def test_what_is_no_regular_file_is_skipped_and_counted_and_never_hangs(
         assert f"nb-{number}-big-Data.db" in scene.daemon.log()
 
 
+def test_a_linked_keyspace_or_table_is_red_until_it_is_left_out_p2_p8(scene: Scene, node: Node, tmp_path: Path) -> None:
+    """Cassandra follows such links (to another disk); we do not, and must not pass over them in silence."""
+    users, posts = node.table("ks1", "users"), node.table("ks2", "posts")
+    users.flush()
+    posts.flush()
+    data, home = node.data_dirs[0], users.directories()[0]
+    (data / "ks2").rename(tmp_path / "ks2")
+    (data / "ks2").symlink_to(tmp_path / "ks2")
+    home.rename(tmp_path / home.name)
+    home.symlink_to(tmp_path / home.name)
+    (data / "notes").symlink_to(__file__)
+    (data / "dangling").symlink_to("/no/where")
+    done = scene.once(*node.data_dirs, check=3)
+    assert done.stderr.count("symbolic link") == 2
+    for place in (data / "ks2", home):
+        assert f"path={place} " in done.stderr
+    leave_out = ("--exclude-keyspace", "ks2", "--exclude-table", "ks1.users")
+    assert "symbolic link" not in scene.once(*node.data_dirs, args=leave_out).stderr
+    scene.start(*node.data_dirs)
+    assert f"nothing is stored of {home}, and 1 more directories" in status_text_of(scene)
+    for place, moved in ((data / "ks2", tmp_path / "ks2"), (home, tmp_path / home.name)):
+        place.unlink()
+        moved.rename(place)
+    scene.settled()
+    assert "nothing is stored" not in status_text_of(scene)
+    scene.assert_all_is_listed(node.history)
+
+
+def status_text_of(scene: Scene) -> str:
+    """Return what `cassbackup status` says, red or not."""
+    return scene.run("status", "--state-dir", scene.state, check=None).stdout
+
+
 def test_a_directory_that_becomes_a_symlink_is_not_followed(scene: Scene, node: Node, tmp_path: Path) -> None:
     users = node.table("ks1", "users")
     users.flush()
