@@ -141,6 +141,7 @@ PAUSE_S: Final = 2.0  # uploads wait for the pinner, but never longer than this 
 RECONCILE_S: Final = 60.0
 HEARTBEAT_S: Final = 900.0
 HEARTBEATS_KEPT: Final = 100
+KNOWN_S: Final = 7 * 86400.0  # how long the ledger knows the bytes that a table has no more: snapshots may wait
 OWN_TAG: Final = "cassbackup-"  # of the snapshots that `cassbackup snapshot` takes: and the UTC to the minute
 CONDEMNED_LOOK_S: Final = 60.0
 FRESH_S: Final = 12 * 3600.0  # how long a confirmation by the store is good for; far less than prune's grace
@@ -1717,7 +1718,8 @@ class Ledger:
 
     Every row carries a checksum over itself and over what it was written for (store and node): SQLite does not
     notice flipped bits, and a ledger of another bucket must not speak for this one. What does not check is not
-    there. A ledger that cannot be written is done without.
+    there. A ledger that cannot be written is done without. Once a day what no file has any more is forgotten, or it
+    would grow for as long as the node lives.
     """
 
     _TABLES = """
@@ -1762,34 +1764,39 @@ class Ledger:
     def _sum(self, row: Sequence[str]) -> int:
         return zlib.crc32("\0".join((self._scope, *row)).encode())
 
-    def _read(self, table: str, where: str, *args: str) -> list[tuple[str, ...]]:
-        """Return the rows that check, without their checksums."""
+    def _checks(self, row: Sequence[Any]) -> bool:
+        return all(isinstance(word, str) for word in row[:-1]) and row[-1] == self._sum(row[:-1])
+
+    def _select(self, query: str, *args: str) -> list[tuple[Any, ...]]:
         with self._lock:
             try:
-                rows = self._db.execute(f"SELECT * FROM {table} WHERE {where}", args).fetchall()
+                return self._db.execute(query, args).fetchall()
             except (sqlite3.Error, UnicodeDecodeError) as error:
                 self._complain(error)
                 return []
-        texts = [row for row in rows if all(isinstance(word, str) for word in row[:-1])]
-        return [row[:-1] for row in texts if row[-1] == self._sum(row[:-1])]
 
-    def _write(self, table: str, rows: Iterable[tuple[str, ...]]) -> None:
-        """Write rows, each with its checksum, in one transaction."""
-        summed = [(*row, self._sum(row)) for row in rows]
-        if not summed:
-            return
+    def _read(self, table: str, where: str, *args: str) -> list[tuple[str, ...]]:
+        """Return the rows that check, without their checksums."""
+        rows = self._select(f"SELECT * FROM {table} WHERE {where}", *args)
+        return [row[:-1] for row in rows if self._checks(row)]
+
+    def _change(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Do a statement for each row, in one transaction."""
         with self._lock:
             try:
                 self._db.execute("BEGIN")
-                self._db.executemany(
-                    f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(summed[0]))})", summed
-                )
+                self._db.executemany(statement, rows)
                 self._db.execute("COMMIT")
                 self.broken = self.broken if self._path == ":memory:" else ""
             except sqlite3.Error as error:
                 with contextlib.suppress(sqlite3.Error):
                     self._db.execute("ROLLBACK")
                 self._complain(error)
+
+    def _write(self, table: str, rows: Iterable[tuple[str, ...]]) -> None:
+        """Write rows, each with its checksum."""
+        if summed := [(*row, self._sum(row)) for row in rows]:
+            self._change(f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(summed[0]))})", summed)
 
     def _complain(self, error: Exception) -> None:
         if not self.broken:
@@ -1828,8 +1835,11 @@ class Ledger:
         return unquote(rows[0][1]) if rows else ""
 
     def remember(self, name: str, value: str) -> None:
-        """Remember a value."""
-        self._write("facts", [(quote(name), quote(value))])
+        """Remember a value; "" is none."""
+        if value:
+            self._write("facts", [(quote(name), quote(value))])
+        elif self.fact(name):
+            self._change("DELETE FROM facts WHERE name = ?", [(quote(name),)])
 
     def facts(self, prefix: str) -> Mapping[str, str]:
         """Return the remembered values whose names begin with a prefix, by the rest of the name.
@@ -1843,13 +1853,36 @@ class Ledger:
             self._facts[prefix] = changes if told else -1, told  # nothing may be that it could not be read
         return self._facts[prefix][1]
 
-    def forget(self, directory: str = "") -> None:
-        """Forget a directory's listed names; without one, everything."""
-        with self._lock, contextlib.suppress(sqlite3.Error):
-            if directory:
-                self._db.execute("DELETE FROM listed WHERE directory = ?", (quote(directory),))
-            else:
-                self._db.executescript("DELETE FROM stored; DELETE FROM listed; DELETE FROM facts;")
+    def forget(self) -> None:
+        """Forget everything."""
+        for table in ("stored", "listed", "facts"):
+            self._change(f"DELETE FROM {table}", [()])
+
+    def trim_listed(self, names: Callable[[str], Collection[str] | None]) -> None:
+        """Forget the names that their directory has no more (None: who knows), or that were listed again since."""
+        for (directory,) in self._select("SELECT DISTINCT directory FROM listed"):
+            with self._lock:  # what is listed meanwhile is in the directory by now
+                if (there := names(unquote(directory))) is None:
+                    continue
+                there = set(there)
+                for row in self._select("SELECT * FROM listed WHERE directory = ? ORDER BY since DESC", directory):
+                    lines = row[2].split("\n") if self._checks(row) else []
+                    kept = {name: line for line in lines if (name := unquote(line.partition("\t")[0])) in there}
+                    there -= kept.keys()
+                    if not kept:
+                        self._change("DELETE FROM listed WHERE directory = ? AND since = ?", [row[:2]])
+                    elif len(kept) < len(lines):
+                        self._write("listed", [(*row[:2], "\n".join(kept.values()))])
+
+    def trim_stored(self, alive: Callable[[str], Collection[str]], before: float) -> None:
+        """Forget the stamps that were not confirmed since a time, but for those that their table still has."""
+        alive, last = functools.lru_cache(1)(alive), ["", "", ""]
+        page = "SELECT * FROM stored WHERE (place, name, stamp) > (?, ?, ?) ORDER BY place, name, stamp LIMIT 1000"
+        while rows := self._select(page, *last):
+            last = list(rows[-1][:3])
+            old = [row for row in rows if not self._checks(row) or float(json.loads(row[3])[5]) < before]
+            gone = [row[:4] for row in old if not self._checks(row) or row[2] not in alive(unquote(row[0]))]
+            self._change("DELETE FROM stored WHERE place = ? AND name = ? AND stamp = ? AND found = ?", gone)
 
     def close(self) -> None:
         """Close the file."""
@@ -2233,6 +2266,28 @@ def open_area(root: str, pin_dir: str = "") -> Area:
         raise Usage(f"no pin area for {root} ({'; '.join(problems)})", hint)
     log.error("cannot link, will hold open files or read in place problem=%s hint=%s", quote("; ".join(problems)), hint)
     return Area(root, usable[0])
+
+
+def live_stamps(areas: Iterable[Area], place: str) -> set[str]:
+    """Return the stamps of a table's own files and its indexes' (.idx/): what the next snapshot will have."""
+    stamps: set[str] = set()
+    for area in areas:
+        home = os.path.join(area.root, place)
+        for folder in (home, *glob.glob(os.path.join(glob.escape(home), ".*", ""))):
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                files = (entry for entry in entries if entry.is_file(follow_symlinks=False))
+                stamps |= {str(Stamp.of(area.id, entry.stat(follow_symlinks=False))) for entry in files}
+    return stamps
+
+
+def names_in(directory: str) -> list[str] | None:
+    """Return what a directory has, nothing if it is gone; None if it cannot be read just now."""
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError:
+        return None
 
 
 def name_forgotten(area: Area) -> None:
@@ -3861,6 +3916,7 @@ class Timing:
     heartbeat_s: float = HEARTBEAT_S
     look_s: float = 3600.0
     status_s: float = 10.0
+    trim_s: float = 86400.0
 
 
 class Systemd:
@@ -3920,7 +3976,7 @@ class Daemon:
         """
         self._claim = claim
         self._recover()
-        chores = (self._pin, self._enforce, self._tend, self._be_owner, self._look_at_bucket, self._beat)
+        chores = (self._pin, self._enforce, self._tend, self._be_owner, self._look_at_bucket, self._beat, self._trim)
         for chore in (*chores, self.metrics) if self.metrics else chores:
             threading.Thread(target=self._repeat, args=(chore,), daemon=True).start()
         self.systemd.tell("READY=1")
@@ -4072,9 +4128,21 @@ class Daemon:
             log.warning("the newest listing is gone, checking everything again key=%s", newest)
             self.carrier.everything_again()
         for key, upload, begun in self.store.unfinished(self.carrier.node + "/"):
-            if begun < self.store.now() - 86400 and not self.ledger.fact(f"upload:{key}"):
+            if begun < self.store.now() - 86400 and self.ledger.fact(f"upload:{key}") != upload:
                 self.store.abandon(key, upload)
         return self.timing.look_s
+
+    def _trim(self) -> float:
+        """Let the ledger forget what no file has any more, while nothing else is to be done."""
+        due = float(self.ledger.fact("trimmed") or 0) + self.timing.trim_s - time.time()
+        if 0 < due <= self.timing.trim_s or not self.pinner.gate.is_set():
+            return min(max(5.0, due), 3600.0)
+        if not all(os.path.isdir(area.path) for area in self.pinner.areas):
+            return 3600.0  # a disk that is not mounted is not empty
+        self.ledger.trim_listed(names_in)
+        self.ledger.trim_stored(functools.partial(live_stamps, self.pinner.areas), time.time() - KNOWN_S)
+        self.ledger.remember("trimmed", f"{time.time():.0f}")
+        return 3600.0
 
     def _beat(self) -> float:
         """Write a heartbeat: all that was found by this moment is listed. A quiet table and a dead daemon differ."""

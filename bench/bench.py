@@ -4,6 +4,7 @@
               many are lost when the tag is cleared; beside it, in the same run, a watcher of Tablesnap's kind
     start     a start on 1,000,000 files that are listed already
     pending   peak memory with 1,000,000 files pending and the store down
+    ledger    the ledger after a year, with and without forgetting each day what no file has any more
     idle      CPU of a daemon that has nothing to do
     second    a second snapshot of unchanged tables, beside the first
     list      `cassbackup list` on 100,000 listings
@@ -236,6 +237,50 @@ def bench_pending() -> None:
             row("1,000,000 files pending", pinned=count, seconds=f"{took:.1f}", peak_mib=memory(process.pid, "VmHWM:"))
 
 
+def bench_ledger() -> None:
+    """Let 20 tables live a year: each hour a flush, each day a compaction, a snapshot of one tag, backups/ emptied."""
+    for trims in (True, False):
+        with folder() as root:
+            ledger, clock = cassbackup.Ledger(str(root / "ledger"), "bench"), cassbackup.Clock()
+            for day in range(365):
+                for table in range(20):
+                    _live_a_day(ledger, clock, f"ks/t{table}-{table:032x}", day)
+                if trims:
+                    now = {name for hour in range(24) for name, _ in _sstable(24 * day + hour)} | {"manifest.json"}
+                    ledger.trim_listed(lambda _, now=now: now)
+                    alive = {str(stamp) for hour in range(24) for _, stamp in _sstable(24 * day + hour)}
+                    ledger.trim_stored(lambda _, alive=alive: alive, time.time() + 1)  # as if a week had gone
+            began = time.monotonic()
+            ledger.listed(f"/data/ks/t0-{0:032x}/backups")
+            took, size = time.monotonic() - began, (root / "ledger").stat().st_size
+            row(
+                f"ledger of a year, {'forgets' if trims else 'keeps all'}",
+                mib=size >> 20,
+                ms_a_look=f"{took * 1e3:.1f}",
+            )
+
+
+def _sstable(number: int) -> Iterator[tuple[str, cassbackup.Stamp]]:
+    for component in ("Data", "Index", "Filter", "Summary", "Statistics", "CompressionInfo", "Digest", "TOC"):
+        yield f"nb-{number}-big-{component}.db", cassbackup.Stamp("0badcafe", number, len(component), number * 10**12)
+
+
+def _live_a_day(ledger: cassbackup.Ledger, clock: cassbackup.Clock, place: str, day: int) -> None:
+    home, names = f"/data/{place}", {}
+    for hour in range(24):
+        files = dict(_sstable(24 * day + hour))
+        names |= files
+        owner = (0o640, "cassandra", "cassandra", "0badcafe")
+        entries = [
+            cassbackup.Stored(home, name, stamp, *owner, f"node{home}/{name}", "e") for name, stamp in files.items()
+        ]
+        ledger.record(((place, entry) for entry in entries), "run")
+        ledger.list(f"{home}/backups", clock(), files)
+    ledger.list(
+        f"{home}/snapshots/daily", clock(), names | {"manifest.json": cassbackup.Stamp("0badcafe", day, 1, day)}
+    )
+
+
 def bench_idle() -> None:
     """Do nothing for a minute, with 6,000 directories watched."""
     with folder() as root:
@@ -330,6 +375,7 @@ BENCHES = {
     "pin": bench_pin,
     "start": bench_start,
     "pending": bench_pending,
+    "ledger": bench_ledger,
     "idle": bench_idle,
     "second": bench_second,
     "list": bench_list,

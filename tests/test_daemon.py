@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,6 +192,55 @@ def test_local_memory_that_is_gone_costs_time_and_never_data_p4(scene: Scene, no
     bodies = [body for key, body in objects.items() if key.endswith("Data.db") or "Data.db@" in key]
     assert len(bodies) == len(set(bodies)), "the same SSTable was stored twice"
     assert_no_pin_is_left(area_of(node))
+
+
+@pytest.mark.slow
+def test_a_day_later_the_ledger_has_forgotten_what_no_file_has_and_nothing_else_p5(scene: Scene, node: Node) -> None:
+    """A tag taken again and again, flushes that are compacted: its file must not grow for as long as the node lives."""
+    users = node.table("ks1", "users", indexes=["by_name"])
+    users.flush()
+    scene.start(*node.data_dirs)
+    for _ in range(4):
+        users.flush()
+        node.snapshot("daily")
+        scene.settled()
+        node.clear("daily")
+    users.compact()
+    for directory in users.directories():
+        shutil.rmtree(directory / "backups", ignore_errors=True)
+    node.snapshot("daily")
+    scene.settled()
+    scene.daemon.stop()
+    ledger, now = str(scene.state / "ledger.sqlite"), time.time()
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        db.execute("DELETE FROM facts WHERE name = 'trimmed'")
+        stored, listed = db.execute("SELECT (SELECT count(*) FROM stored), (SELECT count(*) FROM listed)").fetchone()
+        rows = db.execute("SELECT place, name, stamp, found FROM stored").fetchall()
+        for place, name, stamp, found in rows:  # as if all this had been eight days ago
+            found = json.dumps([*json.loads(found)[:5], f"{now - 8 * 86400:.0f}"])
+            told = f"{scene.page()['store']} {scene.page()['node']}\0{place}\0{name}\0{stamp}\0{found}"
+            db.execute(
+                "UPDATE stored SET found = ?, sum = ? WHERE place = ? AND name = ? AND stamp = ?",
+                (found, zlib.crc32(told.encode()), place, name, stamp),
+            )
+        db.commit()
+    scene.restart()
+
+    def left() -> tuple[int, int]:
+        with contextlib.closing(sqlite3.connect(ledger)) as db:
+            return db.execute("SELECT (SELECT count(*) FROM stored), (SELECT count(*) FROM listed)").fetchone()
+
+    directories = sum(1 for path in node.root.glob("data*/ks1/*/snapshots/daily/**/"))
+    wait_for(lambda: left()[1] <= directories)
+    wait_for(lambda: left()[0] < stored / 3)
+    assert listed > 3 * directories
+    before, sent = kept(scene.bucket), scene.settled()["sent"]["files"]
+    node.snapshot("after")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert_kept(before, scene.bucket)
+    fresh = scene.settled()["sent"]["files"] - sent
+    assert fresh <= 2 * len(node.data_dirs), "what the table still has was sent again"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -145,10 +146,11 @@ def test_a_directory_of_which_nothing_is_listed_is_remembered_as_such(opened: Op
 def test_what_is_forgotten_is_gone(opened: Open) -> None:
     ledger = opened()
     fill(ledger)
-    ledger.forget(directory(3))
-    assert ledger.listed(directory(3)) == {}
-    assert ledger.listed(directory(4)) != {}
+    ledger.remember("upload:node1/key3", "")
+    assert ledger.fact("upload:node1/key3") == ""
+    assert ledger.fact("upload:node1/key4") == "id-4"
     ledger.forget()
+    assert ledger.listed(directory(4)) == {}
     assert ledger.knows("place", entry(7).name, entry(7).stamp) is None
     assert ledger.facts("") == {}
 
@@ -241,7 +243,8 @@ def test_p4_a_damaged_file_costs_the_memory_and_nothing_else(
     ledger = opened()
     assert lies(ledger) == []
     ledger.remember("x", "y")
-    ledger.forget("/d")
+    ledger.trim_listed(lambda _: listed(3))
+    ledger.trim_stored(lambda _: [str(entry(7).stamp)], 0.0)
     ledger.close()
     again = opened()
     assert lies(again) == []
@@ -279,13 +282,90 @@ def test_p4_a_lost_wal_costs_rows_and_never_makes_one(path: Path, opened: Open, 
 
 
 # ------------------------------------------------------------------------------------------------------------
+# It does not grow with the years
+
+
+def rows_in(path: Path) -> dict[str, int]:
+    """Return how many rows each table of a ledger's file has."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return {table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("stored", "listed")}
+
+
+def test_a_tag_that_is_taken_again_for_years_takes_one_row(opened: Open, path: Path) -> None:
+    ledger = opened()
+    for day in range(100):
+        ledger.list("/d", f"20261121T{day:06d}.000000Z", listed(0) | {"manifest.json": entry(day).stamp})
+    ledger.trim_listed(lambda _: [*listed(0), "manifest.json"])
+    assert rows_in(path)["listed"] == 1
+    newest = {name: str(stamp) for name, stamp in (listed(0) | {"manifest.json": entry(99).stamp}).items()}
+    assert ledger.listed("/d") == {"20261121T000099.000000Z": newest}
+
+
+def test_names_that_their_directory_has_no_more_are_forgotten(opened: Open, path: Path) -> None:
+    ledger = opened()
+    fill(ledger)
+    gone, left = sorted(listed(4))[0], sorted(listed(4))[1:]
+    there = {directory(4): left, directory(5): [*listed(5), "another"]}
+    ledger.trim_listed(lambda folder: there.get(folder, []))
+    assert rows_in(path)["listed"] == 2
+    assert [sorted(names) for names in ledger.listed(directory(4)).values()] == [left], gone
+    assert [sorted(names) for names in ledger.listed(directory(5)).values()] == [sorted(listed(5))]
+
+
+def test_of_a_directory_that_cannot_be_read_nothing_is_forgotten(opened: Open, path: Path) -> None:
+    ledger = opened()
+    fill(ledger)
+    before = ledger.listed(directory(3))
+    ledger.trim_listed(lambda _: None)
+    assert ledger.listed(directory(3)) == before != {}
+    assert rows_in(path)["listed"] == ROWS // 10
+
+
+@pytest.mark.parametrize("raw", [b"nb-1-big-Data.db", "größe\t\n".encode(), b"\xff\xfe"])
+def test_names_of_any_bytes_survive_when_others_are_forgotten(opened: Open, raw: bytes) -> None:
+    ledger, name = opened(), os.fsdecode(raw)
+    ledger.list("/d", "20261121T202438.123456Z", {name: entry(1).stamp, "gone": entry(2).stamp})
+    ledger.trim_listed(lambda _: [name])
+    assert ledger.listed("/d") == {"20261121T202438.123456Z": {name: str(entry(1).stamp)}}
+
+
+def test_stamps_go_when_they_are_old_and_their_table_has_them_no_more(opened: Open, path: Path) -> None:
+    """Over many pages, and asked for each table's files once."""
+    ledger, asked = opened(), []
+    names = [(f"ks/{number // 1500}", entry(number)) for number in range(4500)]
+    ledger.record(names, RUN)
+    left = {str(entry(number).stamp) for number in range(0, 4500, 1000)}
+
+    def alive(place: str) -> set[str]:
+        asked.append(place)
+        return left
+
+    ledger.trim_stored(alive, time.time() - 60)
+    assert asked == []
+    assert rows_in(path)["stored"] == 4500, "confirmed a moment ago"
+    ledger.trim_stored(alive, time.time() + 60)
+    assert asked == ["ks/0", "ks/1", "ks/2"]
+    assert rows_in(path)["stored"] == len(left)
+    assert all(ledger.knows(place, one.name, one.stamp) for place, one in names if str(one.stamp) in left)
+
+
+def test_rows_of_another_bucket_are_forgotten(written: Path, opened: Open) -> None:
+    ledger = opened("s3://bucket/prefix node2")
+    ledger.trim_listed(lambda folder: [name for n in range(ROWS // 10) for name in listed(n) if folder == directory(n)])
+    ledger.trim_stored(lambda _: [str(entry(number).stamp) for number in range(ROWS)], 0.0)
+    assert rows_in(written) == {"stored": 0, "listed": 0}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # No place to write
 
 
 def works_without_memory(ledger: Ledger) -> bool:
     """Call everything; nothing may raise."""
     fill(ledger, 20)
-    ledger.forget("/d")
+    ledger.forget()
+    ledger.trim_listed(lambda _: [])
+    ledger.trim_stored(lambda _: [], 0.0)
     return lies(ledger, 20) == [] and ledger.broken != ""
 
 
