@@ -7628,18 +7628,17 @@ def _put_live(staged: str, keyspace: str, table: str) -> None:
             os.rename(os.path.join(staged, name), os.path.join(live, target))
 
 
-def import_tables(nodetool: Nodetool, version: str, into: str, tables: Iterable[tuple[str, str]]) -> None:
-    """Hand staged tables to Cassandra: nodetool import; before 4.0 into the live directory, and refresh."""
-    for keyspace, table in tables:
-        staged = os.path.join(into, keyspace, table)
-        if version.startswith(("2.", "3.")):
-            _put_live(staged, keyspace, table)
-            nodetool("refresh", keyspace, table)
-        else:
-            nodetool("import", keyspace, table, staged)
-        if left := glob.glob("*-Data.db", root_dir=staged):  # it exits 0 for a path that it cannot parse
-            raise Fault(f"nodetool import left {quote(left[0])} in {quote(staged)}", "see Cassandra's log")
-        log.info("imported table=%s.%s", keyspace, table)
+def import_table(nodetool: Nodetool, version: str, into: str, name: tuple[str, str]) -> None:
+    """Hand a staged table to Cassandra: nodetool import; before 4.0 into the live directory, and refresh."""
+    staged = os.path.join(into, *name)
+    if version.startswith(("2.", "3.")):
+        _put_live(staged, *name)
+        nodetool("refresh", *name)
+    else:
+        nodetool("import", *name, staged)
+    if left := glob.glob("*-Data.db", root_dir=staged):  # it exits 0 for a path that it cannot parse
+        raise Fault(f"nodetool import left {quote(left[0])} in {quote(staged)}", "see Cassandra's log")
+    log.info("imported table=%s", ".".join(name))
 
 
 def _write_new(path: str, body: bytes) -> dict[str, Exception]:
@@ -7688,7 +7687,8 @@ def _restore_staged(store: Retrying, plan: Plan, settings: Settings, into: str) 
     with only_restore([into]):
         wrong = receive_all(store, placed, settings.threads, show_rate("restored", plan.size, sys.stderr.isatty()))
     if settings.import_ and not wrong:
-        import_tables(nodetool, version, into, tables)
+        jvms = min(4, os.cpu_count() or 1)  # each call is the start of one, and little else
+        list(spread(functools.partial(import_table, nodetool, version, into), tables, jvms))
         for *_, path in placed:  # indexes, which Cassandra builds anew, and what is no SSTable
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(into, path))
