@@ -910,10 +910,20 @@ def _add_headers(added: Mapping[str, str], params: dict[str, Any], **_: Any) -> 
     params["headers"].update(added)
 
 
+def class_of(access: Access, key: str, size: int) -> str:
+    """Return the storage class of an object, "" for the bucket's own.
+
+    Listings and manifest.json are read long before any restore, and what is below 128 KiB is billed as if it were
+    that in S3's colder classes (Amazon S3 User Guide, "Understanding and managing Amazon S3 storage classes").
+    """
+    top, _, path = key.partition("/")
+    ours = top.endswith((".listings", ".condemned")) or path.rpartition("/")[2].startswith((MANIFEST, SCHEMA))
+    return access.storage_class if path and not ours and size >= 128 << 10 else ""
+
+
 def _s3_encryption(access: Access) -> dict[str, Any]:
     kms = access.sse == "aws:kms"
     wanted = {
-        "StorageClass": access.storage_class,
         "ServerSideEncryption": access.sse,
         "SSEKMSKeyId": access.kms_key if kms else "",
         "BucketKeyEnabled": kms,  # one KMS call for many objects, not one for each
@@ -948,7 +958,7 @@ class S3Store:
 
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket, self._prefix = bucket, prefix
-        self._encryption = _s3_encryption(access)
+        self._access, self._encryption = access, _s3_encryption(access)
         options: dict[str, Any] = {
             "retries": {"total_max_attempts": 1},  # Retrying does it, for all stores alike
             "connect_timeout": 10,
@@ -979,7 +989,7 @@ class S3Store:
             events.register(f"before-call.s3.{operation}", functools.partial(_add_headers, added))
 
     def put(self, key: str, body: Body, crc32: int) -> Head:
-        sent, more = _base64_crc(crc32), {"Metadata": {"crc32": hex32(crc32)}, **self._encryption}
+        sent, more = _base64_crc(crc32), {"Metadata": {"crc32": hex32(crc32)}, **self._kept(key, len(body))}
         more["ChecksumAlgorithm"] = "CRC32"  # said once more, or a bucket with object lock refuses
         reply = self._call("put_object", key, Body=body, ChecksumCRC32=sent, **more)
         etag = reply.get("ETag", "")
@@ -990,7 +1000,8 @@ class S3Store:
         return Head(key, len(body), etag, self.now(), hex32(crc32))
 
     def begin(self, key: str, size: int) -> str:
-        reply = self._call("create_multipart_upload", key, "UploadId", ChecksumAlgorithm="CRC32", **self._encryption)
+        how = {"ChecksumAlgorithm": "CRC32", **self._kept(key, size)}
+        reply = self._call("create_multipart_upload", key, "UploadId", **how)
         return str(reply["UploadId"])
 
     def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
@@ -1107,6 +1118,11 @@ class S3Store:
             return " ".join(["on, with object lock", *(f"{word}={kept[word]}" for word in sorted(kept))])
         return "on" if self._about("get_bucket_versioning").get("Status") == "Enabled" else ""
 
+    def _kept(self, key: str, size: int) -> dict[str, Any]:
+        """Return how an object is to be kept."""
+        kind = class_of(self._access, key, size)
+        return {**self._encryption, "StorageClass": kind} if kind else self._encryption
+
     def _arrived(self, key: str, etag: str, body: Body) -> bool:
         """Tell whether the ETag proves the bytes. Without TLS it must, if it is an MD5: some servers only echo CRCs."""
         if _is_md5(etag, body):
@@ -1165,6 +1181,8 @@ class S3Store:
             return Denied(f"bucket {self._bucket} is in {where}", "set REGION")
         if code == "RequestTimeTooSkewed":
             return Denied(what, "set the clock of this machine")
+        if code == "InvalidStorageClass":
+            return Denied(what, "correct --storage-class")
         if code == "InvalidObjectState":
             return Denied(what, "it is archived: thaw it first (restore-object)")
         if _S3_THROTTLED.search(code) or status == 503:
@@ -1207,7 +1225,7 @@ class GCSStore:
         self._http.hooks["response"].append(clock.note)
 
     def put(self, key: str, body: Body, crc32: int) -> Head:
-        blob = self._blob(key)
+        blob = self._blob(key, len(body))
         blob.metadata = {"crc32": hex32(crc32)}
         with self._faults(key, no_object=False):
             blob.upload_from_string(
@@ -1217,7 +1235,7 @@ class GCSStore:
 
     def begin(self, key: str, size: int) -> str:
         with self._faults(key, no_object=False):
-            url = self._blob(key).create_resumable_upload_session(
+            url = self._blob(key, size).create_resumable_upload_session(
                 "application/octet-stream", size, if_generation_match=0, checksum=None, **self._CALL
             )
         return f"{size} {url}"
@@ -1309,10 +1327,10 @@ class GCSStore:
         with self._faults("the bucket itself", no_object=False):
             return self._client.get_bucket(self._bucket.name, **self._CALL)
 
-    def _blob(self, key: str) -> Any:
+    def _blob(self, key: str, size: int = 0) -> Any:
         blob = self._bucket.blob(self._prefix + key, kms_key_name=self._access.kms_key or None)
-        if self._access.storage_class:
-            blob.storage_class = self._access.storage_class
+        if kind := class_of(self._access, key, size):
+            blob.storage_class = kind
         return blob
 
     def _head(self, blob: Any) -> Head:
@@ -7978,7 +7996,7 @@ _ACCESS = (
     Option("--ca-file", "FILE", "", "trust these certificates (AWS_CA_BUNDLE works too)"),
     Option("--sse", "KIND", "", "S3 encryption: AES256, or aws:kms (always with a bucket key)"),
     Option("--kms-key --sse-kms-key-id", "KEY", "", "key for aws:kms, or a Cloud KMS key for gs://"),
-    Option("--storage-class", "CLASS", "", "storage class of what is stored"),
+    Option("--storage-class", "CLASS", "", "storage class of files from 128 KiB on; listings stay readable"),
     Option("--access-key -k", "KEY", "", "discouraged, as -k of tablesnap: use the environment or a role"),
     Option("--secret-key -s", "KEY", "", "discouraged, as -s of tablesnap"),
     Option("--threads -t", "COUNT", 8, "threads that send"),

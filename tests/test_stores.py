@@ -1071,13 +1071,49 @@ ENCRYPTED = Access(sse="aws:kms", kms_key="arn:aws:kms:us-east-1:1:key/k", stora
 
 def test_encryption_and_storage_class_arrive(moto: Bucket, faulty: FaultProxy, opened: Opener) -> None:
     store = opened(moto, faulty.url, access=ENCRYPTED)
-    put(store, KEY)
+    put(store, KEY, noise(128 << 10))
     store.begin(KEY + "2", 2 * PART)
     for event in (sent(faulty, "PUT", KEY), sent(faulty, "POST", "?uploads")):
         assert event.headers["x-amz-server-side-encryption"] == "aws:kms"
         assert event.headers["x-amz-server-side-encryption-aws-kms-key-id"] == ENCRYPTED.kms_key
         assert event.headers["x-amz-server-side-encryption-bucket-key-enabled"] == "true"
         assert event.headers["x-amz-storage-class"] == "STANDARD_IA"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "node1/data/ks/t-1/snapshots/daily/manifest.json",
+        "node1/data/ks/t-1/snapshots/daily/schema.cql@0badcafe",
+        "node1.listings/ks/t-1/backups/20261121T202438.123456Z-rollup-9999-99999999.json",
+        "node1.condemned/20261121T202438.123456Z.json",
+        "node1.doctor",
+    ],
+)
+def test_what_is_read_before_a_restore_gets_no_storage_class(
+    moto: Bucket, faulty: FaultProxy, opened: Opener, key: str
+) -> None:
+    """A daemon must read its listings, and a manifest.json; in GLACIER it could not."""
+    put(opened(moto, faulty.url, access=ENCRYPTED), key, noise(200 << 10))
+    headers = sent(faulty, "PUT", key).headers
+    assert headers["x-amz-server-side-encryption"] == "aws:kms"
+    assert "x-amz-storage-class" not in headers
+
+
+def test_what_would_be_billed_as_if_it_were_larger_gets_no_storage_class(
+    moto: Bucket, faulty: FaultProxy, opened: Opener
+) -> None:
+    put(opened(moto, faulty.url, access=ENCRYPTED), KEY, noise((128 << 10) - 1))
+    assert "x-amz-storage-class" not in sent(faulty, "PUT", KEY).headers
+
+
+def test_a_storage_class_that_there_is_not_is_named_with_the_setting(
+    moto: Bucket, proxy: Proxied, opened: Opener
+) -> None:
+    between = proxy(moto)
+    between.on("PUT", "", s3_error(400, "InvalidStorageClass"), count=None)
+    with pytest.raises(Denied, match="correct --storage-class"):
+        put(opened(moto, between.url, access=Access(storage_class="GALCIER")), KEY, noise(200 << 10))
 
 
 def test_without_settings_the_bucket_decides(weak: Retrying, faulty: FaultProxy) -> None:
@@ -1102,7 +1138,7 @@ def test_every_put_carries_its_checksum_and_its_condition(weak: Retrying, faulty
 def test_a_storage_class_and_a_key_arrive_at_gcs(gcs: Bucket, proxy: Proxied, opened: Opener) -> None:
     faulty = proxy(gcs)
     store = opened(gcs, faulty.url, access=Access(storage_class="NEARLINE", kms_key="projects/p/k"))
-    put(store, KEY)
+    put(store, KEY, noise(128 << 10))
     store.begin(KEY + "2", 2 * PART)
     posts = [event for event in faulty.trace if event.method == "POST"]
     assert len(posts) >= 2

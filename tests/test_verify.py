@@ -252,6 +252,29 @@ def test_a_digest_that_is_stale_is_named_once(scene: Bench, node: Node) -> None:
     assert "\nodd: " in "\n" + scene.verify_text("--deep", "--tag", "monday", check=3)
 
 
+@pytest.mark.slow
+def test_a_daemon_that_stores_into_glacier_still_reads_what_it_must_and_sends_nothing_twice(
+    tmp_path: Path, daemon: Callable[..., Daemon], run_cassbackup: Run, moto: S3Bucket, node: Node
+) -> None:
+    scene, users = Bench(tmp_path, daemon, run_cassbackup, moto), node.table("ks1", "users")
+    for tag in ("monday", "tuesday"):
+        users.flush(size=200_000)
+        node.snapshot(tag)
+        scene.once(*node.data_dirs, args=("--storage-class", "GLACIER"))
+        shutil.rmtree(scene.state)  # what is known must be read from the bucket
+    page = scene.verify(check=3)
+    assert page["bad"] == []
+    assert sum("-Data.db" in key for key in moto.keys()) == 2  # noqa: SIM118
+    command = ("list", "--json", "--node", "node1", "--bucket", moto.target, "--state-dir", tmp_path / "nobody")
+    (told,) = json.loads(scene.run(*command, env=moto.environ, check=0).stdout)["nodes"]
+    assert [(one["tag"], one["complete"], one["files"]) for one in told["snapshots"]] == [
+        ("monday", True, 8 + 2),
+        ("tuesday", True, 16 + 2),
+    ]
+    assert [one["listings"] for one in told["incrementals"]] == [2]
+    assert sorted(os.path.basename(key) for key in page["needs_thaw"]) == ["nb-1-big-Data.db", "nb-2-big-Data.db"]
+
+
 @pytest.mark.parametrize("kind", [pytest.param("GLACIER", marks=pytest.mark.slow), "DEEP_ARCHIVE"])
 def test_what_is_archived_needs_to_be_thawed_before_anything_is_restored(
     tmp_path: Path, daemon: Callable[..., Daemon], run_cassbackup: Run, moto: S3Bucket, node: Node, kind: str
