@@ -7,6 +7,7 @@
     ledger    the ledger after a year, with and without forgetting each day what no file has any more
     idle      CPU of a daemon that has nothing to do
     second    a second snapshot of unchanged tables, beside the first
+    upload    a snapshot into a real S3 server on this machine, beside boto3's own upload_file on as many threads
     list      `cassbackup list` on 100,000 listings
     restore   a restore of large and of many small files, beside `cp` of the same objects and a sync
 
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -198,12 +199,14 @@ def bench_start() -> None:
 
 
 @contextmanager
-def daemon(root: Path, *options: str, bucket: str = "") -> Iterator[subprocess.Popen[bytes]]:
+def daemon(
+    root: Path, *options: str, bucket: str = "", environ: Mapping[str, str] = ENVIRON
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run the daemon as an operator would."""
     words = ["watch", str(root / "data"), "--state-dir", str(root / "state"), "--name", "bench"]
     words += ["--bucket", bucket or f"file://{root}/bucket", "--max-bandwidth", "0", *options]
     with open(root / "log", "wb") as log:
-        process = subprocess.Popen([sys.executable, str(HERE / "cassbackup.py"), *words], env=ENVIRON, stderr=log)
+        process = subprocess.Popen([sys.executable, str(HERE / "cassbackup.py"), *words], env=environ, stderr=log)
         try:
             yield process
         finally:
@@ -322,6 +325,43 @@ def bench_second() -> None:
                 row(f"{tag} snapshot, file://", files=files, seconds=f"{took:.1f}", cpu_us_per_file=f"{used:.0f}")
 
 
+THEIRS = """
+import os, sys, time
+from concurrent.futures import ThreadPoolExecutor
+import boto3
+began, bucket, endpoint = time.monotonic(), sys.argv[1], sys.argv[2]
+client = boto3.client("s3", endpoint_url=endpoint)
+found = ((folder, names) for folder, _, names in os.walk(sys.argv[3]) if "/snapshots/" in folder)
+paths = [os.path.join(folder, name) for folder, names in found for name in names]
+with ThreadPoolExecutor(8) as pool:
+    list(pool.map(lambda path: client.upload_file(path, bucket, "theirs" + path), paths))
+used = os.times()
+print(len(paths), time.monotonic() - began, used.user + used.system)
+"""
+
+
+def bench_upload() -> None:
+    """Store large and small files in moto, the slowest of all here: what counts is the CPU that it takes us."""
+    from servers import MotoS3
+
+    for name, tables, files, size in (("1 GiB in 16 files", 1, 2, 64 * cassbackup.MIB), ("4,000 files", 50, 10, 2000)):
+        with folder() as root, MotoS3() as server:
+            bucket = server.fresh()
+            storm = Storm(root / "data", tables, 8 * files, size=size)
+            storm.seed()
+            storm.snapshot("daily")
+            theirs = [sys.executable, "-c", THEIRS, bucket.bucket, server.url, str(root / "data" / "storm")]
+            (root / "state").mkdir()
+            began = time.monotonic()
+            with daemon(root, "--once", bucket=bucket.target, environ={**ENVIRON, **bucket.environ}) as process:
+                _, _, used = os.wait4(process.pid, 0)
+            took, cpu = time.monotonic() - began, used.ru_utime + used.ru_stime
+            told = subprocess.run(theirs, env={**ENVIRON, **bucket.environ}, check=True, capture_output=True, text=True)
+            count, seconds, busy = told.stdout.split()
+            figures = {"files": count, "seconds": f"{took:.1f}", "cpu_s": f"{cpu:.1f}"}
+            row(f"upload of {name}", **figures, boto3_s=f"{float(seconds):.1f}", boto3_cpu_s=f"{float(busy):.1f}")
+
+
 def command(root: Path, *words: str) -> tuple[float, float, int]:
     """Run a command on the bucket; return its seconds, CPU seconds and peak MiB."""
     argv = [sys.executable, str(HERE / "cassbackup.py"), *words, "--bucket", f"file://{root}/bucket"]
@@ -378,6 +418,7 @@ BENCHES = {
     "ledger": bench_ledger,
     "idle": bench_idle,
     "second": bench_second,
+    "upload": bench_upload,
     "list": bench_list,
     "restore": bench_restore,
 }
