@@ -211,14 +211,14 @@ def test_a_day_later_the_ledger_has_forgotten_what_no_file_has_and_nothing_else_
     node.snapshot("daily")
     scene.settled()
     scene.daemon.stop()
-    ledger, now = str(scene.state / "ledger.sqlite"), time.time()
+    ledger, now, page = str(scene.state / "ledger.sqlite"), time.time(), scene.page()
     with contextlib.closing(sqlite3.connect(ledger)) as db:
         db.execute("DELETE FROM facts WHERE name = 'trimmed'")
         stored, listed = db.execute("SELECT (SELECT count(*) FROM stored), (SELECT count(*) FROM listed)").fetchone()
         rows = db.execute("SELECT place, name, stamp, found FROM stored").fetchall()
         for place, name, stamp, found in rows:  # as if all this had been eight days ago
             found = json.dumps([*json.loads(found)[:5], f"{now - 8 * 86400:.0f}"])
-            told = f"{scene.page()['store']} {scene.page()['node']}\0{place}\0{name}\0{stamp}\0{found}"
+            told = f"{page['store']} {page['node']}\0{place}\0{name}\0{stamp}\0{found}"
             db.execute(
                 "UPDATE stored SET found = ?, sum = ? WHERE place = ? AND name = ? AND stamp = ?",
                 (found, zlib.crc32(told.encode()), place, name, stamp),
