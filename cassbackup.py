@@ -166,6 +166,7 @@ class Fault(Exception):
     """Something that a person or a retry can mend: what happened, and what to do about it."""
 
     code = FAILED
+    patience = math.inf  # seconds for which a command, which has its own, tries again
 
     def __init__(self, what: str, hint: str = "") -> None:
         super().__init__(f"{what}: {hint}" if hint else what)
@@ -184,6 +185,8 @@ class Busy(Fault):
 
 class Denied(Fault):
     """The store says no: it does not know us, forbids it, or has no such bucket."""
+
+    patience = 0.0
 
 
 class Missing(Fault):
@@ -204,6 +207,12 @@ class Unreachable(Fault):
 
 class Throttled(Unreachable):
     """The store asks for less."""
+
+
+class Distrusted(Unreachable):
+    """The server has no certificate that we trust; one of several servers behind a name may have."""
+
+    patience = 5.0
 
 
 class Stopped(Fault):
@@ -894,6 +903,40 @@ def _fault_of_status(status: int, what: str, hint: str) -> Fault:
     return kinds.get(status, Unreachable)(what)  # 5xx, 408, 409, a 400 BadDigest, and 200 with an error inside
 
 
+_DISTRUST = re.compile(r"certificate verify failed: (.+?)\.? \(_ssl|(hostname '.+?' doesn't match [^)]+)")
+
+
+def _unanswered(url: str, error: Exception, hint: str, bundle: str) -> Unreachable:
+    """Return the fault of a request without an answer; of a certificate that is not trusted, with the cure of that."""
+    text = str(error)
+    if not (found := _DISTRUST.search(text)):
+        return Unreachable(f"{url}: {text}", hint)
+    why, server = found[1] or found[2], re.search(r"(?:https://|host=')([^/']+)", text)
+    cure = f"pass the certificate of its CA (PEM) with --ca-file; trusted now: {bundle or 'the usual CAs'}. "
+    cure += "REQUESTS_CA_BUNDLE holds for whoever gives the credentials, too"
+    if "match" in why:
+        cure = "call the server by a name that its certificate has: see --endpoint-url"
+    elif "expired" in why or "not yet" in why:
+        cure = "renew it, or set the clock of this machine"
+    return Distrusted(f"{url}: the certificate of {server[1] if server else 'its server'} is not trusted ({why})", cure)
+
+
+def _check_bundle(verify: Any, ca_file: str) -> str:
+    """Return where the certificates are that a client trusts, "" for the usual ones. Raises Usage if none are there."""
+    import ssl
+
+    bundle = ca_file or (verify if isinstance(verify, str) else "")
+    if not bundle or (os.path.isdir(bundle) and not ca_file):
+        return bundle
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
+    except OSError as error:  # ssl.SSLError is one
+        name = "--ca-file" if ca_file else "AWS_CA_BUNDLE or REQUESTS_CA_BUNDLE"
+        hint = "it must be a PEM file of certificates (BEGIN CERTIFICATE) that this user may read"
+        raise Usage(f"{name} {bundle} cannot be used ({error.strerror})", hint) from None
+    return bundle
+
+
 def _base64_crc(crc: int) -> str:
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
@@ -959,6 +1002,7 @@ class S3Store:
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._bucket, self._prefix = bucket, prefix
         self._access, self._encryption = access, _s3_encryption(access)
+        self._unproven = set[str]()  # uploads with a part of which neither checksum nor ETag told that it arrived
         options: dict[str, Any] = {
             "retries": {"total_max_attempts": 1},  # Retrying does it, for all stores alike
             "connect_timeout": 10,
@@ -980,6 +1024,7 @@ class S3Store:
             config=Config(**options),
         )
         self._plain = self._client.meta.endpoint_url.startswith("http:")
+        self._bundle = _check_bundle(getattr(self._client._endpoint.http_session, "_verify", None), access.ca_file)
         clock, events = _ReplyClock(), self._client.meta.events
         self.now = clock.now
         events.register("after-call.s3", lambda http_response, **_: clock.note(http_response))
@@ -992,12 +1037,10 @@ class S3Store:
         sent, more = _base64_crc(crc32), {"Metadata": {"crc32": hex32(crc32)}, **self._kept(key, len(body))}
         more["ChecksumAlgorithm"] = "CRC32"  # said once more, or a bucket with object lock refuses
         reply = self._call("put_object", key, Body=body, ChecksumCRC32=sent, **more)
-        etag = reply.get("ETag", "")
-        echoed = reply.get("ChecksumCRC32") == sent
-        told = (echoed and not self._plain) or self._arrived(key, etag, body) or echoed
+        told = self._arrived(key, reply, body, sent)
         if not told and _crc32_of(self.get(key)) != crc32:  # head would only repeat our own metadata: read it back
             raise self._damaged(key)
-        return Head(key, len(body), etag, self.now(), hex32(crc32))
+        return Head(key, len(body), reply.get("ETag", ""), self.now(), hex32(crc32))
 
     def begin(self, key: str, size: int) -> str:
         how = {"ChecksumAlgorithm": "CRC32", **self._kept(key, size)}
@@ -1005,10 +1048,10 @@ class S3Store:
         return str(reply["UploadId"])
 
     def put_part(self, key: str, upload: str, number: int, offset: int, body: Body, crc32: int) -> Part:
-        sent = {"Body": body, "ChecksumCRC32": _base64_crc(crc32)}
-        reply = self._call("upload_part", key, "ETag", UploadId=upload, PartNumber=number, **sent)
-        if self._plain:
-            self._arrived(key, reply["ETag"], body)
+        sent, where = _base64_crc(crc32), {"UploadId": upload, "PartNumber": number}
+        reply = self._call("upload_part", key, "ETag", Body=body, ChecksumCRC32=sent, **where)
+        if not self._arrived(key, reply, body, sent):
+            self._unproven.add(upload)
         return Part(number, len(body), reply["ETag"], crc32)
 
     def parts(self, key: str, upload: str, part_bytes: int) -> dict[int, Part]:
@@ -1027,6 +1070,9 @@ class S3Store:
         head, size = self.head(key), sum(part.size for part in parts)
         if head is None or head.size != size or head.crc32 not in ("", hex32(crc32)):
             raise self._damaged(key)
+        if upload in self._unproven and not head.crc32 and _crc32_of(self.get(key)) != crc32:
+            raise self._damaged(key)
+        self._unproven.discard(upload)
         return replace(head, crc32=hex32(crc32))
 
     def abandon(self, key: str, upload: str) -> None:
@@ -1123,13 +1169,17 @@ class S3Store:
         kind = class_of(self._access, key, size)
         return {**self._encryption, "StorageClass": kind} if kind else self._encryption
 
-    def _arrived(self, key: str, etag: str, body: Body) -> bool:
-        """Tell whether the ETag proves the bytes. Without TLS it must, if it is an MD5: some servers only echo CRCs."""
-        if _is_md5(etag, body):
+    def _arrived(self, key: str, reply: Mapping[str, Any], body: Body, crc32: str) -> bool:
+        """Tell whether a reply proves the bytes: by an echo of their CRC-32, or by its ETag.
+
+        Without TLS the ETag must, if it is an MD5: some servers only echo CRCs.
+        """
+        echoed, etag = reply.get("ChecksumCRC32") == crc32, reply.get("ETag", "")
+        if (echoed and not self._plain) or _is_md5(etag, body):
             return True
         if self._plain and not self._encryption and re.fullmatch('"?[0-9a-f]{32}"?', etag):
             raise self._damaged(key)
-        return False
+        return echoed
 
     def _damaged(self, key: str) -> Corrupt:
         return Corrupt(f"{key} did not arrive as it was sent", "the server or the way to it is broken")
@@ -1168,7 +1218,8 @@ class S3Store:
         except (aws.ParamValidationError, aws.InvalidConfigError, aws.NoRegionError) as error:
             raise Usage(f"{self.url}: {error}", "see REGION and --endpoint-url") from error
         except aws.BotoCoreError as error:
-            raise Unreachable(f"{self.url}: {error}", "check the network, REGION and --endpoint-url") from error
+            hint = "check the network, REGION and --endpoint-url"
+            raise _unanswered(self.url, error, hint, self._bundle) from error
 
     def _fault(self, key: str, response: dict[str, Any]) -> Fault:
         code, message = str(response["Error"].get("Code", "")), response["Error"].get("Message", "")
@@ -1212,14 +1263,16 @@ class GCSStore:
             raise Usage(f"gs:// needs Google's client ({error})", hint) from None
 
         self.url = f"gs://{bucket}/{prefix}".rstrip("/")
-        self._prefix, self._access = prefix, access
+        self._prefix, self._access, self._bundle = prefix, access, access.ca_file
         options = {"api_endpoint": access.endpoint_url} if access.endpoint_url else None
         with self._faults(""):
             self._client: Any = storage.Client(client_options=options)
         self._bucket = self._client.bucket(bucket)
         self._http: Any = self._client._http  # requests.Session; resumable sessions have no public door for parts
-        if access.ca_file:
-            self._http.verify = access.ca_file
+        known = self._http.merge_environment_settings("https://localhost", {}, None, None, None)["verify"]
+        self._bundle = _check_bundle(known, access.ca_file)
+        if access.ca_file:  # said with each request, or REQUESTS_CA_BUNDLE would win
+            self._http.request = functools.partial(self._http.request, verify=access.ca_file)
         clock = _ReplyClock()
         self.now = clock.now
         self._http.hooks["response"].append(clock.note)
@@ -1363,7 +1416,7 @@ class GCSStore:
         except GoogleAPICallError as error:
             raise self._fault(key, int(error.code or 500), error.message, no_object) from error
         except (RequestException, TransportError) as error:
-            raise Unreachable(f"{self.url}: {error}", "check the network and --endpoint-url") from error
+            raise _unanswered(self.url, error, "check the network and --endpoint-url", self._bundle) from error
         except GoogleAuthError as error:
             hint = "set GOOGLE_APPLICATION_CREDENTIALS, or give the instance a service account"
             raise Denied(f"no credentials for {self.url} ({error})", hint) from error
@@ -1576,7 +1629,7 @@ class Retrying:
         denied = isinstance(fault, Denied)
         longest = 60.0 if denied else min(60.0, 0.25 * 2 ** min(attempt, 8))  # 2 ** 1024 would not fit a float
         delay = longest * random.uniform(0.5, 1.0)
-        if self._patience is not None and (denied or elapsed + delay > self._patience):
+        if self._patience is not None and elapsed + delay > min(self._patience, fault.patience):
             raise fault
         if str(fault) != self.trouble:
             log.warning("store failed, trying again error=%s", quote(str(fault)))
@@ -7870,8 +7923,7 @@ def report(settings: Settings, environ: Mapping[str, str]) -> int:
             file.write(page)
         os.replace(f"{out}.tmp", out)
     if settings.json:
-        document = {"schema": 1, "bucket": store.url, "nodes": list(map(report_document, pictures))}
-        print(json.dumps(document))
+        print(json.dumps({"schema": 1, "bucket": store.url, "nodes": list(map(report_document, pictures))}))
     elif settings.terminal:
         plain = "?" in "█▒".encode(sys.stdout.encoding, "replace").decode("latin-1")
         colour = sys.stdout.isatty() and not environ.get("NO_COLOR")
@@ -7993,7 +8045,7 @@ _ACCESS = (
     Option("--region", "NAME", "", "region of the bucket (default: that of this instance)"),
     Option("--prefix", "PATH", "", "put everything under this prefix; one for each cluster is a good habit"),
     Option("--endpoint-url", "URL", "", "talk to this server (or AWS_ENDPOINT_URL_S3, STORAGE_EMULATOR_HOST)"),
-    Option("--ca-file", "FILE", "", "trust these certificates (AWS_CA_BUNDLE works too)"),
+    Option("--ca-file", "FILE", "", "trust these certificates (or REQUESTS_CA_BUNDLE; AWS_CA_BUNDLE for S3)"),
     Option("--sse", "KIND", "", "S3 encryption: AES256, or aws:kms (always with a bucket key)"),
     Option("--kms-key --sse-kms-key-id", "KEY", "", "key for aws:kms, or a Cloud KMS key for gs://"),
     Option("--storage-class", "CLASS", "", "storage class of files from 128 KiB on; listings stay readable"),

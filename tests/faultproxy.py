@@ -1,4 +1,4 @@
-r"""An HTTP/1.1 proxy that breaks things on purpose, in front of any plain HTTP store.
+r"""An HTTP/1.1 proxy that breaks things on purpose, in front of any plain HTTP store; to clients it may speak TLS.
 
     with FaultProxy(bucket.url) as proxy:
         proxy.on("PUT", r"-Data\.db", SLOW_DOWN, nth=3, count=2)
@@ -26,6 +26,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -531,9 +532,10 @@ class Rule:
 class FaultProxy:
     """The proxy itself: listens on `url` while it is up, and keeps the trace and the rules."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
         address = urlsplit(upstream)
         self.upstream = (str(address.hostname), int(address.port or 80))
+        self.tls = tls
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._rules: list[Rule] = []
@@ -542,7 +544,7 @@ class FaultProxy:
         self._sockets: set[socket.socket] = set()
         self._listener = self._listen(0)
         self._port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._port}"
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.create_server(("127.0.0.1", port), backlog=128)
@@ -596,6 +598,11 @@ class FaultProxy:
 
     def _serve(self, sock: socket.socket, closing: threading.Event) -> None:
         """Serve one client connection, request by request."""
+        if self.tls:
+            try:
+                sock = self.tls.wrap_socket(sock, server_side=True)
+            except OSError:  # it does not trust us
+                return
         client, abruptly = Peer(sock), False
         with self._watched(sock):
             try:
@@ -717,10 +724,25 @@ class Exchange:
         passed = head.without("connection", "keep-alive")
         passed.start = "HTTP/1.1 " + head.start.split(" ", 1)[1]
         passed.headers.append(("Connection", "keep-alive" if keep else "close"))
-        self.reply(passed)
+        body: Iterable[bytes] = ()
         if has_body:
-            self._carry("reply", (wire for wire, _ in read_body(self.store.file, head, until_eof=True)))
+            body = (wire for wire, _ in read_body(self.store.file, head, until_eof=True))
+        if self.proxy.tls:
+            passed, body = self._with_links_back(passed, body)
+        self.reply(passed)
+        self._carry("reply", body)
         return keep
+
+    def _with_links_back(self, head: Head, body: Iterable[bytes]) -> tuple[Head, Iterable[bytes]]:
+        """Let links lead here again: a store that was called by http says http, in Location and in JSON."""
+        here, there = self.proxy.url, self.proxy.url.replace("https:", "http:")
+        head.headers = [(name, value.replace(there, here)) for name, value in head.headers]
+        if "json" not in head.get("content-type"):
+            return head, body
+        whole = b"".join(body).replace(there.encode(), here.encode())
+        head = head.without("content-length")
+        head.headers.append(("Content-Length", str(len(whole))))
+        return head, [whole]
 
     def _note_upload(self, location: str) -> None:
         """Remember which object a GCS resumable upload is for: only its first request says so."""

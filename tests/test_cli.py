@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Daemon, Run, clean_environ
-from scene import Scene, nobody
+from conftest import REPOSITORY, Authority, Daemon, Run, clean_environ
+from faultproxy import FaultProxy, count
+from scene import Scene, area_of, assert_no_pin_is_left, nobody
 from servers import Bucket, FileBucket
 from tree import Node
 
@@ -204,6 +206,112 @@ def test_a_status_of_nobody_is_no_success(run_cassbackup: Run, tmp_path: Path) -
     done = run_cassbackup("status", "--state-dir", tmp_path)
     assert done.returncode in {2, 3}
     assert "no daemon" in complaint(done)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# TLS
+
+
+@pytest.fixture(params=["moto", "gcs"])
+def behind_tls(
+    scene: Scene, request: pytest.FixtureRequest, secured: Callable[[Bucket], FaultProxy]
+) -> tuple[Scene, FaultProxy]:
+    """Return a scene whose bucket answers in TLS, and what stands before it."""
+    scene.bucket = request.getfixturevalue(request.param)
+    front = secured(scene.bucket)
+    scene.environ = scene.bucket.through(front.url)
+    return scene, front
+
+
+def asked(scene: Scene, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run a command on the bucket, where nobody knows this node; it has far less time than its patience is long."""
+    options = ["--bucket", scene.bucket.target, "--state-dir", scene.at / "nobody"]
+    return scene.run(*args, *options, env=scene.environ, timeout=50)
+
+
+@pytest.mark.slow
+def test_with_a_ca_file_all_is_stored_listed_verified_and_restored_over_tls(
+    behind_tls: tuple[Scene, FaultProxy], node: Node, authority: Authority, tmp_path: Path
+) -> None:
+    scene, front = behind_tls
+    trusting, users, into = ("--ca-file", authority.file), node.table("ks1", "users"), tmp_path / "restored"
+    users.flush(size=9 << 20)
+    node.snapshot("daily")
+    scene.once(*node.data_dirs, args=trusting)
+    scene.assert_all_is_listed(node.history)
+    assert count(front.trace, "POST", r"\?uploads|uploadType=resumable") > 0
+    assert "daily" in asked(scene, "list", "--node", "node1", *trusting).stdout
+    assert asked(scene, "verify", "--deep", "--node", "node1", *trusting).returncode == 0
+    assert asked(scene, "restore", "--node", "node1", "--tag", "daily", "--into", into, *trusting).returncode == 0
+    (snapshot,) = users.directories()[0].glob("snapshots/daily")
+    wanted = {path.name: path.read_bytes() for path in snapshot.iterdir()}
+    assert {path.name: path.read_bytes() for path in (into / "ks1" / "users").iterdir()} == wanted
+
+
+@pytest.mark.slow
+def test_what_has_no_trusted_certificate_ends_each_command_before_long_and_says_what_to_do(
+    behind_tls: tuple[Scene, FaultProxy], node: Node, stranger: Authority, tmp_path: Path
+) -> None:
+    scene, front = behind_tls
+    node.table("ks1", "users").flush()
+    trusting = ("--ca-file", str(stranger.file)) if scene.bucket.scheme == "gs" else ()
+    daily = ("--tag", "daily", "--into", tmp_path / "restored")
+    commands = (("list",), ("verify",), ("restore", *daily), ("doctor", *node.data_dirs, "--name", "node1", "--json"))
+    with ThreadPoolExecutor() as pool:
+        once = pool.submit(scene.once, *node.data_dirs, args=trusting, check=None)
+        ends = [once.result(), *pool.map(lambda words: asked(scene, *words, *trusting), commands)]
+    assert [done.returncode for done in ends] == [1, 1, 1, 1, 3]
+    trusted = str(stranger.file) if trusting else "the usual CAs"
+    for done in ends[:-1]:
+        said = complaint(done).splitlines()
+        assert "certificate of 127.0.0.1" in said[-2]
+        assert "is not trusted (" in said[-2]
+        assert f"with --ca-file; trusted now: {trusted}." in said[-1]
+    (found,) = [one for one in json.loads(ends[-1].stdout)["checks"] if one["name"] == "reach"]
+    assert (found["result"], trusted in found["cure"]) == ("bad", True)
+    assert front.trace == []
+
+
+def test_a_ca_file_without_certificates_is_exit_2_before_anything_is_done(
+    behind_tls: tuple[Scene, FaultProxy], node: Node, tmp_path: Path
+) -> None:
+    scene, front = behind_tls
+    node.table("ks1", "users").flush()
+    empty = tmp_path / "empty.pem"
+    empty.touch()
+    for file in (tmp_path / "absent.pem", empty):
+        trusting = ("--ca-file", file)
+        for done in (scene.once(*node.data_dirs, args=trusting, check=None), asked(scene, "list", *trusting)):
+            assert done.returncode == 2
+            assert f"--ca-file {file} cannot be used" in complaint(done)
+            assert "PEM" in done.stderr
+    done = asked(scene, "doctor", *node.data_dirs, "--name", "node1", "--ca-file", empty)
+    assert (done.returncode, f"--ca-file {empty} cannot be used" in done.stdout) == (3, True)
+    assert front.trace == []
+    assert_no_pin_is_left(area_of(node))
+
+
+@pytest.mark.slow
+def test_a_daemon_tells_of_a_certificate_and_goes_on_once_it_is_trusted(
+    behind_tls: tuple[Scene, FaultProxy], node: Node, authority: Authority, stranger: Authority, tmp_path: Path
+) -> None:
+    """P2: what was found meanwhile waits, and is listed without a restart."""
+    scene, front = behind_tls
+    file = tmp_path / "ca.pem"
+    shutil.copy(stranger.file, file)
+    node.table("ks1", "users").flush()
+    scene.start(*node.data_dirs, args=("--ca-file", file))
+    scene.daemon.wait_until(lambda: scene.page()["trouble"])
+    for said in (scene.page()["trouble"], scene.daemon.log()):
+        assert re.search(f"is(%20| )not(%20| )trusted.*--ca-file.*{file}", said)
+    done = scene.run("status", "--state-dir", scene.state, check=3)
+    assert f"trusted now: {file}" in done.stdout
+    assert front.trace == []
+    shutil.copy(authority.file, file)
+    page = scene.settled()
+    assert page["trouble"] == ""
+    scene.assert_all_is_listed(node.history)
+    assert scene.daemon.log().count("is not trusted") < 9
 
 
 # ------------------------------------------------------------------------------------------------------------

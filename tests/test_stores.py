@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import itertools
@@ -16,10 +17,12 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from conftest import Authority
 from faultproxy import (
     LOST_ACK,
     SLOW_DOWN,
@@ -44,6 +47,7 @@ from cassbackup import (
     Budget,
     Conflict,
     Denied,
+    Distrusted,
     Fault,
     Head,
     Missing,
@@ -61,6 +65,7 @@ KEY = "node1/var/lib/cassandra/data/ks/t-1/backups/nb-1-big-Data.db"
 BODY = b"what Cassandra wrote"
 PART = 5 << 20  # the smallest that S3 takes
 Proxied = Callable[[Bucket], FaultProxy]
+Secured = Callable[..., FaultProxy]
 
 
 def crc(body: bytes) -> int:
@@ -740,6 +745,141 @@ def test_p1_a_byte_flipped_in_a_part_is_never_stored(
 
     if accepted(upload):
         assert bucket.objects()[KEY] == body
+
+
+# ------------------------------------------------------------------------------------------------------------
+# TLS
+
+
+@pytest.mark.parametrize("kind", ["moto", "rclone", "gcs"])
+def test_p1_a_byte_flipped_behind_tls_is_never_stored(
+    kind: str, request: pytest.FixtureRequest, secured: Secured, authority: Authority, opened: Opener
+) -> None:
+    """P1 Listed means restorable: where TLS has ended, only checksums watch, and not every server tells of them."""
+    bucket = request.getfixturevalue(kind)
+    faulty, body = secured(bucket), noise(PART + 70_000)
+    store = opened(bucket, faulty.url, access=Access(ca_file=str(authority.file)))
+    put(store, "first")
+    for method in ("PUT", "POST"):
+        faulty.on(method, "Small", Flip(50_000))
+    if kind != "moto" and accepted(lambda: put(store, "Small", body)):  # moto swears to a put that it has not checked
+        assert bucket.objects()["Small"] == body
+    faulty.heal()
+    faulty.on("PUT", "", Flip(50_000))
+
+    def upload() -> None:
+        number, parts = send(store, KEY, body)
+        store.finish(KEY, number, parts, crc(body))
+
+    if accepted(upload):
+        assert bucket.objects()[KEY] == body
+    assert count(faulty.trace, "PUT") > 1
+
+
+def test_p1_an_echo_of_the_checksum_is_proof_over_tls_alone(
+    moto: Bucket, proxy: Proxied, secured: Secured, authority: Authority, opened: Opener
+) -> None:
+    """P1 Listed means restorable: S3 itself refuses what is not as its checksum says; nobody between can alter it."""
+    for between, proven in ((proxy(moto), False), (secured(moto), True)):
+        store = opened(moto, between.url, access=Access(ca_file=str(authority.file)))
+        put(store, f"first {proven}")
+        between.on("PUT", "Data", Flip(5))
+        assert accepted(lambda store=store, key=f"{KEY} {proven}": put(store, key)) is proven
+        assert count(between.trace, "GET", "Data") == 0
+
+
+def test_p1_what_is_sent_over_tls_has_the_checksum_by_which_a_server_refuses_it(
+    moto: Bucket, secured: Secured, authority: Authority, opened: Opener
+) -> None:
+    """P1 Listed means restorable: a refusal is no loss, the same bytes are sent again."""
+    faulty, body = secured(moto), noise(PART + 7)
+    store = opened(moto, faulty.url, access=Access(ca_file=str(authority.file)))
+    faulty.on("PUT", "", s3_error(400, "BadDigest"), nth=3, count=2)
+    put(store, "first")
+    upload, parts = send(store, KEY, body)
+    store.finish(KEY, upload, parts, crc(body))
+    sent = [event for event in faulty.trace if event.method == "PUT"]
+    assert [event.status for event in sent].count(400) == 2
+    for event in filter(lambda event: event.stored, sent):  # of the others nobody has read the body
+        assert event.headers["x-amz-checksum-crc32"] == base64.b64encode(event.crc32.to_bytes(4, "big")).decode()
+    assert moto.objects() == {"first": BODY, KEY: body}
+
+
+YESTERDAY = datetime.now(timezone.utc) - timedelta(days=1)
+DISTRUST = {
+    "without": ({}, "issuer", "--ca-file; trusted now: the usual CAs"),
+    "wrong": ({}, "issuer", "--ca-file; trusted now: .*stranger.pem"),
+    "another": ({"name": "storage.example"}, "match", "--endpoint-url"),
+    "expired": ({"not_before": YESTERDAY - timedelta(days=9), "not_after": YESTERDAY}, "expired", "set the clock"),
+}
+
+
+@pytest.mark.parametrize("kind", ["moto", "gcs"])
+@pytest.mark.parametrize("why", DISTRUST)
+def test_a_certificate_that_is_not_trusted_is_named_with_its_cure_before_long(
+    kind: str, why: str, request: pytest.FixtureRequest, secured: Secured, authority: Authority, stranger: Authority,
+    opened: Opener,
+) -> None:  # fmt: skip
+    more, reason, cure = DISTRUST[why]
+    bucket = request.getfixturevalue(kind)
+    between = secured(bucket, **more)
+    file = {"without": "", "wrong": str(stranger.file)}.get(why, str(authority.file))
+    opened.clock = Clock(stop_after=20)
+    store = opened(bucket, between.url, patience=120.0, access=Access(ca_file=file))
+    with pytest.raises(Distrusted, match=f"certificate of 127.0.0.1.* is not trusted .*{reason}.*: .*{cure}"):
+        keys(store)
+    assert 1 < len(opened.clock.waits) < 8
+    assert "is not trusted" in store.trouble
+    assert between.trace == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable"), [("moto", "AWS_CA_BUNDLE"), ("moto", "REQUESTS_CA_BUNDLE"), ("gcs", "REQUESTS_CA_BUNDLE")]
+)
+def test_what_the_environment_trusts_is_trusted_but_ca_file_wins(
+    kind: str, variable: str, request: pytest.FixtureRequest, secured: Secured, authority: Authority,
+    stranger: Authority, opened: Opener, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    bucket = request.getfixturevalue(kind)
+    between = secured(bucket)
+    monkeypatch.setenv(variable, str(authority.file))
+    put(opened(bucket, between.url), KEY)
+    wrong = opened(bucket, between.url, access=Access(ca_file=str(stranger.file)))
+    with pytest.raises(Distrusted, match=r"stranger\.pem"):
+        keys(wrong)
+    monkeypatch.setenv(variable, str(stranger.file))
+    right = opened(bucket, between.url, access=Access(ca_file=str(authority.file)))
+    assert read(right, KEY) == BODY
+    upload, parts = send(right, KEY + "2", BODY)
+    right.finish(KEY + "2", upload, parts, crc(BODY))
+    assert bucket.keys() == [KEY, KEY + "2"]
+
+
+@pytest.mark.parametrize("kind", ["moto", "gcs"])
+@pytest.mark.parametrize("named", ["--ca-file", "REQUESTS_CA_BUNDLE"])
+@pytest.mark.parametrize("what", ["absent", "a directory", "a key", "empty"])
+def test_certificates_that_are_not_there_are_wrong_usage(
+    kind: str, named: str, what: str, request: pytest.FixtureRequest, tmp_path: Path, secured: Secured,
+    opened: Opener, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if (named, what) == ("REQUESTS_CA_BUNDLE", "a directory"):
+        pytest.skip("requests can use one")
+    bucket, file = request.getfixturevalue(kind), tmp_path / "ca.pem"
+    between = secured(bucket)
+    if what == "a directory":
+        file.mkdir()
+    elif what != "absent":
+        file.write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n" * (what == "a key"))
+    if named == "REQUESTS_CA_BUNDLE":
+        monkeypatch.setenv(named, str(file))
+    with pytest.raises(Usage, match=f"{named} {file} cannot be used .*PEM") as refused:
+        opened(bucket, between.url, access=Access(ca_file=str(file) if named == "--ca-file" else ""))
+    assert refused.value.code == 2
+    assert between.trace == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Answers that are none
 
 
 NO_ANSWERS: dict[str, Respond] = {
