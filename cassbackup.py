@@ -2505,6 +2505,14 @@ class Pinner:
         self._unarmed = any(not place.armed for place in self._places.values())
         self.looked = began
 
+    def look_again(self, limit_s: float) -> None:
+        """Have the pinning thread look for what came without a hint; wait for that, but never for long."""
+        looked = threading.Event()
+        for call in (self.reconcile, looked.set):
+            self._watcher.hint(call)
+        if looked.wait(limit_s):
+            self.gate.wait(limit_s)
+
     def confirm(self, unit: Unit) -> bool:
         """Look afresh, in every data directory, at the path of a snapshot; False if a name vanished meanwhile.
 
@@ -4176,9 +4184,12 @@ class Daemon:
         if self.pinner.gate.is_set():
             for area in self.pinner.areas:
                 area.sweep()
-        before = self._asked
+        before, look = self._asked, 0
         with contextlib.suppress(FileNotFoundError):
-            self._asked = os.stat(os.path.join(self.state_dir, "ask")).st_mtime_ns
+            info = os.stat(os.path.join(self.state_dir, "ask"))
+            self._asked, look = info.st_mtime_ns, info.st_size
+        if self._asked != before and look:
+            self.pinner.look_again(1.0)
         if self._asked != before or time.monotonic() >= self._status_due:
             self._status_due = time.monotonic() + self.timing.status_s
             self._write_status()
@@ -6879,11 +6890,11 @@ def holder_of(state_dir: str) -> str:
         os.close(fd)
 
 
-def ask_status(state_dir: str, waiter: threading.Event) -> dict[str, Any]:
-    """Return the daemon's status, as fresh as it can be had."""
+def ask_status(state_dir: str, waiter: threading.Event, look: bool = False) -> dict[str, Any]:
+    """Return the daemon's status, as fresh as it can be had; with `look` it is to look for new files first."""
     asked, path = time.time(), os.path.join(state_dir, "ask")
-    with contextlib.suppress(OSError), open(path, "w"):  # the daemon looks at this file; other users wait a little
-        pass
+    with contextlib.suppress(OSError), open(path, "w") as file:  # other users, who cannot write it, wait a little
+        file.write("look" * look)
     for _ in range(60):
         page = read_json(os.path.join(state_dir, "status.json"))
         if page.get("written", 0.0) > asked or not holder_of(state_dir):
@@ -6935,10 +6946,11 @@ def status_text(page: Mapping[str, Any], behind: Sequence[str]) -> str:
 
 def status(settings: Settings, environ: Mapping[str, str]) -> int:
     """Show how far behind the daemon is. Exit 3: behind, or nobody is at work."""
-    waiter = threading.Event()
+    waiter, began, looked = threading.Event(), time.time(), False
     while True:
-        page, holder = ask_status(settings.state_dir, waiter), holder_of(settings.state_dir)
-        caught_up = page.get("quiet") and not page["pending"]["units"]
+        page = ask_status(settings.state_dir, waiter, settings.wait and not looked)
+        holder, looked = holder_of(settings.state_dir), page["looked"] > began  # no hint may have told of the newest
+        caught_up = looked and page.get("quiet") and not page["pending"]["units"]
         if not settings.wait or caught_up or not holder:
             break
         waiter.wait(0.5)

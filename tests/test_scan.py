@@ -268,18 +268,22 @@ def test_a_directory_that_may_not_be_read_is_named_and_listed_once_it_may(
     scene.assert_all_is_listed(node.history)
 
 
+def with_few_watches() -> list[str]:
+    """Return a prefix that leaves a command ten watches; skip where that cannot be had."""
+    if not shutil.which("unshare"):
+        pytest.skip("needs unshare")
+    limit = "echo 10 >/proc/sys/user/max_inotify_watches"
+    if os.system(f"unshare -Ur sh -c '{limit}' 2>/dev/null"):
+        pytest.skip("needs user namespaces with a writable max_inotify_watches")
+    return ["unshare", "-Ur", "sh", "-c", f'{limit} && exec "$@"', "sh"]
+
+
 @pytest.mark.slow
 def test_a_full_watch_table_is_named_with_its_sysctl_and_all_is_listed_all_the_same_p2(
     scene: Scene, node: Node, within: Within
 ) -> None:
-    if not shutil.which("unshare"):
-        pytest.skip("needs unshare")
     tables = [node.table("ks1", f"t{number}") for number in range(20)]
-    limit = 'echo 10 >/proc/sys/user/max_inotify_watches && exec "$@"'
-    wrapper = ["unshare", "-Ur", "sh", "-c", limit, "sh"]
-    if os.system("unshare -Ur sh -c 'echo 10 >/proc/sys/user/max_inotify_watches' 2>/dev/null"):
-        pytest.skip("needs user namespaces with a writable max_inotify_watches")
-    within(wrapper, *node.data_dirs)
+    within(with_few_watches(), *node.data_dirs)
     assert "fs.inotify.max_user_watches" in scene.daemon.log()
     for table in tables:
         table.flush()
@@ -287,6 +291,26 @@ def test_a_full_watch_table_is_named_with_its_sysctl_and_all_is_listed_all_the_s
     wait_for(lambda: oracle.lost(node.history, scene.bucket.objects(), "node1") == [])
     assert scene.settled()["counts"]["found_by_rescan"] > 0
     scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_who_waits_for_the_status_may_clear_also_where_no_event_tells_of_the_snapshot_p8(
+    scene: Scene, node: Node, within: Within
+) -> None:
+    """nodetool snapshot && cassbackup status --wait && nodetool clearsnapshot, as the README has it."""
+    tables = [node.table("ks1", f"t{number}") for number in range(20)]
+    within(with_few_watches(), *node.data_dirs)
+    for number in range(5):
+        for table in tables:
+            table.flush()
+        node.snapshot(f"tag{number}")
+        scene.settled()
+        node.clear()
+        for table in tables:
+            table.compact()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert {found.state for found in scene.listings("snapshot")} == {"complete"}
 
 
 @pytest.fixture
