@@ -2769,7 +2769,8 @@ class Pinner:
     def _remembered_taking(self, place: Place) -> str:
         """Return the taking that pins or listings know of a tag, right after a start, if it still is that one.
 
-        Only manifest.json can tell, wherever it is: SSTables are the same inodes in every snapshot.
+        Only manifest.json can tell, wherever it is: SSTables are the same inodes in every snapshot. Where none is
+        known, because we died before it was written, a file that is gone says that the tag was cleared.
         """
         if self.looked or place.tag in self._ended:
             return ""
@@ -2786,11 +2787,25 @@ class Pinner:
             with contextlib.suppress(OSError):
                 info = os.lstat(os.path.join(area.source(tag), MANIFEST))
                 there.add((area, info.st_ino if stamp in (None, str(Stamp.of(area.id, info))) else -1))
-        if known and known != there:
+        pending = any(since in area.by_since for area in self.areas)
+        same = known == there if known else (pending or not there) and self._has_all(tag, since, listed)
+        if not same:
             return ""
         if place.path == place.area.source(tag):
             place.listed = listed[place.area].get(since, {})  # read once: at a start there may be a million names
         return since
+
+    def _has_all(self, tag: str, since: str, listed: Mapping[Area, dict[str, dict[str, str]]]) -> bool:
+        """Tell whether a tag still has every file that is pinned or listed of a taking."""
+        for area in self.areas:
+            inodes = {name: Stamp.parse(stamp).ino for name, stamp in listed[area].get(since, {}).items()}
+            for name, inode in (inodes | area.inodes(tag, [since])).items():
+                there = -1
+                with contextlib.suppress(OSError):
+                    there = os.lstat(os.path.join(area.source(tag), name)).st_ino
+                if there < 0 or inode not in (0, there):  # 0: given up
+                    return False
+        return True
 
     def _is_current(self, place: Place) -> bool:
         """Tell whether a place of a tag is of its current taking, not of one that another of its places has ended."""

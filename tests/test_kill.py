@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -139,3 +141,62 @@ def test_a_killed_upload_in_parts_goes_on_where_it_was(
     assert len(data) <= 2
     assert_written_once(between.trace)
     assert_no_pin_is_left(area_of(node))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", ["whole", "begun"])
+def test_a_tag_cleared_and_taken_again_after_a_kill_is_not_taken_for_the_one_before(
+    scene: Scene, node: Node, again: str
+) -> None:
+    """The kill came before manifest.json: only the names tell that these are two takings."""
+    node.incremental = False
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs, args=("--settle", "600"))
+    users.sstables[0].link("snapshots/daily", node.history, users.unit("daily"))
+    wait_for(lambda: scene.page()["counts"].get("found", 0) == 8)
+    scene.daemon.kill()
+    node.clear()
+    users.compact()
+    if again == "whole":
+        node.snapshot("daily")
+    else:
+        users.sstables[0].link("snapshots/daily", node.history, users.unit("daily"))
+    scene.daemon.command[scene.daemon.command.index("600")] = "1"
+    scene.restart()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    states = {found.of.taking: found.state for found in scene.listings("snapshot")}
+    assert sorted(states.values()) == sorted(["incomplete", "complete" if again == "whole" else "incomplete"])
+    assert_no_pin_is_left(area_of(node))
+
+
+@pytest.mark.slow
+def test_a_ledger_trimmed_while_a_tag_is_cleared_does_not_take_the_next_taking_for_it(scene: Scene, node: Node) -> None:
+    """P4: nodetool clearsnapshot takes one file away after the other, and the trimming may come in between."""
+    node.incremental = False
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("daily")
+    scene.settled()
+    scene.daemon.stop()
+    with contextlib.closing(sqlite3.connect(scene.state / "ledger.sqlite")) as db, db:
+        db.execute("DELETE FROM facts WHERE name = 'trimmed'")
+    scene.restart()
+    for name in ("manifest.json", "schema.cql"):
+        (users.directories()[0] / "snapshots" / "daily" / name).unlink()
+
+    def trimmed() -> bool:
+        with contextlib.closing(sqlite3.connect(scene.state / "ledger.sqlite")) as db:
+            return bool(db.execute("SELECT * FROM facts WHERE name = 'trimmed'").fetchall())
+
+    wait_for(trimmed)
+    scene.daemon.kill()
+    node.clear()
+    node.snapshot("daily")
+    scene.restart()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert [found.state for found in scene.listings("snapshot")] == ["complete", "complete"]
+    assert len({found.of.taking for found in scene.listings("snapshot")}) == 2
