@@ -2387,6 +2387,7 @@ class Place:
     pinned: dict[str, int] | None = None  # inode by name; None: not in memory
     listed: dict[str, str] | None = None  # stamp by name
     armed: bool = False
+    refused: bool = False  # by the last look: something in it could not be pinned
     ready: float = 0.0  # not to be looked into again before this (monotonic)
 
     def __post_init__(self) -> None:
@@ -2619,7 +2620,7 @@ class Pinner:
 
     def _look_at(self, place: Place, fd: int) -> None:
         began, info = time.monotonic(), os.fstat(fd)
-        place.armed = self._watcher.arm(place, fd, place.files)
+        place.armed, place.refused = self._watcher.arm(place, fd, place.files), False
         self._unarmed |= not place.armed
         # Clocks of directories tick coarsely: what changed just now may change again without a trace.
         place.mtime_ns = info.st_mtime_ns if time.time_ns() - info.st_mtime_ns > 2e9 else 0
@@ -2634,7 +2635,8 @@ class Pinner:
             self._sort(place, fd)
             rest = 0.0 if place.tag else 5 * min(0.2, time.monotonic() - began)
             place.ready = time.monotonic() + 0.01 + rest
-        self._refused.discard(place.path)
+        if not place.refused:
+            self._refused.discard(place.path)
 
     def _sort(self, place: Place, fd: int) -> None:
         """Enter directories, pin new files, count what is neither."""
@@ -2872,7 +2874,7 @@ class Pinner:
 
     def _refuse(self, place: Place, error: OSError) -> None:
         """Count what cannot be done, and look again at the next reconciliation: the hint that brought us is used up."""
-        place.mtime_ns = 0
+        place.mtime_ns, place.refused = 0, True
         self.counts["refused"] += 1
         if place.path not in self._refused:
             self._refused.add(place.path)
@@ -6707,7 +6709,8 @@ def claim(store: Retrying, identity: Identity, areas: Sequence[Area], adopt: boo
         body = json.dumps({"version": 1, "machine_id": owner, "data_directories": directories}).encode()
         store.put(f"{prefix}.{utc(time.time())}.json" if page else f"{prefix}.json", body, zlib.crc32(body))
     for path in memories:
-        write_whole(path, json.dumps(asdict(identity)).encode())
+        if read_json(path) != asdict(identity):  # on a full disk nothing can be written, and much must be stored
+            write_whole(path, json.dumps(asdict(identity)).encode())
 
 
 def try_claim(claim_name: Callable[[Retrying], None], store: Retrying, once: bool) -> bool:
@@ -6854,14 +6857,25 @@ def show_progress(page: Mapping[str, Any]) -> None:
     print(f"\033[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
+def open_disks(settings: Settings) -> list[Area]:
+    """Open the state directory and the pin areas of all data directories. Raises Usage; Fault if it went well once."""
+    try:
+        directories = data_directories(settings.paths)
+        open_state(settings.state_dir)
+        become_owner(directories[0], settings.state_dir)
+        lock_file(os.path.join(settings.state_dir, "lock"))
+        return [open_area(path, settings.pin_dir) for path in directories]
+    except Usage as fault:
+        areas = [path for root in settings.paths for path in area_paths(os.path.realpath(root), settings.pin_dir)]
+        if any(read_json(os.path.join(folder, "identity.json")) for folder in (settings.state_dir, *areas)):
+            raise Fault(fault.what, fault.hint) from fault  # a disk that is away: whoever started us is to try again
+        raise
+
+
 def watch(settings: Settings, environ: Mapping[str, str]) -> int:
     """Watch, pin, store and list, until asked to stop; with --once until everything is listed."""
-    directories, state_dir, once = data_directories(settings.paths), settings.state_dir, settings.once
-    open_state(state_dir)
-    become_owner(directories[0], state_dir)
-    lock_file(os.path.join(state_dir, "lock"))
+    state_dir, once, areas = settings.state_dir, settings.once, open_disks(settings)
     metrics = Metrics(settings.metrics_listen, settings.metrics_textfile)
-    areas = [open_area(path, settings.pin_dir) for path in directories]
     for area in areas:
         name_forgotten(area)
     memories = [os.path.join(folder, "identity.json") for folder in (state_dir, *(area.path for area in areas))]
@@ -6880,7 +6894,8 @@ def watch(settings: Settings, environ: Mapping[str, str]) -> int:
     daemon = assemble(settings, areas, identity.node, store, stop)
     daemon.systemd, metrics.daemon = Systemd(environ), daemon
     daemon.metrics = metrics.write if settings.metrics_textfile else None
-    log.info("watching node=%s store=%s paths=%s", identity.node, store.url, quote(" ".join(directories)))
+    paths = quote(" ".join(area.root for area in areas))
+    log.info("watching node=%s store=%s paths=%s", identity.node, store.url, paths)
     shown = once and sys.stderr.isatty()
     claim_later = None if claimed else lambda: claim_name(store)
     code = daemon.run(once, claim_later, show_progress if shown else lambda page: None)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import time
@@ -434,3 +435,74 @@ def test_pins_give_way_before_cassandras_disk_is_full_and_losses_are_named_p5(
     assert [path for path in sorted(missing) if path not in log] == [], "lost without its name in the log (P2)"
     said = {os.path.basename(path) for found in scene.listings() for path in found.document.get("lost", ())}
     assert {os.path.basename(path) for path in missing} <= said
+
+
+@pytest.mark.slow
+def test_status_is_red_while_a_full_disk_takes_neither_link_nor_mark_and_all_is_listed_once_it_does_p8(
+    scene: Scene, small_disk: Path
+) -> None:
+    def inodes(count: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,nr_inodes={count}", str(small_disk)], check=True)
+
+    node = Node(small_disk / "cassandra")
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs, args=("--reconcile", "1", "--free-floor", "1%"))
+    node.snapshot("daily")
+    assert scene.settled()["behind"] == []
+    os.kill(scene.daemon.pid, signal.SIGSTOP)
+    users.flush()
+    disk = os.statvfs(small_disk)
+    inodes(disk.f_files - disk.f_ffree + 1)  # for the directory of the pins, and none of them
+    os.kill(scene.daemon.pid, signal.SIGCONT)
+    wait_for(lambda: scene.page()["counts"].get("refused", 0) >= 8)
+    for _ in range(12):  # whatever it is trying just now
+        assert f"nothing is stored of {users.directories()[0]}/backups" in " ".join(scene.page()["behind"])
+    inodes(10_000)
+    wait_for(lambda: len(scene.listings("incremental")) > 1)
+    assert scene.settled()["behind"] == []
+    scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_a_daemon_that_starts_on_a_full_disk_stores_what_is_there(scene: Scene, small_disk: Path) -> None:
+    """Only what is stored can be let go of: a full disk is no reason to wait."""
+    node = Node(small_disk / "cassandra")
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs, args=("--free-floor", "1%"))
+    scene.settled()
+    scene.daemon.kill()
+    users.flush()
+    node.snapshot("daily")
+    with contextlib.suppress(OSError), (small_disk / "full").open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+    scene.restart()
+    wait_for(lambda: any(found.state == "complete" for found in scene.listings("snapshot")))
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.parametrize("away", ["data", "state"])
+def test_a_disk_that_is_away_at_a_later_start_is_no_wrong_usage_so_systemd_tries_again(
+    scene: Scene, node: Node, away: str
+) -> None:
+    """Exit 2 would be the end (RestartPreventExitStatus=2), also when the disk has come back."""
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    scene.daemon.kill()
+    place = {"data": node.data_dirs[0], "state": scene.state}[away]
+    aside = place.rename(place.with_name("aside"))
+    if away == "state":  # else it would be made anew
+        place.write_text("not a directory")
+    scene.daemon.start()
+    assert scene.daemon.process.wait(40) == 1
+    place.unlink(missing_ok=True)
+    aside.rename(place)
+    users.flush()
+    scene.restart()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
