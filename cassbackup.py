@@ -2346,8 +2346,10 @@ def live_stamps(areas: Iterable[Area], place: str) -> set[str]:
         home = os.path.join(area.root, place)
         for folder in (home, *glob.glob(os.path.join(glob.escape(home), ".*", ""))):
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
-                files = (entry for entry in entries if entry.is_file(follow_symlinks=False))
-                stamps |= {str(Stamp.of(area.id, entry.stat(follow_symlinks=False))) for entry in files}
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # a compaction was faster
+                        if entry.is_file(follow_symlinks=False):
+                            stamps.add(str(Stamp.of(area.id, entry.stat(follow_symlinks=False))))
     return stamps
 
 
@@ -3007,6 +3009,12 @@ class Uploaders:
         sending = Sending(pinned, key, urgent, look)
         self._queue(sending)
         return sending.future
+
+    def end_forgotten(self, prefix: str, before: float) -> None:
+        """End the uploads begun before a moment that nobody is at, nor will go on with."""
+        for key, upload, begun in self._store.unfinished(prefix):
+            if begun < before and upload not in self._busy and upload != self._resume(key):
+                self._store.abandon(key, upload)
 
     def are_alive(self) -> bool:
         """Tell whether all threads live, and none keeps the queue from the others. What waits for the store lives."""
@@ -4226,9 +4234,7 @@ class Daemon:
         if newest and not self.store.head(newest):
             log.warning("the newest listing is gone, checking everything again key=%s", newest)
             self.carrier.everything_again()
-        for key, upload, begun in self.store.unfinished(self.carrier.node + "/"):
-            if begun < self.store.now() - 86400 and self.ledger.fact(f"upload:{key}") != upload:
-                self.store.abandon(key, upload)
+        self.uploaders.end_forgotten(f"{self.carrier.node}/", self.store.now() - 86400)
         return self.timing.look_s
 
     def _trim(self) -> float:

@@ -469,6 +469,26 @@ def test_an_upload_that_is_gone_is_begun_anew(bench: Bench) -> None:
     assert bench.bucket.objects() == {"node1/large": body}
 
 
+def test_only_uploads_are_ended_that_nobody_is_at_nor_will_go_on_with(bench: Bench) -> None:
+    """Whatever the ledger says: it may have forgotten what is on its way. node10 is another node."""
+    bench.gate.set()
+    body, pool = noise(2 * PART_BYTES + 1), bench.pool()
+    store = bench.known[bench.faulty.url, bench.bucket.target]
+    ids = {key: store.begin(key, SIZE) for key in ("node1/forgotten", "node1/known", "node1/other", "node10/x")}
+    bench.uploads |= {"node1/known": ids["node1/known"], "node1/other": "another"}
+
+    def forget() -> None:
+        bench.uploads.pop("node1/large")
+        pool.end_forgotten("node1/", store.now() + 60)
+
+    pool.end_forgotten("node1/", 0.0)
+    assert {key for key, *_ in store.unfinished("")} >= ids.keys(), "too young"
+    bench.faulty.on("PUT", "partNumber=2", Call(forget, at="before"))
+    assert bench.send(pool, "large", body).result(60).size == len(body)
+    assert {key for key, *_ in store.unfinished("")} == {"node1/known", "node10/x"}
+    assert count(bench.faulty.trace, "POST", r"large\?uploads") == 1
+
+
 def test_parts_of_another_content_are_sent_again(bench: Bench) -> None:
     """P3 and P1: an unfinished upload of the file's earlier content does not mix with the new one."""
     bench.gate.set()
