@@ -538,9 +538,12 @@ def _typed(page: dict[str, Any], name: str, kind: type[T], *default: T) -> T:
     return value
 
 
-def _load_entry(directory: str, page: dict[str, Any]) -> Stored:
-    stamp, name = Stamp.parse(_typed(page, "stamp", str)), unquote(_typed(page, "name", str))
-    words = {word: _typed(page, word, str) for word in _WORDS}
+def _load_entry(directory: str, page: dict[str, Any], texts: dict[str, str]) -> Stored:
+    def once(text: str) -> str:
+        return texts.setdefault(text, text)
+
+    stamp, name = Stamp.parse(_typed(page, "stamp", str)), once(unquote(_typed(page, "name", str)))
+    stamp, words = stamp._replace(area=once(stamp.area)), {word: once(_typed(page, word, str)) for word in _WORDS}
     words |= {word: _typed(page, word, str, "") for word in _OPTIONAL_WORDS}
     mode = _typed(page, "mode", str)
     same = (_typed(page, "size", int), _typed(page, "mtime_ns", int)) == (stamp.size, stamp.mtime_ns)
@@ -551,8 +554,13 @@ def _load_entry(directory: str, page: dict[str, Any]) -> Stored:
     return Stored(directory, name, stamp, int(mode, 8), **words)
 
 
-def load_listing(body: bytes) -> Listing:
-    """Read a listing. Raises Corrupt for anything that we would not have written."""
+def load_listing(body: bytes, texts: dict[str, str] | None = None) -> Listing:
+    """Read a listing. Raises Corrupt for anything that we would not have written.
+
+    The same file is in many listings: those that are held together share `texts`, and hold each text once. (Not by
+    sys.intern: what Python 3.12 interns is never let go.)
+    """
+    texts = {} if texts is None else texts
     try:
         page = json.loads(body)
         if _typed(page, "version", int) != 1:
@@ -566,7 +574,7 @@ def load_listing(body: bytes) -> Listing:
         unit = Unit(cast(Kind, kind), _typed(page, "keyspace", str, ""), whole, tag, since)
         files: list[Stored] = []
         for directory, entries in _typed(page, "directories", dict).items():
-            files += [_load_entry(unquote(directory), entry) for entry in entries]
+            files += [_load_entry(unquote(directory), entry, texts) for entry in entries]
         missing, lost, replaces = (_typed(page, name, list, []) for name in ("missing", "lost", "replaces"))
         if not all(isinstance(name, str) for name in (*missing, *lost, *replaces)):
             raise TypeError("a name is no text")
@@ -1932,18 +1940,22 @@ class Ledger:
     def trim_listed(self, names: Callable[[str], Collection[str] | None]) -> None:
         """Forget the names that their directory has no more (None: who knows), or that were listed again since."""
         for (directory,) in self._select("SELECT DISTINCT directory FROM listed"):
-            with self._lock:  # what is listed meanwhile is in the directory by now
-                if (there := names(unquote(directory))) is None:
-                    continue
-                there = set(there)
-                for row in self._select("SELECT * FROM listed WHERE directory = ? ORDER BY since DESC", directory):
-                    lines = row[2].split("\n") if self._checks(row) else []
-                    kept = {name: line for line in lines if (name := unquote(line.partition("\t")[0])) in there}
-                    there -= kept.keys()
-                    if not kept:
-                        self._change("DELETE FROM listed WHERE directory = ? AND since = ?", [row[:2]])
-                    elif len(kept) < len(lines):
-                        self._write("listed", [(*row[:2], "\n".join(kept.values()))])
+            rows = self._select("SELECT * FROM listed WHERE directory = ? ORDER BY since DESC", directory)
+            if (listed := names(unquote(str(directory)))) is None:  # asked last: what comes meanwhile is in no row here
+                continue
+            there, gone, fewer = set(listed), [], []
+            for row in rows:
+                lines = row[2].split("\n") if self._checks(row) else []
+                kept = {name: line for line in lines if (name := unquote(line.partition("\t")[0])) in there}
+                there.difference_update(kept)  # -= would copy the set: here are as many rows as there were flushes
+                if not kept:
+                    gone.append(row[:3])
+                elif len(kept) < len(lines):
+                    text = "\n".join(kept.values())
+                    fewer.append((text, self._sum((*row[:2], text)), *row[:3]))
+            where = "WHERE directory = ? AND since = ? AND names = ?"  # and nothing that was written since
+            self._change(f"DELETE FROM listed {where}", gone)
+            self._change(f"UPDATE listed SET names = ?, sum = ? {where}", fewer)
 
     def trim_stored(self, alive: Callable[[str], Collection[str]], before: float) -> None:
         """Forget the stamps that were not confirmed since a time, but for those that their table still has."""
@@ -2280,6 +2292,9 @@ class Area:
             index[one].discard(other)
             if not index[one]:
                 del index[one]
+        if name.startswith("%%") and relative not in self.pending:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.path, name.rpartition("~")[0] + ".name"))
         return True
 
     def sweep(self) -> None:
@@ -2296,6 +2311,8 @@ def why_no_link(root: str, path: str) -> str:
     """Link some file of the data directory into the area, and remove the link; return what went wrong, if it did."""
     probe = os.path.join(path, f".probe-{os.getpid()}")
     files = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    with contextlib.suppress(OSError):  # of a process that was killed here; in a container all have one pid
+        os.unlink(probe)
     for file in itertools.islice(files, 20):
         try:
             os.link(file, probe, follow_symlinks=False)
@@ -2625,7 +2642,7 @@ class Pinner:
         place.armed, place.refused = self._watcher.arm(place, fd, place.files), False
         self._unarmed |= not place.armed
         # Clocks of directories tick coarsely: what changed just now may change again without a trace.
-        place.mtime_ns = info.st_mtime_ns if time.time_ns() - info.st_mtime_ns > 2e9 else 0
+        place.mtime_ns = info.st_mtime_ns if abs(time.time_ns() - info.st_mtime_ns) > 2e9 else 0
         if place.tag:
             self._recognize(place, (info.st_ino, _generation(fd)))
         if place.relative.count("/") == 1 and not place.files:  # a live table's directory may hold thousands
@@ -3253,6 +3270,12 @@ def heads_of(store: Retrying, keys: set[str]) -> dict[str, Head]:
     return {key: head for key in keys if (head := store.head(key))}
 
 
+def old_heartbeats(store: Retrying, node: str) -> list[str]:
+    """Return which heartbeats may go: not by their names, since some may be of a time when the clock was ahead."""
+    beats = sorted(store.list(f"{node}.listings/heartbeat/"), key=lambda head: head.modified)
+    return [head.key for head in beats[:-HEARTBEATS_KEPT]]
+
+
 def load_condemned(node: str, key: str, body: bytes) -> tuple[frozenset[str], bool]:
     """Return the keys in a condemned file, and whether they are deleted already. Raises Corrupt."""
     try:
@@ -3747,8 +3770,12 @@ class Carrier:
 
     def _has_settled(self, missing: tuple[str, ...]) -> bool:
         """Tell whether an SSTable has lacked these components for the settle time."""
-        first = self._first_seen.setdefault(missing, time.monotonic())
-        if time.monotonic() - first < self.policy.settle_s:
+        now, limit = time.monotonic(), self.policy.settle_s
+        first = self._first_seen.setdefault(missing, now)
+        for one, seen in list(self._first_seen.items()):
+            if now - seen > 10 * limit:  # listed long ago, or complete
+                self._first_seen.pop(one, None)
+        if now - first < limit:
             return False
         log.warning("will not become complete, listed as it is missing=%s", quote(" ".join(missing)))
         return True
@@ -4069,7 +4096,7 @@ class Daemon:
     _asked: int = 0
     _status_due: float = 0.0
     _trims: bool = True  # may we delete old heartbeats?
-    _sent: deque[tuple[float, int]] = field(default_factory=lambda: deque([(time.time(), 0)], maxlen=7))
+    _sent: deque[tuple[float, int]] = field(default_factory=lambda: deque([(time.monotonic(), 0)], maxlen=7))
     _told_due: float = 0.0
     _status_lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -4246,8 +4273,17 @@ class Daemon:
             return 3600.0  # a disk that is not mounted is not empty
         self.ledger.trim_listed(names_in)
         self.ledger.trim_stored(functools.partial(live_stamps, self.pinner.areas), time.time() - KNOWN_S)
+        self._forget_dropped()
         self.ledger.remember("trimmed", f"{time.time():.0f}")
         return 3600.0
+
+    def _forget_dropped(self) -> None:
+        """Let the ledger forget the tables that are on no disk any more: some are dropped and made again each day."""
+        for prefix in ("complete:", "learned:"):
+            for place in list(self.ledger.facts(prefix)):
+                paths = [area.source(path) for area in self.pinner.areas for path in {place, unquote(place)}]
+                if all(names_in(path) == [] for path in paths):
+                    self.ledger.remember(prefix + place, "")
 
     def _beat(self) -> float:
         """Write a heartbeat: all that was found by this moment is listed. A quiet table and a dead daemon differ."""
@@ -4260,7 +4296,7 @@ class Daemon:
         body = json.dumps(page).encode()
         self.store.put(f"{prefix}{self.clock()}.json", body, zlib.crc32(body))
         if self._trims:  # a daemon need not have the right to delete: then prune does it
-            old = [head.key for head in self.store.list(prefix)][:-HEARTBEATS_KEPT][:1000]
+            old = old_heartbeats(self.store, self.carrier.node)[:1000]
             self._trims = not (old and self.store.delete(old))
         return self.timing.heartbeat_s
 
@@ -4287,7 +4323,7 @@ class Daemon:
             "full": any(area.full for area in self.pinner.areas),
             "refused": self.pinner.refused(),
             "sent": {"files": sent["files"], "bytes": sent["bytes"]},
-            "rate": (sent["bytes"] - before) / max(1.0, now - since),  # bytes a second, over a minute or so
+            "rate": (sent["bytes"] - before) / max(1.0, time.monotonic() - since),  # bytes a second, over a minute
             "counts": {name: count for name, count in sorted(counts.items()) if count},
             "trouble": next(filter(None, [self.store.trouble, *self._failures.values(), self.ledger.broken]), ""),
             "newest_listing": self.ledger.fact("newest"),
@@ -4303,8 +4339,8 @@ class Daemon:
         with self._status_lock:
             page = json.dumps(self.status() | {"snapshots": self.snapshots()}).encode()
             write_whole(os.path.join(self.state_dir, "status.json"), page, durable=False)
-            if time.time() - self._sent[-1][0] > 9.0:
-                self._sent.append((time.time(), self.uploaders.sent["bytes"]))
+            if time.monotonic() - self._sent[-1][0] > 9.0:
+                self._sent.append((time.monotonic(), self.uploaders.sent["bytes"]))
 
 
 # ======================================================================================================
@@ -4504,11 +4540,11 @@ def filed_in(store: Retrying, node: str, odd: Callable[[Corrupt], None] | None =
             yield filed
 
 
-def read_filed(store: Retrying, node: str, filed: Filed) -> Listing:
+def read_filed(store: Retrying, node: str, filed: Filed, texts: dict[str, str] | None = None) -> Listing:
     """Read a listing. Raises Corrupt unless it says what its key says, and every key in it is of this node."""
     if filed.body > _LISTING_BYTES:
         raise Corrupt(f"{filed.key} has {filed.body} bytes", "that is no listing of ours")
-    listing = load_listing(b"".join(store.get(filed.key, 0, filed.body)))
+    listing = load_listing(b"".join(store.get(filed.key, 0, filed.body)), texts)
     if filed.key != listings_of(node, listing.unit) + listing_name(listing) or listing.node != node:
         raise Corrupt(f"{filed.key} does not say what its name says", "it was moved here or damaged")
     for entry in listing.files:
@@ -5256,7 +5292,7 @@ def choose_table(store: Retrying, node: str, table: tuple[str, str], filed: Sequ
 
     base = choose_base(takings_of(filed), before, read)
     batches = [one for one in filed if one.unit.kind == "incremental" and one.when >= base.start]
-    return choose_at(*table, base, unreplaced(batches, functools.partial(read_filed, store, node)), before)
+    return choose_at(*table, base, unreplaced(batches, functools.partial(read_filed, store, node, texts={})), before)
 
 
 def schema_alone(store: Retrying, node: str, one: Chosen, filed: Sequence[Filed], before: float) -> Chosen:
@@ -5418,6 +5454,8 @@ class Retention:
 def _kept(takings: Sequence[Taking], retention: Retention, now: float) -> tuple[set[Unit], set[Unit]]:
     """Return a table's snapshots to be kept, and those of them from which on every moment can be restored."""
     good = [one for one in takings if one.complete and not is_automatic(one.unit.tag)]
+    # What a clock that was ahead has dated is spared, and must not take the places of what was taken since.
+    good = [one for one in good if one.newest.when <= now + _GRACE_S]
     good.sort(key=lambda one: one.newest.when, reverse=True)
     kept = good[: max(1, retention.last)]  # never the last good one
     kept += [one for one in good if now - one.newest.when <= retention.within]
@@ -5507,7 +5545,7 @@ class Pruning:
         tables = itertools.groupby(filed_in(self._store, self._node), lambda one: (one.unit.keyspace, one.unit.table))
         for _, group in tables:
             filed = list(group)
-            read = spread(functools.partial(read_filed, self._store, self._node), filed, threads)
+            read = spread(functools.partial(read_filed, self._store, self._node, texts={}), filed, threads)
             listings = {one.key: listing for one, listing in zip(filed, read, strict=True)}
             complete = [one for one in takings_of(filed) if one.complete]
             wholes = [add_up([listings[filed.key] for filed in one.filed]) for one in complete]
@@ -5560,8 +5598,7 @@ class Pruning:
         fresh = self.objects.keys() - set(itertools.chain(*(keys for _, keys, deleted in condemned if not deleted)))
         if fresh:
             condemn(self._store, self._node, fresh)
-        beats = [head.key for head in self._store.list(f"{self._node}.listings/heartbeat/")]
-        self._delete(self.listings + beats[:-HEARTBEATS_KEPT])
+        self._delete(self.listings + old_heartbeats(self._store, self._node))
         if self.refused:  # a listing that stays names what would be deleted
             return 0
         now = hear_time(self._store, self._node)
@@ -7511,10 +7548,10 @@ class Verification:
 
     def check_table(self, filed: Iterable[Filed], progress: Callable[[int], None]) -> None:
         """Check everything that these listings name."""
-        listings = []
+        listings, texts = [], dict[str, str]()
         for one in filed:
             try:
-                listings.append(read_filed(self._store, self._node, one))
+                listings.append(read_filed(self._store, self._node, one, texts))
             except (Corrupt, Missing) as fault:
                 self.bad.append({"key": one.key, "what": fault.what, "spoils": [_label(one.unit)]})
         named: dict[str, list[tuple[Stored, Unit]]] = {}

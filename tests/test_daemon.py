@@ -244,6 +244,50 @@ def test_a_day_later_the_ledger_has_forgotten_what_no_file_has_and_nothing_else_
     assert fresh <= 2 * len(node.data_dirs), "what the table still has was sent again"
 
 
+@pytest.mark.slow
+def test_a_day_later_the_ledger_has_forgotten_dropped_tables_and_no_others_p5(scene: Scene, node: Node) -> None:
+    """Some applications make their tables anew each day: a new directory each time."""
+    users, gone = node.table("ks1", "users"), node.table("ks1", "gone")
+    users.flush()
+    gone.flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("daily")
+    scene.settled()
+    scene.daemon.stop()
+    for directory in gone.directories():
+        shutil.rmtree(directory)
+    ledger = str(scene.state / "ledger.sqlite")
+
+    def facts() -> set[str]:
+        with contextlib.closing(sqlite3.connect(ledger)) as db:
+            return {name for (name,) in db.execute("SELECT name FROM facts") if "ks1" in name}
+
+    whole = facts()
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        db.execute("DELETE FROM facts WHERE name = 'trimmed'")
+        db.commit()
+    scene.restart()
+    left = {name for name in whole if f"ks1/{users.directory}" in name}
+    assert len(left) == 2
+    wait_for(lambda: not any(f"ks1/{gone.directory}" in name for name in facts()))
+    assert left <= facts()
+
+
+def test_heartbeats_of_a_time_when_the_clock_was_ahead_go_before_those_of_now(scene: Scene, node: Node) -> None:
+    """Else no heartbeat would stay but they, and a dead daemon would look alive for years."""
+    prefix = "node1.listings/heartbeat/"
+    for number in range(101):
+        scene.bucket.put(f"{prefix}20991231T000{number:03}.000000Z.json", b"{}")
+    scene.start(*node.data_dirs, args=("--heartbeat", "1"))
+
+    def beats() -> list[str]:
+        return [key for key in scene.bucket.keys() if key.startswith(prefix)]  # noqa: SIM118 - a method of ours
+
+    wait_for(lambda: sum(key < f"{prefix}2099" for key in beats()) >= 3)
+    scene.daemon.stop()
+    assert len(beats()) == 100
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Locks and signals
 

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from cassbackup import Ledger, Stamp, Stored, quote
+from cassbackup import Ledger, Stamp, Stored, live_stamps, open_area, quote
 
 SCOPE = "s3://bucket/prefix node1"
 RUN = "run-1"
@@ -321,6 +322,49 @@ def test_of_a_directory_that_cannot_be_read_nothing_is_forgotten(opened: Open, p
     assert rows_in(path)["listed"] == ROWS // 10
 
 
+def test_what_is_listed_while_a_directory_is_looked_into_is_kept_and_nobody_waits(opened: Open) -> None:
+    """A million names take seconds, and the pinner asks this ledger."""
+    ledger, since = opened(), "20261121T202438.123456Z"
+    ledger.list("/d", since, listed(0))
+
+    def slow_look(_: str) -> list[str]:
+        lister = threading.Thread(target=ledger.list, args=("/d", since, listed(0) | listed(1)), daemon=True)
+        lister.start()
+        lister.join(10)
+        assert not lister.is_alive(), "the ledger is locked while a directory is looked into"
+        return []
+
+    ledger.trim_listed(slow_look)
+    assert ledger.listed("/d")[since].keys() == listed(0).keys() | listed(1).keys()
+
+
+def test_a_directory_with_the_flushes_of_a_year_takes_a_moment(opened: Open, path: Path) -> None:
+    """Each of them has a row; what one row costs must not grow with the directory."""
+    ledger = opened()
+    rows = [[f"nb-{flush}-big-{number}.db" for number in range(8)] for flush in range(8760)]
+    lines = ["\n".join(f"{name}\t{entry(1).stamp}" for name in names) for names in rows]
+    ledger._write("listed", [("/d", f"20261121T{flush:06}.000000Z", line) for flush, line in enumerate(lines)])
+    began = time.thread_time()
+    ledger.trim_listed(lambda _: [name for names in rows for name in names])
+    assert time.thread_time() - began < 4
+    assert rows_in(path)["listed"] == len(rows)
+
+
+@pytest.mark.parametrize("odd", [5, 2.5])
+def test_a_row_whose_directory_is_no_text_is_forgotten(opened: Open, path: Path, odd: object) -> None:
+    ledger = opened()
+    fill(ledger)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(
+            "DROP TABLE listed;"
+            "CREATE TABLE listed (directory, since, names, sum, PRIMARY KEY (directory, since)) WITHOUT ROWID;"
+        )
+        db.execute("INSERT INTO listed VALUES (?, 'since', 'names', 1)", (odd,))
+        db.commit()
+    ledger.trim_listed(lambda _: [])
+    assert rows_in(path)["listed"] == 0
+
+
 @pytest.mark.parametrize("raw", [b"nb-1-big-Data.db", "größe\t\n".encode(), b"\xff\xfe"])
 def test_names_of_any_bytes_survive_when_others_are_forgotten(opened: Open, raw: bytes) -> None:
     ledger, name = opened(), os.fsdecode(raw)
@@ -347,6 +391,31 @@ def test_stamps_go_when_they_are_old_and_their_table_has_them_no_more(opened: Op
     assert asked == ["ks/0", "ks/1", "ks/2"]
     assert rows_in(path)["stored"] == len(left)
     assert all(ledger.knows(place, one.name, one.stamp) for place, one in names if str(one.stamp) in left)
+
+
+def test_what_a_table_still_has_is_told_while_a_compaction_takes_other_files_away(tmp_path: Path) -> None:
+    home = tmp_path / "data" / "ks" / "t"
+    home.mkdir(parents=True)
+    for number in range(300):
+        (home / f"nb-{number}-big-Data.db").touch()
+    area, over = open_area(str(tmp_path / "data")), threading.Event()
+
+    def compact() -> None:
+        while not over.is_set():
+            for number in range(1000, 1100):
+                (home / f"nb-{number}-big-Data.db").touch()
+            for number in range(1000, 1100):
+                (home / f"nb-{number}-big-Data.db").unlink()
+
+    stays = {str(Stamp.of(area.id, (home / f"nb-{number}-big-Data.db").stat())) for number in range(300)}
+    compactor = threading.Thread(target=compact)
+    compactor.start()
+    try:
+        assert [looks for looks in range(300) if not stays <= live_stamps([area], "ks/t")] == []
+    finally:
+        over.set()
+        compactor.join()
+        area.close()
 
 
 def test_rows_of_another_bucket_are_forgotten(written: Path, opened: Open) -> None:

@@ -351,6 +351,20 @@ def by_path(listing: Listing) -> list[Stored]:
     return sorted(listing.files, key=lambda entry: (entry.directory, entry.name, entry.stamp))
 
 
+def test_what_many_listings_tell_of_a_file_is_in_memory_once() -> None:
+    """Prune reads all snapshots of a table at a time: tens of thousands of files, in dozens of listings."""
+    stamp = Stamp("0badcafe0bad", 5, 6, 7)
+    words = ("cassandra", "cassandra", "9f3c01aa", "node1/var/lib/nb-1-big-Data.db", '"etag"')
+    then = "20261121T202438.123456Z"
+    files = (Stored("/d", "a b", stamp, 0o640, *words),)
+    listing = Listing(NODE, Unit("snapshot", "ks", "t", "daily", then), then, True, files)
+    texts = dict[str, str]()
+    (one,), (other,) = (load_listing(dump_listing(listing), texts).files for _ in range(2))
+    for word in ("name", "user", "group", "crc32", "key", "etag"):
+        assert getattr(one, word) is getattr(other, word), word
+    assert one.stamp.area is other.stamp.area
+
+
 @given(listings)
 def test_a_listing_comes_back_as_it_was_written(listing: Listing) -> None:
     loaded = load_listing(dump_listing(listing))

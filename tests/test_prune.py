@@ -140,6 +140,14 @@ def test_that_a_table_was_emptied_is_not_forgotten_while_an_older_snapshot_is_ke
     assert shelf.kept_tags(EPOCH + 90 * DAY, last=1) == ["b"]
 
 
+def test_snapshots_dated_by_a_clock_that_was_ahead_stay_and_take_no_place_of_those_taken_since_p7() -> None:
+    shelf, now = days(1, 2, 3, 365, 366, 367), EPOCH + 4 * DAY
+    for terms in ({"last": 2}, {"daily": 2}, {"last": 1, "weekly": 1}):
+        assert {"d3", "d365", "d366", "d367"} <= set(shelf.kept_tags(now, **terms)), terms
+    assert shelf.kept_tags(now, last=2) == ["d2", "d3", "d365", "d366", "d367"]
+    assert shelf.kept_tags(EPOCH + 400 * DAY, last=2) == ["d366", "d367"]
+
+
 def test_of_two_clocks_the_younger_counts() -> None:
     (key,) = days(0).listings
     told = cb.filed_as(NODE, Head(key, 1, "", EPOCH + 50 * DAY))

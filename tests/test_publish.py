@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from faultproxy import FaultProxy, assert_written_once, bytes_sent
 from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Copy, Node
+
+import cassbackup
 
 
 @pytest.fixture
@@ -465,3 +469,29 @@ def test_one_table_twice_on_a_real_store_sends_each_files_bytes_once(
     assert {os.path.basename(key) for key in more} == {"manifest.json", "schema.cql"}
     assert sum(bytes_sent(between.trace).values()) < sent + 100_000
     assert_written_once(between.trace)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Months later
+
+
+def test_sstables_that_lacked_components_once_are_not_kept_in_mind_for_ever_p5(node: Node, tmp_path: Path) -> None:
+    """A batch may be closed while Cassandra links a flush: on a busy node some a day, with names of their own."""
+    area, watcher, gate = cassbackup.open_area(str(node.data_dirs[0])), cassbackup.Watcher(), threading.Event()
+    clock, ledger = cassbackup.Clock(), cassbackup.Ledger(str(tmp_path / "ledger"), "")
+    pinner = cassbackup.Pinner([area], watcher, cassbackup.Filters(), clock, ledger.listed, lambda *_: None)
+    store = cassbackup.Retrying(cassbackup.open_store(f"file://{tmp_path}/b"), gate.wait, 1.0, cassbackup.Budget(0.0))
+    uploaders = cassbackup.Uploaders(store, 0, gate, lambda _: "", lambda *_: None)
+    settle = cassbackup.Policy(settle_s=0.1)
+    carrier = cassbackup.Carrier(pinner, store, uploaders, "node1", ledger, clock, settle)
+    try:
+        assert not any(carrier._has_settled((f"nb-{number}-big-TOC.txt",)) for number in range(100))
+        time.sleep(0.2)
+        assert carrier._has_settled(("nb-99-big-TOC.txt",))
+        time.sleep(1.0)
+        assert not carrier._has_settled(("nb-100-big-TOC.txt",))
+        assert list(carrier._first_seen) == [("nb-100-big-TOC.txt",)]
+    finally:
+        watcher.close()
+        area.close()
+        ledger.close()

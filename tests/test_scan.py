@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -19,6 +21,8 @@ from faultproxy import FaultProxy
 from scene import SETTLE, Scene, area_of, assert_no_pin_is_left, nobody, pins, wait_for
 from servers import Bucket, FileBucket
 from tree import Node, Table
+
+import cassbackup
 
 NOBODY = 65534
 Within = Callable[..., Daemon]
@@ -145,6 +149,15 @@ def test_a_linked_keyspace_or_table_is_red_until_it_is_left_out_p2_p8(scene: Sce
     scene.assert_all_is_listed(node.history)
 
 
+def test_a_probe_that_a_killed_process_left_behind_is_no_reason_not_to_link(node: Node, tmp_path: Path) -> None:
+    """In a container each start has the same pid."""
+    node.table("ks1", "users").flush()
+    probe = tmp_path / f".probe-{os.getpid()}"
+    probe.write_text("")
+    assert cassbackup.why_no_link(str(node.data_dirs[0]), str(tmp_path)) == ""
+    assert not probe.exists()
+
+
 def status_text_of(scene: Scene) -> str:
     """Return what `cassbackup status` says, red or not."""
     return scene.run("status", "--state-dir", scene.state, check=None).stdout
@@ -220,6 +233,18 @@ def test_every_name_that_a_file_system_can_hold_is_stored_and_listed(scene: Scen
     wanted = {os.path.join(folder, name): folder + name for folder in (backups, snapshot) for name in NAMES}
     assert found == wanted
     assert_no_pin_is_left(node.root / ".cassbackup")
+
+
+def test_a_path_too_long_for_a_name_in_the_pin_area_leaves_nothing_there(scene: Scene, node: Node) -> None:
+    """It stands there under a hash, and another file says which: Cassandra's own tags are new ones each time."""
+    table = node.table("k" * 48, "t" * 48)
+    table.flush()
+    scene.start(*node.data_dirs)
+    for number in range(2):
+        node.snapshot(f"truncated-{number}-{'t' * 48}")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    wait_for(lambda: not list(area_of(node).glob("*/%%*")))
 
 
 @pytest.mark.slow
@@ -472,3 +497,36 @@ def test_archive_directories_are_stored_when_they_are_asked_for(scene: Scene, no
         b"CommitLog-2.log",
     }
     assert json.loads(json.dumps(scene.listings("archive")[0].document))["kind"] == "archive"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Looking again costs little
+
+
+@contextlib.contextmanager
+def pinner_of(node: Node) -> Iterator[cassbackup.Pinner]:
+    """Return a pinner that has looked everywhere, and does nothing by itself."""
+    area, watcher = cassbackup.open_area(str(node.data_dirs[0])), cassbackup.Watcher()
+    pinner = cassbackup.Pinner([area], watcher, cassbackup.Filters(), cassbackup.Clock(), lambda _: {}, lambda *_: None)
+    try:
+        yield pinner
+    finally:
+        watcher.close()
+        area.close()
+
+
+def test_directories_of_a_time_when_the_clock_was_ahead_are_not_looked_into_again_and_again(node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    with pinner_of(node) as pinner:
+        pinner.look_everywhere()
+        for folder, _, _ in os.walk(node.data_dirs[0]):
+            os.utime(folder, (time.time() + 86400,) * 2)
+        pinner.reconcile()
+        before = pinner.beat
+        pinner.reconcile()
+        assert pinner.beat == before, "something was looked into, and nothing had changed"
+        users.flush()
+        pinner.reconcile()
+        assert pinner.beat > before
+        assert pinner.counts["found"] == sum(1 for _ in backups_of(users).iterdir())
