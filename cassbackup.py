@@ -384,8 +384,8 @@ def digest_name(text: str) -> str:
     return "%%" + hashlib.sha1(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _component(name: str) -> str:
-    quoted = quote(name)
+def _component(name: str, slash: str = "/") -> str:
+    quoted = quote(name, slash)
     return quoted if len(quoted.encode()) <= NAME_BYTES else digest_name(name)
 
 
@@ -421,8 +421,7 @@ def unit_of(root: str, relative: str, since: str) -> Unit:
 
 def pin_directory(relative: str, since: str) -> str:
     """Return the name in the pin area for a source directory: its path below the data directory, and since."""
-    quoted = quote(relative or ".", slash="%2F")
-    return f"{quoted if len(quoted.encode()) <= NAME_BYTES else digest_name(relative)}~{since}"
+    return f"{_component(relative or '.', slash='%2F')}~{since}"
 
 
 def parse_pin_directory(name: str) -> tuple[str, str] | None:
@@ -455,7 +454,7 @@ def seconds_of(stamp: str) -> float:
 def is_utc(stamp: str) -> bool:
     """Tell whether a text is a moment as it stands in keys."""
     with contextlib.suppress(ValueError):
-        return bool(re.fullmatch(_UTC, stamp)) and seconds_of(stamp) >= 0
+        return seconds_of(stamp) >= 0
     return False
 
 
@@ -474,8 +473,7 @@ def later(stamp: str, than: str) -> str:
 def listings_of(node: str, unit: Unit) -> str:
     """Return the prefix of the listings of a unit; of an incremental, of all batches of its table."""
     if unit.kind == "archive":
-        quoted = quote(unit.tag, slash="%2F")
-        return f"{node}.listings/archive/{quoted if len(quoted.encode()) <= NAME_BYTES else digest_name(unit.tag)}/"
+        return f"{node}.listings/archive/{_component(unit.tag, slash='%2F')}/"
     keyspace = _component(unit.keyspace)
     if keyspace in ("archive", "heartbeat", "tags"):  # folders of ours
         keyspace = f"%{ord(keyspace[0]):02X}{keyspace[1:]}"
@@ -4483,6 +4481,9 @@ class Metrics:
 _LISTING_BYTES: Final = 256 * MIB  # some 600,000 files; nothing larger is a listing of ours
 
 
+Table = tuple[str, str]  # keyspace, and the table's directory
+
+
 class Filed(NamedTuple):
     """A listing as its key tells, without reading it."""
 
@@ -4521,23 +4522,21 @@ def filed_as(node: str, head: Head) -> Filed | None:
     return Filed(head.key, unit, listed, state, files, size, head.size, max(seconds_of(listed), head.modified))
 
 
-def warn_of(fault: Corrupt) -> None:
-    """Name in the log what lies among the listings and is none."""
+def warn_of(fault: Fault) -> None:
+    """Name in the log what lies among the listings and cannot be read as one."""
     log.warning("left out error=%s", quote(str(fault)))
 
 
-def filed_in(store: Retrying, node: str, odd: Callable[[Corrupt], None] | None = None) -> Iterator[Filed]:
-    """Yield a node's listings, table by table. Raises Corrupt where something else lies among them, or tells `odd`."""
+def filed_in(store: Retrying, node: str, strict: bool = False) -> Iterator[Filed]:
+    """Yield a node's listings, table by table. What else lies among them the log names; or `strict` raises Corrupt."""
     for head in store.list(f"{node}.listings/"):
         try:
-            filed = filed_as(node, head)
+            if filed := filed_as(node, head):
+                yield filed
         except Corrupt as fault:
-            if not odd:
+            if strict:
                 raise
-            odd(fault)
-            continue
-        if filed:
-            yield filed
+            warn_of(fault)
 
 
 def read_filed(store: Retrying, node: str, filed: Filed, texts: dict[str, str] | None = None) -> Listing:
@@ -4588,7 +4587,7 @@ def backups_of(takings: Iterable[Taking]) -> list[list[Taking]]:
     another taking of the tag.
     """
     backups: list[list[Taking]] = []
-    tables, until = set[tuple[str, str]](), 0.0
+    tables, until = set[Table](), 0.0
     for taking in sorted(takings, key=lambda taking: (taking.unit.tag, taking.unit.since)):
         table, since = (taking.unit.keyspace, taking.unit.table), seconds_of(taking.unit.since)
         if not backups or backups[-1][0].unit.tag != taking.unit.tag or table in tables or since > until:
@@ -4600,10 +4599,10 @@ def backups_of(takings: Iterable[Taking]) -> list[list[Taking]]:
     return sorted(backups, key=lambda backup: backup[0].unit.since)
 
 
-def is_meant(backup: Sequence[Taking], word: str) -> bool:
-    """Tell whether TAG, or TAG@<the beginning of a taking's UTC>, means a backup; "" means all."""
-    names = {f"{taking.unit.tag}@{taking.unit.since}" for taking in backup}
-    return not word or backup[0].unit.tag == word or ("@" in word and any(name.startswith(word) for name in names))
+def is_meant(taking: Taking, word: str) -> bool:
+    """Tell whether TAG, or TAG@<the beginning of its UTC>, means a taking; "" means all. A tag may hold an @ too."""
+    unit, (tag, _, since) = taking.unit, word.rpartition("@")
+    return word in ("", unit.tag) or (unit.tag == tag and unit.since.startswith(since))
 
 
 def read_taking(store: Retrying, node: str, taking: Taking) -> Listing:
@@ -4681,6 +4680,15 @@ def spread(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator
         pool.shutdown(cancel_futures=True)
 
 
+def find_heads(store: Retrying, keys: Iterable[str], threads: int) -> dict[str, Head]:
+    """Return what is there of these keys, as heads_of, each folder on a thread."""
+    folders: dict[str, set[str]] = {}
+    for key in keys:
+        folders.setdefault(key.rpartition("/")[0], set()).add(key)
+    found = spread(functools.partial(heads_of, store), folders.values(), threads)
+    return {key: head for heads in found for key, head in heads.items()}
+
+
 def find_nodes(store: Retrying, word: str, cluster: str, threads: int) -> list[About]:
     """Return the nodes that a word means: a name, else any part of a name, host id or address; "" means all.
 
@@ -4735,9 +4743,8 @@ def origin_of(unit: Unit, entry: Stored) -> tuple[str, str]:
         good = good and part not in ("", ".", "..") and not re.search("[/\0\ud800-\udc7f\udd00-\udfff]", part)
         good = good and len(os.fsencode(part)) <= 255
     if not good:
-        raise Corrupt(
-            f"a listing names {quote(entry.directory)}/{quote(entry.name)}", "no restore can put that anywhere"
-        )
+        what = f"a listing names {quote(entry.directory)}/{quote(entry.name)}"
+        raise Corrupt(what, "no restore can put that anywhere")
     return home, "/".join([*tail.split("/")[1:], ""])
 
 
@@ -4782,23 +4789,22 @@ def sstables_of(listings: Iterable[Listing]) -> list[SSTable]:
     Components of one name that came with different batches are one SSTable, unless both brought the same component:
     then a generation number was given twice.
     """
-    found: dict[tuple[str, str, str], dict[str, Stored]] = {}
-    lacking: dict[tuple[str, str, str], set[str]] = {}
+    found: dict[tuple[str, str, str], tuple[dict[str, Stored], set[str]]] = {}
     for listing in listings:
         for entry in listing.files:
             home, folder = origin_of(listing.unit, entry)
             if split := sstable_of(entry.name):
                 place = (home, folder + split[0], entry.seen or listing.unit.since)
-                found.setdefault(place, {})[entry.name] = entry
-                names = (name for name in (*listing.missing, *listing.lost) if name.startswith(split[0] + "-"))
-                lacking.setdefault(place, set()).update(names)
+                files, missing = found.setdefault(place, ({}, set()))
+                files[entry.name] = entry
+                missing.update(name for name in (*listing.missing, *listing.lost) if name.startswith(split[0] + "-"))
     whole: list[tuple[tuple[str, str, str], dict[str, Stored], set[str]]] = []
-    for place, files in sorted(found.items()):
+    for place, (files, missing) in sorted(found.items()):
         if whole and whole[-1][0][:2] == place[:2] and not whole[-1][1].keys() & files.keys():
             whole[-1][1].update(files)
-            whole[-1][2].update(lacking[place])
+            whole[-1][2].update(missing)
         else:
-            whole.append((place, dict(files), lacking[place]))
+            whole.append((place, files, missing))
     return [
         SSTable(*place, tuple(files.values()), tuple(sorted(missing - files.keys()))) for place, files, missing in whole
     ]
@@ -4866,9 +4872,8 @@ def choose_base(takings: Sequence[Taking], before: float, read: Callable[[Taking
     return replace(best, start=max(best.start, after))
 
 
-def unreplaced(batches: Iterable[Filed], read: Callable[[Filed], Listing]) -> list[Listing]:
+def unreplaced(batches: Sequence[Filed], read: Callable[[Filed], Listing]) -> list[Listing]:
     """Read the listings of incrementals, but for those that a roll-up replaces."""
-    batches = list(batches)
     rollups = [read(filed) for filed in batches if filed.state == "rollup"]
     replaced = {name for listing in rollups for name in listing.replaces}
     others = [filed for filed in batches if filed.state != "rollup" and filed.key.rpartition("/")[2] not in replaced]
@@ -4956,9 +4961,9 @@ class Fetch:
     name: str  # below the table's directory; of another generation where two SSTables share a name
 
 
-def renamed(sstable: SSTable, generation: int) -> str:
+def renamed(name: str, generation: int) -> str:
     """Return an SSTable's name with another generation: nb-7-big."""
-    folder, slash, name = sstable.name.rpartition("/")
+    folder, slash, name = name.rpartition("/")
     words = name.split("-")
     words[-1 if words[-1].isdecimal() else 1] = str(generation)
     return folder + slash + "-".join(words)
@@ -4972,7 +4977,7 @@ def fetches_of(chosen: Chosen) -> Iterator[Fetch]:
         name = sstable.name
         while name in taken:
             free += 1
-            name = renamed(sstable, free)
+            name = renamed(sstable.name, free)
         taken.add(name)
         folder = sstable.name.rpartition("/")[0]
         for entry in sstable.files:
@@ -5003,18 +5008,13 @@ class Plan:
         return sum(fetch.entry.stamp.size for fetch in self.fetches)
 
 
-def look_up(store: Retrying, entries: Iterable[Stored], threads: int) -> tuple[list[str], list[str]]:
+def look_up(store: Retrying, entries: Iterable[Stored], threads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the keys that are not there with the listed size, and those that must be thawed first."""
     sizes = {entry.key: entry.stamp.size for entry in entries}
-    folders: dict[str, set[str]] = {}
-    for key in sizes:
-        folders.setdefault(key.rpartition("/")[0], set()).add(key)
-    heads: dict[str, Head] = {}
-    for found in spread(functools.partial(heads_of, store), folders.values(), threads):
-        heads |= found
-    absent = [key for key, size in sizes.items() if key not in heads or heads[key].size != size]
-    frozen = [key for key in sizes if key in heads and heads[key].cold]
-    return absent, [key for key in frozen if (head := store.head(key)) and head.cold]  # only HEAD tells what is thawed
+    heads = find_heads(store, sizes, threads)
+    absent = tuple(key for key, size in sizes.items() if key not in heads or heads[key].size != size)
+    frozen = (key for key in sizes if key in heads and heads[key].cold)  # only HEAD tells what is thawed
+    return absent, tuple(key for key in frozen if (head := store.head(key)) and head.cold)
 
 
 @functools.lru_cache(1000)
@@ -5109,9 +5109,8 @@ class Arriving:
             crc32 = crc32_combine(crc32, self._crcs[start], min(_RANGE_BYTES, entry.stamp.size - start))
         self._crcs.clear()
         if hex32(crc32) != entry.crc32:
-            raise Corrupt(
-                f"{entry.key} has CRC-32 {hex32(crc32)}, listed as {entry.crc32}", "run cassbackup verify --deep"
-            )
+            what = f"{entry.key} has CRC-32 {hex32(crc32)}, listed as {entry.crc32}"
+            raise Corrupt(what, "run cassbackup verify --deep")
         with open(os.open(self._temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder), "rb+") as file:
             if os.geteuid() == 0:
                 os.fchown(file.fileno(), *self._owner)
@@ -5124,19 +5123,18 @@ class Arriving:
 
 
 Placed = tuple[Fetch, str, str]  # what, below which root, at which path there
+Progress = Callable[[int], None]  # is told how many bytes are there by now
 
 
 def place_staged(plan: Plan, into: str) -> list[Placed]:
     """Return where files go: <into>/<ks>/<table>/, as `nodetool import` and sstableloader take them, or <into>/."""
-    tables: dict[tuple[str, str], str] = {}
+    tables, placed = dict[tuple[str, str], str](), list[Placed]()
     for fetch in plan.fetches:
         name = (fetch.keyspace, table_id_of(fetch.table)[0])
         if tables.setdefault(name, fetch.table) != fetch.table:
             raise Usage(f"two tables are called {'.'.join(name)}", f"choose one: --table {name[0]}.{fetch.table}")
-    return [
-        (fetch, into, "/".join(filter(None, (fetch.keyspace, table_id_of(fetch.table)[0], fetch.name))))
-        for fetch in plan.fetches
-    ]
+        placed.append((fetch, into, "/".join(filter(None, (*name, fetch.name)))))
+    return placed
 
 
 def place_live(plan: Plan, homes: Mapping[str, str]) -> list[Placed]:
@@ -5169,10 +5167,9 @@ def check_space(placed: Sequence[Placed]) -> None:
     wanted: Counter[int] = Counter()
     roots: dict[int, str] = {}
     for fetch, root, path in placed:
-        at = os.path.join(root, path)
         device = os.stat(root).st_dev
         roots[device] = root
-        if not os.path.lexists(at):
+        if not os.path.lexists(os.path.join(root, path)):
             wanted[device] += fetch.entry.stamp.size
     for device, size in wanted.items():
         if size > (free := room_at(roots[device])):
@@ -5194,10 +5191,7 @@ def only_restore(roots: Iterable[str]) -> Iterator[None]:
         yield
 
 
-def _attempt(
-    store: Retrying, placed: Sequence[Placed], threads: int, progress: Callable[[int], None]
-) -> dict[str, Exception]:
-    """Restore files; return what went wrong, by path."""
+def _attempt(store: Retrying, placed: Sequence[Placed], threads: int, progress: Progress) -> dict[str, Exception]:
     wrong: dict[str, tuple[Arriving, Exception]] = {}
 
     def jobs() -> Iterator[tuple[Arriving, int]]:
@@ -5225,10 +5219,8 @@ def _attempt(
     return {path: error for path, (_, error) in wrong.items()}
 
 
-def receive_all(
-    store: Retrying, placed: Sequence[Placed], threads: int, progress: Callable[[int], None]
-) -> dict[str, Exception]:
-    """Restore files; return what went wrong, by path. `progress` is told how many bytes are there by now."""
+def receive_all(store: Retrying, placed: Sequence[Placed], threads: int, progress: Progress) -> dict[str, Exception]:
+    """Restore files; return what went wrong, by path."""
     wrong = _attempt(store, placed, threads, progress)
     damaged = [one for one in placed if isinstance(wrong.get(os.path.join(*one[1:])), Corrupt)]
     if damaged:  # perhaps on its way: once more
@@ -5244,33 +5236,26 @@ def receive_all(
     return wrong
 
 
-def tables_of(
-    filed: Iterable[Filed], words: Sequence[str], exclude: Sequence[str]
-) -> dict[tuple[str, str], list[Filed]]:
-    """Sort the listings of the selected tables by (keyspace, the table's directory)."""
-    tables: dict[tuple[str, str], list[Filed]] = {}
+def tables_of(filed: Iterable[Filed], words: Sequence[str], exclude: Sequence[str]) -> dict[Table, list[Filed]]:
+    """Sort the listings of the selected tables by table."""
+    tables: dict[Table, list[Filed]] = {}
     for one in filed:
-        if (
-            one.unit.kind != "archive"
-            and is_selected(one.unit, words)
-            and not (exclude and is_selected(one.unit, exclude))
-        ):
+        meant = is_selected(one.unit, words) and not (exclude and is_selected(one.unit, exclude))
+        if meant and one.unit.kind != "archive":
             tables.setdefault((one.unit.keyspace, one.unit.table), []).append(one)
     return tables
 
 
 def choose_backup(takings: Iterable[Taking], word: str) -> list[Taking]:
-    """Return what TAG, or TAG@<the beginning of a taking's UTC>, means: of all tables, the newest. Raises Missing."""
+    """Return what TAG, or TAG@<taking>, means: of all tables, the newest. Raises Missing."""
     backups = backups_of(takings)
-    tags = {backup[0].unit.tag for backup in backups}
-    tag, _, since = (word, "", "") if word in tags else word.rpartition("@") if "@" in word else (word, "", "")
-    fitting = [one for one in backups if one[0].unit.tag == tag and any(t.unit.since.startswith(since) for t in one)]
+    fitting = [backup for backup in backups if any(is_meant(taking, word) for taking in backup)]
     if not fitting:
-        near = difflib.get_close_matches(tag, sorted(tags), 3, 0.3) or sorted(tags)[-3:]
-        raise Missing(
-            f"no snapshot {word!r}", f"there are {', '.join(near)}" if near else "`cassbackup list` shows what is"
-        )
-    return fitting[-1]
+        tags = sorted({backup[0].unit.tag for backup in backups})
+        near = difflib.get_close_matches(word.partition("@")[0], tags, 3, 0.3) or tags[-3:]
+        hint = f"there are {', '.join(near)}" if near else "`cassbackup list` shows what is"
+        raise Missing(f"no snapshot {word!r}", hint)
+    return max(fitting, key=lambda backup: (backup[0].unit.tag == word, backup[0].unit.since))
 
 
 def created_of(store: Retrying, listing: Listing) -> float:
@@ -5283,7 +5268,7 @@ def created_of(store: Retrying, listing: Listing) -> float:
     return 0.0
 
 
-def choose_table(store: Retrying, node: str, table: tuple[str, str], filed: Sequence[Filed], before: float) -> Chosen:
+def choose_table(store: Retrying, node: str, table: Table, filed: Sequence[Filed], before: float) -> Chosen:
     """Read as many listings of a table as it takes, and choose what it is restored from."""
 
     def read(taking: Taking) -> Base | None:
@@ -5340,8 +5325,8 @@ def make_plan(store: Retrying, node: str, moment: str, tables: Sequence[Chosen],
     """Turn what was chosen into files, and look for every object. Raises Corrupt for a listing that lies."""
     fetches = tuple(fetch for chosen in tables for fetch in fetches_of(chosen))
     troubles = [f"{quote(one.keyspace)}.{quote(one.table)}: {trouble}" for one in tables for trouble in one.troubles]
-    absent, cold = look_up(store, (fetch.entry for fetch in fetches), threads)
-    return Plan(node, moment, tuple(tables), fetches, tuple(troubles), tuple(absent), tuple(cold))
+    absent_and_cold = look_up(store, (fetch.entry for fetch in fetches), threads)
+    return Plan(node, moment, tuple(tables), fetches, tuple(troubles), *absent_and_cold)
 
 
 def plan_archive(store: Retrying, node: str, directory: str, threads: int) -> Plan:
@@ -5355,9 +5340,8 @@ def plan_archive(store: Retrying, node: str, directory: str, threads: int) -> Pl
     fetches = tuple(Fetch(entry, "", "", directory, name) for name, entry in entries.items())
     lost = sorted({name for listing in listings for name in listing.lost} - entries.keys())
     troubles = tuple(f"{quote(name)} was lost before it could be stored" for name in lost)
-    absent, cold = look_up(store, entries.values(), threads)
     moment = f"{rfc3339(utc(store.now()))}, archive {quote(directory)}"
-    return Plan(node, moment, (), fetches, troubles, tuple(absent), tuple(cold))
+    return Plan(node, moment, (), fetches, troubles, *look_up(store, entries.values(), threads))
 
 
 # ======================================================================================================
@@ -5432,12 +5416,6 @@ def condemn(store: Retrying, node: str, keys: Iterable[str], deleted: bool = Fal
     return key
 
 
-def condemned_of(store: Retrying, node: str) -> Iterator[tuple[Head, frozenset[str], bool]]:
-    """Yield the condemned files of a node, the keys in each, and whether they are deleted. Raises Corrupt."""
-    for head in store.list(f"{node}.condemned/"):
-        yield head, *load_condemned(node, head.key, b"".join(store.get(head.key)))
-
-
 @dataclass(frozen=True, slots=True)
 class Retention:
     """What is to be kept of each table's snapshots; durations in seconds, 0 for what was not asked for."""
@@ -5473,8 +5451,8 @@ def _kept(takings: Sequence[Taking], retention: Retention, now: float) -> tuple[
 
 def _chosen_by_tag(takings: Sequence[Taking], retention: Retention) -> set[Unit]:
     """Return the takings that --tag means, but for the last good one of the table."""
-    tag, _, since = retention.tag.rpartition("@") if "@" in retention.tag else (retention.tag, "", "")
-    chosen = {one.unit for one in takings if one.unit.tag == tag and one.unit.since.startswith(since)}
+    meant = [one.unit for one in takings if is_meant(one, retention.tag)]
+    chosen = {unit for unit in meant if unit.tag == retention.tag} or {*meant}
     good = [one for one in takings if one.complete and not is_automatic(one.unit.tag)]
     last = max(good, key=lambda one: one.newest.when, default=None)
     return chosen - {last.unit} if last and not retention.force else chosen
@@ -5514,8 +5492,8 @@ def expired_listings(
     }
     if reached:
         expired |= {one.key for one in batches if wanted.isdisjoint(entry.key for entry in listings[one.key].files)}
-    by_name = {one.key.rpartition("/")[2]: one.key for one in filed if one.unit.kind == "incremental"}
-    for one in filed:
+    by_name = {one.key.rpartition("/")[2]: one.key for one in batches}
+    for one in batches:
         there = {(entry.directory, entry.name, entry.key) for entry in listings[one.key].files}
         for key in (by_name[name] for name in listings[one.key].replaces if name in by_name):
             if key != one.key and {(entry.directory, entry.name, entry.key) for entry in listings[key].files} <= there:
@@ -5542,8 +5520,8 @@ class Pruning:
         going: dict[str, int] = {}
         records = self._tag_records()  # before the listings: what they name, and no listing is there, is gone
         now = hear_time(self._store, self._node)
-        tables = itertools.groupby(filed_in(self._store, self._node), lambda one: (one.unit.keyspace, one.unit.table))
-        for _, group in tables:
+        there = filed_in(self._store, self._node, strict=True)
+        for _, group in itertools.groupby(there, lambda one: (one.unit.keyspace, one.unit.table)):
             filed = list(group)
             read = spread(functools.partial(read_filed, self._store, self._node, texts={}), filed, threads)
             listings = {one.key: listing for one, listing in zip(filed, read, strict=True)}
@@ -5594,7 +5572,8 @@ class Pruning:
 
     def confirm(self) -> int:
         """Condemn, delete the listings, and delete what was condemned a day ago; return how many objects went."""
-        condemned = list(condemned_of(self._store, self._node))
+        heads = self._store.list(f"{self._node}.condemned/")
+        condemned = [(one, *load_condemned(self._node, one.key, b"".join(self._store.get(one.key)))) for one in heads]
         fresh = self.objects.keys() - set(itertools.chain(*(keys for _, keys, deleted in condemned if not deleted)))
         if fresh:
             condemn(self._store, self._node, fresh)
@@ -5622,7 +5601,7 @@ class Pruning:
 
     def _read_new(self) -> None:
         """Read listings that were written since the last look: what they name stays."""
-        for filed in filed_in(self._store, self._node):
+        for filed in filed_in(self._store, self._node, strict=True):
             if filed.key not in self._known:
                 self._named |= {entry.key for entry in read_filed(self._store, self._node, filed).files}
                 self._known.add(filed.key)
@@ -5959,7 +5938,7 @@ def check_history(case: Case) -> Iterator[Finding]:
         detail, good = f"{silent / 60:.0f} minutes ago", silent < 3 * case.settings.heartbeat
         detail += "; no daemon runs here" * (not case.holder)
         yield judge("heartbeat", good, detail, "bad" if case.holder else "warning", cure)
-    oldest = min((filed.when for filed in filed_in(store, node, warn_of)), default=now)
+    oldest = min((filed.when for filed in filed_in(store, node)), default=now)
     condemned = max((head.modified for head in store.list(f"{node}.condemned/")), default=0.0)
     last = f"{(now - condemned) / 86400:.0f} days ago" if condemned else "no trace of one"  # till the next, if it found
     detail = f"the oldest listing is {(now - oldest) / 86400:.0f} days old; the last prune: {last}"
@@ -6202,16 +6181,16 @@ class Chronicle:
     def __init__(self, store: Retrying, about: About, begin: float, now: float) -> None:
         self._store, self._about, self._begin, self._now = store, about, begin, now
         self._signs, self._flushes = set[float](), set[float]()
-        self._first: dict[tuple[str, str], float] = {}
-        self._newest: dict[tuple[str, str], float] = {}  # when an incremental was listed
-        self._late: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        self._takings: dict[tuple[str, str], list[Taking]] = {}
+        self._first: dict[Table, float] = {}
+        self._newest: dict[Table, float] = {}  # when an incremental was listed
+        self._late: dict[Table, list[tuple[float, float]]] = {}
+        self._takings: dict[Table, list[Taking]] = {}
         self._rollups: list[Filed] = []
         self._earliest: dict[float, Filed] = {}  # incrementals, of each hour the first
 
     def picture(self, words: Sequence[str], threads: int) -> Picture:
         """Return the picture of the tables that are meant. Raises Missing if there are none."""
-        filed = filed_in(self._store, self._about.name, warn_of)
+        filed = filed_in(self._store, self._about.name)
         for table, group in itertools.groupby(filed, lambda one: (one.unit.keyspace, one.unit.table)):
             self._read_table(table, group, words)
         beats, page = self._read_beats()
@@ -6232,7 +6211,7 @@ class Chronicle:
     def _sign(self, signs: set[float], begin: float, end: float) -> None:
         signs |= {begin // 60 * 60, min(-(-end // 60) * 60, max(end, self._now))}
 
-    def _read_table(self, table: tuple[str, str], group: Iterable[Filed], words: Sequence[str]) -> None:
+    def _read_table(self, table: Table, group: Iterable[Filed], words: Sequence[str]) -> None:
         snapshots, batch = list[Filed](), False
         for one in group:
             found = seconds_of(one.listed)
@@ -6261,20 +6240,18 @@ class Chronicle:
         past = [one for one in takings if one.complete and seconds_of(one.newest.listed) < self._begin]
         base = max((one.unit.since for one in past if not emptied_at(one.unit.tag)), default="")
         gone = {one.unit for one in past if one.unit.since != base and not emptied_at(one.unit.tag)}
-        kept = [one for one in takings if one.unit not in gone]
         if table in self._first:
-            self._takings[table] = kept
+            self._takings[table] = [one for one in takings if one.unit not in gone]
 
     def _read_beats(self) -> tuple[list[float], dict[str, Any]]:
         prefix = f"{self._about.name}.listings/heartbeat/"
         stamps = [head.key.removeprefix(prefix).removesuffix(".json") for head in self._store.list(prefix)]
         stamps = sorted(stamp for stamp in stamps if is_utc(stamp) and seconds_of(stamp) <= self._now)
         page: dict[str, Any] = {}
-        with contextlib.suppress(Missing):
-            try:
-                page = read_page(self._store, prefix + stamps[-1]) if stamps else {}
-            except Corrupt as fault:
-                warn_of(fault)
+        try:
+            page = read_page(self._store, prefix + stamps[-1]) if stamps else {}
+        except (Corrupt, Missing) as fault:
+            warn_of(fault)
         return list(map(seconds_of, stamps)), page
 
     def _read_waiting(self, page: Mapping[str, Any], beat: float) -> float:
@@ -6301,7 +6278,7 @@ class Chronicle:
         try:
             return about(read_filed(self._store, self._about.name, filed))
         except (Corrupt, Missing) as fault:
-            log.warning("left out error=%s", quote(str(fault)))
+            warn_of(fault)
             return None
 
     def _was_away(self, gap: Span) -> bool:
@@ -6336,7 +6313,7 @@ class Chronicle:
                 yield one.unit, Point(seconds_of(whole), end - delayed[one.unit], "whole")
 
     def _lanes(self, life: Sequence[Span], threads: int) -> Iterator[Lane]:
-        points: dict[tuple[str, str], list[Point]] = {}
+        points: dict[Table, list[Point]] = {}
         for unit, point in self._points(threads):
             points.setdefault((unit.keyspace, unit.table), []).append(point)
         after: dict[tuple[str, str], float] = {}
@@ -6499,8 +6476,7 @@ def _title(lane: Lane, run: Run) -> str:
     return f"<title>{_e(f'{lane.name}, {span}: {STATES[run.state].text}{lost}')}</title>"
 
 
-def _lane(picture: Picture, number: int, runs: Sequence[Run], y: int, titles: bool) -> Iterator[str]:
-    lane, last = picture.lanes[number][0], picture.lanes[number][1][-1]
+def _lane(picture: Picture, lane: Lane, last: Stretch, runs: Sequence[Run], y: int, titles: bool) -> Iterator[str]:
     name, kind = table_id_of(lane.table)[0], ' class="key"' * (last.state != "whole")
     short = _e(name) if len(name) <= 28 else f"{_e(name[:27])}…<title>{_e(lane.name)}</title>"
     yield f'<text class="end" x="{_LEFT - 12}" y="{y + 10}">{short}</text>'
@@ -6521,11 +6497,11 @@ def _svg(picture: Picture) -> str:
         runs = [runs_of(parts, picture.begin, picture.now, columns) for _, parts in picture.lanes]
         columns //= 2
     lines, y, keyspace = list[str](), 36, None
-    for number, (lane, _) in enumerate(picture.lanes):
+    for (lane, parts), drawn in zip(picture.lanes, runs, strict=True):
         if lane.keyspace != keyspace:
             keyspace, y = lane.keyspace, y + 30
             lines.append(f'<text class="key" x="0" y="{y - 6}">{_e(keyspace)}</text>')
-        lines += _lane(picture, number, runs[number], y, sum(map(len, runs)) <= _RUNS)
+        lines += _lane(picture, lane, parts[-1], drawn, y, sum(map(len, runs)) <= _RUNS)
         y += 18
     head = f'<text class="soft end" x="{_LEFT - 12}" y="35">snapshots</text>' * bool(picture.backups)
     head += f'<text class="soft" x="{_LEFT + _WIDTH + 12}" y="12">lost, if now</text>'
@@ -6629,18 +6605,18 @@ def yaml_list(text: str, key: str) -> list[str]:
     return [name for item in items if (name := item.strip().strip("\"'"))]
 
 
-def cassandra_yaml(etc: str = "/etc/cassandra") -> str:
+def cassandra_yaml() -> str:
     """Return the text of cassandra.yaml, "" where there is none."""
-    for path in (f"{etc}/cassandra.yaml", f"{etc}/conf/cassandra.yaml"):
+    for path in ("/etc/cassandra/cassandra.yaml", "/etc/cassandra/conf/cassandra.yaml"):
         if os.path.exists(path):
             with open(path, errors="surrogateescape") as file:
                 return file.read()
     return ""
 
 
-def data_directories(paths: Sequence[str], etc: str = "/etc/cassandra") -> list[str]:
+def data_directories(paths: Sequence[str]) -> list[str]:
     """Return the directories to watch: as given, as cassandra.yaml says, or where Cassandra usually keeps its data."""
-    found = list(paths) or yaml_list(cassandra_yaml(etc), "data_file_directories")
+    found = list(paths) or yaml_list(cassandra_yaml(), "data_file_directories")
     found = found or [path for path in ("/var/lib/cassandra/data", "/data") if os.path.isdir(f"{path}/system")]
     if not found:
         raise Usage("no data directory found", "name it: cassbackup /var/lib/cassandra/data")
@@ -6724,6 +6700,8 @@ def identify(settings: Settings, environ: Mapping[str, str], known: Mapping[str,
     A changed host name with the same instance id keeps the name; a changed instance id is a new node; a failed
     detection changes nothing.
     """
+    if not settings.bucket:
+        raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
     bare, machine_id = "://" not in settings.bucket, read_machine_id()
     settled = settings.name or known.get("instance") == machine_id[:12]  # off cloud, and still the same machine
     cloud = detect_cloud(environ) if bare or not settled else None
@@ -6850,7 +6828,7 @@ def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
     return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
 
 
-def show_rate(what: str, total: int, shown: bool) -> Callable[[int], None]:
+def show_rate(what: str, total: int, shown: bool) -> Progress:
     """Return what tells how far a transfer of so many bytes (0: unknown) is, on a terminal or in the log."""
     began, said = time.monotonic(), [time.monotonic()]
 
@@ -7061,8 +7039,8 @@ def ring_place(nodetool: Nodetool) -> dict[str, Any]:
     return page | {"tokens": told("Token", info), "cassandra": nodetool("version").partition(":")[2].strip()}
 
 
-def tables_with_snapshot(directories: Sequence[str], tag: str, filters: Filters) -> set[tuple[str, str]]:
-    """Return (keyspace, the table's directory) of what has a snapshot of this tag on disk and is to be stored."""
+def tables_with_snapshot(directories: Sequence[str], tag: str, filters: Filters) -> set[Table]:
+    """Return the tables that have a snapshot of this tag on disk which is to be stored."""
     tables = set()
     for root in directories:
         for keyspace in os.listdir(root):
@@ -7074,7 +7052,7 @@ def tables_with_snapshot(directories: Sequence[str], tag: str, filters: Filters)
     return tables
 
 
-def snapshot_size(directories: Sequence[str], tag: str, table: tuple[str, str]) -> int:
+def snapshot_size(directories: Sequence[str], tag: str, table: Table) -> int:
     """Return the bytes of a table's snapshot on disk."""
     size = 0
     for root in directories:
@@ -7084,7 +7062,7 @@ def snapshot_size(directories: Sequence[str], tag: str, table: tuple[str, str]) 
     return size
 
 
-def listed_of(store: Retrying, node: str, table: tuple[str, str], tag: str, since: str) -> str:
+def listed_of(store: Retrying, node: str, table: Table, tag: str, since: str) -> str:
     """Return the key of a complete listing of a table's snapshot that was taken since then, "" if there is none."""
     prefix = listings_of(node, Unit("snapshot", *table, tag, "x"))[: -len("x/")]
     filed = (filed_as(node, head) for head in store.list(prefix, prefix + since[:-1]))
@@ -7096,9 +7074,9 @@ class SnapshotWait:
 
     def __init__(self, store: Retrying, identity: Identity, settings: Settings, tag: str, since: str) -> None:
         self._store, self._node, self._settings, self._tag, self._since = store, identity.node, settings, tag, since
-        self.keys: dict[tuple[str, str], str] = {}  # the listings, by table
+        self.keys: dict[Table, str] = {}  # the listings, by table
 
-    def check(self, tables: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    def check(self, tables: set[Table]) -> set[Table]:
         """Return the tables that are not listed complete."""
         asked = sorted(tables - self.keys.keys())
         find = functools.partial(listed_of, self._store, self._node, tag=self._tag, since=self._since)
@@ -7106,7 +7084,7 @@ class SnapshotWait:
         self.keys |= {table: key for table, key in found if key}
         return tables - self.keys.keys()
 
-    def wait(self, tables: Mapping[tuple[str, str], int], store_here: Callable[[], int]) -> set[tuple[str, str]]:
+    def wait(self, tables: Mapping[Table, int], store_here: Callable[[], int]) -> set[Table]:
         """Return which of these tables, given with their bytes, will not be listed complete."""
         began, said, waiter, total = time.time(), time.monotonic(), threading.Event(), sum(tables.values())
         show, first = show_rate(f"{self._tag}: stored", total, sys.stderr.isatty()), dict[str, Any]()
@@ -7204,9 +7182,8 @@ def snapshot(settings: Settings, environ: Mapping[str, str]) -> int:
     sizes = {table: snapshot_size(directories, tag, table) for table in tables}
     if missing := waiting.wait(sizes, lambda: watch(here, environ)):
         names = ", ".join(f"{keyspace}.{table_id_of(table)[0]}" for keyspace, table in sorted(missing)[:9])
-        raise Fault(
-            f"{len(missing)} of {len(tables)} tables are not listed whole: {names}", f"snapshot {tag} stays on disk"
-        )
+        what = f"{len(missing)} of {len(tables)} tables are not listed whole: {names}"
+        raise Fault(what, f"snapshot {tag} stays on disk")
     record_tag(store, identity.node, tag, since, waiting.keys.values(), nodetool, settings.cqlsh)
     if not settings.keep:
         nodetool("clearsnapshot", "-t", tag)
@@ -7235,8 +7212,6 @@ def doctor(settings: Settings, environ: Mapping[str, str]) -> int:
     except (Fault, OSError) as error:
         found.append(finding_of("data", error))
     try:
-        if not settings.bucket:
-            raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
         areas = [path for root in directories for path in area_paths(os.path.realpath(root), settings.pin_dir)]
         memories = [read_json(os.path.join(path, "identity.json")) for path in (settings.state_dir, *areas)]
         known = next(filter(None, memories), {})
@@ -7273,10 +7248,8 @@ def open_bucket(settings: Settings, environ: Mapping[str, str]) -> Retrying:
     if not url:
         raise Usage("no bucket", "set BUCKET_NAME, or pass --bucket")
     region = settings.region or (cloud.region if cloud else known.get("region", ""))
-    pause = threading.Event()
-    return Retrying(
-        open_store(url, access_of(settings, region), new=False), pause.wait, 120.0, Budget(settings.max_bandwidth)
-    )
+    raw = open_store(url, access_of(settings, region), new=False)
+    return Retrying(raw, threading.Event().wait, 120.0, Budget(settings.max_bandwidth))
 
 
 def meant_nodes(store: Retrying, settings: Settings) -> list[About]:
@@ -7356,13 +7329,13 @@ def _read_backup(store: Retrying, node: str, backup: Sequence[Taking], known: se
 def look_at_node(store: Retrying, settings: Settings, about: About) -> dict[str, Any]:
     """Return what JSON says of one node, by the names of its listings; with --tag they are read as well."""
     filed, last, batches = list[Filed](), about.heard, dict[str, list[str]]()
-    for one in filed_in(store, about.name, warn_of):
+    for one in filed_in(store, about.name):
         last = max(last, one.listed)
         if is_selected(one.unit, settings.table):
             filed.append(one)
             if one.unit.kind != "snapshot" and not settings.tag:
                 batches.setdefault(one.unit.tag or f"{one.unit.keyspace}.{one.unit.table}", []).append(one.listed)
-    backups = [one for one in backups_of(takings_of(filed)) if is_meant(one, settings.tag)]
+    backups = [one for one in backups_of(takings_of(filed)) if any(is_meant(taking, settings.tag) for taking in one)]
     pages, known = list(map(_backup_page, backups)), set[str]()
     for page, backup in zip(pages, backups, strict=True) if settings.tag else ():
         page |= _read_backup(store, about.name, backup, known, settings.threads)
@@ -7464,7 +7437,7 @@ def topology_text(places: Sequence[Mapping[str, Any]], older: Mapping[str, str],
 
 def _nothing_matches(store: Retrying, nodes: Sequence[About], settings: Settings) -> Missing:
     """Return the fault that names the prefix searched, and what comes near."""
-    units = {one.unit for about in nodes for one in filed_in(store, about.name, warn_of)}
+    units = {one.unit for about in nodes for one in filed_in(store, about.name)}
     word, what = settings.tag, "tags"
     names = {unit.tag for unit in units if unit.kind == "snapshot" and is_selected(unit, settings.table)}
     if not word or not names:
@@ -7472,10 +7445,8 @@ def _nothing_matches(store: Retrying, nodes: Sequence[About], settings: Settings
         names = {f"{unit.keyspace}.{table_id_of(unit.table)[0]}" for unit in units if unit.kind != "archive"}
     near = difflib.get_close_matches(word, sorted(names), 3, 0.3) or sorted(names)[-3:]
     where = f"{store.url}/{nodes[0].name if len(nodes) == 1 else '*'}.listings/"
-    return Missing(
-        f"nothing matches below {where}",
-        f"there are the {what} {', '.join(map(quote, near))}" if near else "there are no snapshots",
-    )
+    hint = f"there are the {what} {', '.join(map(quote, near))}" if near else "there are no snapshots"
+    return Missing(f"nothing matches below {where}", hint)
 
 
 def list_(settings: Settings, environ: Mapping[str, str]) -> int:
@@ -7507,21 +7478,21 @@ def selected(store: Retrying, settings: Settings, node: str) -> list[Filed]:
 
     The latest of a table are those of its newest whole snapshot, and of the incrementals since.
     """
-    filed = [one for one in filed_in(store, node, warn_of) if is_selected(one.unit, settings.table)]
+    filed = [one for one in filed_in(store, node) if is_selected(one.unit, settings.table)]
     if settings.tag:
         chosen = {taking.unit for taking in choose_backup(takings_of(filed), settings.tag)}
         filed = [one for one in filed if one.unit in chosen]
     elif settings.latest:
-        newest: dict[tuple[str, str], Unit] = {}
+        newest: dict[Table, Unit] = {}
         for taking in sorted(takings_of(filed), key=lambda taking: taking.newest.listed):
             if taking.complete and not is_automatic(taking.unit.tag):
                 newest[taking.unit.keyspace, taking.unit.table] = taking.unit
 
         def is_latest(one: Filed) -> bool:
             base = newest.get((one.unit.keyspace, one.unit.table))
-            if one.unit.kind == "snapshot" or not base:
-                return one.unit == base or one.unit.kind != "snapshot"
-            return one.listed > base.since and one.state != "rollup"
+            if one.unit.kind == "snapshot":
+                return one.unit == base
+            return not base or (one.listed > base.since and one.state != "rollup")
 
         filed = list(filter(is_latest, filed))
     if not filed:
@@ -7546,7 +7517,7 @@ class Verification:
         self.cold: list[str] = []
         self.stale: list[str] = []
 
-    def check_table(self, filed: Iterable[Filed], progress: Callable[[int], None]) -> None:
+    def check_table(self, filed: Iterable[Filed], progress: Progress) -> None:
         """Check everything that these listings name."""
         listings, texts = [], dict[str, str]()
         for one in filed:
@@ -7577,11 +7548,8 @@ class Verification:
 
         Where nothing was selected, only what looks odd in a list of the folder is asked for.
         """
-        folders: dict[str, set[str]] = {}
-        for entry in () if self._ask else entries:
-            folders.setdefault(entry.key.rpartition("/")[0], set()).add(entry.key)
-        found = spread(functools.partial(heads_of, self._store), folders.values(), self._threads)
-        heads = {key: head for part in found for key, head in part.items()}
+        listed = () if self._ask else [entry.key for entry in entries]
+        heads = find_heads(self._store, listed, self._threads)
 
         def look(entry: Stored) -> tuple[str, str]:
             head = heads.get(entry.key)
@@ -7624,21 +7592,20 @@ def plan_of(store: Retrying, node: str, settings: Settings) -> Plan:
     exclude = settings.exclude_table
     exclude += ("system.local", "system.peers*") if settings.new_node else ()
     exclude += () if settings.table or settings.in_place else ("system", "system_*")  # those cannot be imported
-    tables = tables_of(filed_in(store, node, warn_of), settings.table, exclude)
+    tables = tables_of(filed_in(store, node), settings.table, exclude)
+    before = settings.at or store.now()
     if settings.tag:
         backup = choose_backup((taking for filed in tables.values() for taking in takings_of(filed)), settings.tag)
         read = spread(functools.partial(read_taking, store, node), backup, settings.threads)
         chosen, moment = list(map(choose_taking, read)), f"{quote(backup[0].unit.tag)}@{backup[0].unit.since}"
     else:
-        before = settings.at or store.now()
         moment = rfc3339(utc(before))
 
-        def choose(item: tuple[tuple[str, str], list[Filed]]) -> Chosen:
+        def choose(item: tuple[Table, list[Filed]]) -> Chosen:
             return choose_table(store, node, *item, before)
 
         chosen = newest_of_names(spread(choose, tables.items(), settings.threads), before)
     if settings.schema_only:
-        before = settings.at or store.now()
         chosen = [schema_alone(store, node, one, tables[one.keyspace, one.table], before) for one in chosen]
     if not chosen:
         hint = "`cassbackup list` shows what there is; a TIME without a zone is UTC"
@@ -7660,9 +7627,8 @@ def notes_on(store: Retrying, plan: Plan, before: float) -> list[str]:
         if not through < "3" or through < rfc3339(utc(before)):
             notes.append(f"what {plan.node} found after {through} may not be in the bucket")
     if store.now() - (before or min(one.base.end for one in plan.tables)) > 10 * 86400:
-        notes.append(
-            "older than 10 days (the default gc_grace_seconds): what was deleted since can come back on a live node"
-        )
+        old = "older than 10 days (the default gc_grace_seconds)"
+        notes.append(f"{old}: what was deleted since can come back on a live node")
     return notes
 
 
@@ -7714,8 +7680,8 @@ def map_homes(homes: Sequence[str], given: Sequence[str]) -> dict[str, str]:
     mapped: dict[str, str] = {}
     with contextlib.suppress(Usage):
         mapped = {home: home for home in data_directories(()) if home in homes}
-    if len(plain) == 1 or len(plain) == len(homes):
-        mapped = dict(zip(homes, plain * len(homes) if len(plain) == 1 else plain, strict=True))
+    if len(plain) in (1, len(homes)):
+        mapped = dict(zip(homes, itertools.cycle(plain), strict=False))
     elif plain:
         raise Usage(f"{len(plain)} data directories for {len(homes)}", f"pass OLD=NEW for each of {' '.join(homes)}")
     if unknown := sorted(pairs.keys() - {*homes}):
@@ -7769,9 +7735,8 @@ def _put_live(staged: str, keyspace: str, table: str) -> None:
     """Rename staged SSTables into the table's newest directory, under generations that are free there."""
     homes = [os.path.join(data, keyspace) for data in data_directories(())]
     found = [os.path.join(home, name) for home in homes if os.path.isdir(home) for name in os.listdir(home)]
-    live = max(
-        (one for one in found if table_id_of(os.path.basename(one))[0] == table), key=os.path.getmtime, default=""
-    )
+    lives = [one for one in found if table_id_of(os.path.basename(one))[0] == table]
+    live = max(lives, key=os.path.getmtime, default="")
     if not live:
         raise Missing(f"no directory of {keyspace}.{table}", "create the table first")
     names = [name for folder in (live, f"{live}/backups") if os.path.isdir(folder) for name in os.listdir(folder)]
@@ -7780,7 +7745,7 @@ def _put_live(staged: str, keyspace: str, table: str) -> None:
     for name in sorted(os.listdir(staged), key=lambda name: name.endswith("-Data.db")):  # Data.db last
         if split := sstable_of(name):
             number = numbers.setdefault(split[0], free + len(numbers) + 1)
-            target = f"{renamed(SSTable('', split[0], '', ()), number)}-{split[1]}"
+            target = f"{renamed(split[0], number)}-{split[1]}"
             os.rename(os.path.join(staged, name), os.path.join(live, target))
 
 
@@ -8143,11 +8108,7 @@ _STORE = (
     Option("--name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>"),
     Option("--max-bandwidth", "RATE", 50.0 * MIB, "bytes a second for the whole node, as 50M; 0 is no limit"),
 )
-_BUCKET = (
-    *_ACCESS,
-    Option("--max-bandwidth", "RATE", 0.0, "bytes a second, as 50M; 0 is no limit"),
-    _STATE,
-)
+_BUCKET = (*_ACCESS, Option("--max-bandwidth", "RATE", 0.0, "bytes a second, as 50M; 0 is no limit"), _STATE)
 _NODE = (
     Asked("--node", "WORD", "", "a node: any unique part of its name, host id or address (default: this one)"),
     Asked("--cluster", "NAME", "", "only nodes of this cluster"),
@@ -8158,12 +8119,7 @@ _TAG = Asked("--tag", "TAG", "", "this snapshot; TAG@<taking> where the tag was 
 _NODETOOL = Option("--nodetool", "CMD", "nodetool", "how to call nodetool, as 'nodetool -u me -pwf file'")
 _AT = Asked("--at", "TIME", 0.0, "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such")
 _LATEST = Asked("--latest", "", False, "the newest there is of each table")
-_LIST = (
-    _TAG,
-    _TABLES,
-    Asked("--topology", "", False, "for a new cluster: tokens, rack, newest snapshot"),
-    _AT,
-)
+_LIST = (_TAG, _TABLES, Asked("--topology", "", False, "for a new cluster: tokens, rack, newest snapshot"), _AT)
 _VERIFY = (
     *(_TAG, _LATEST, _TABLES),
     Asked("--deep", "", False, "download everything and compare its bytes"),

@@ -85,6 +85,16 @@ def test_without_a_bucket_it_prints_short_help_and_ends_with_exit_2(run_cassback
         assert len(said.splitlines()) < 12
 
 
+@pytest.mark.parametrize("command", ["snapshot", "list", "restore"])
+def test_without_a_bucket_a_command_asks_for_one_and_ends_with_exit_2(
+    run_cassbackup: Run, node: Node, tmp_path: Path, command: str
+) -> None:
+    more = {"snapshot": ("--paths", node.data_dirs[0]), "list": (), "restore": ("--latest",)}[command]
+    said = complaint(run_cassbackup(command, *more, "--state-dir", tmp_path, check=2))
+    assert "no bucket" in said
+    assert "set BUCKET_NAME" in said
+
+
 def test_without_a_bucket_it_names_the_daemon_that_runs_here(scene: Scene, node: Node) -> None:
     scene.start(*node.data_dirs)
     done = scene.run("watch", "--state-dir", scene.state, check=2)

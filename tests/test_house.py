@@ -33,7 +33,7 @@ ROOMS = (
 
 # The house was drawn for 3,000. Built, with what reviews and faults asked for, it needs more; but it may not grow
 # unnoticed.
-MAX_LINES = 8250
+MAX_LINES = 8450
 MAX_FUNCTION = 50
 SHORT_FUNCTION, SHORT_SHARE = 15, 0.60
 MAX_BROAD_HANDLERS = 5

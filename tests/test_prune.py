@@ -113,6 +113,13 @@ def test_so_many_of_the_last_days_weeks_and_months_are_kept() -> None:
     assert shelf.kept_tags(now, monthly=3) == ["d30", "d58", "d59"]
 
 
+def test_a_tag_goes_by_its_name_or_by_one_taking_even_if_it_holds_an_at_sign() -> None:
+    shelf = Shelved(*(snapshot(tag, EPOCH + day * DAY) for day, tag in enumerate(["a@b", "a", "a", "z"])))
+    assert shelf.kept_tags(EPOCH + 9 * DAY, tag="a@b") == ["a", "z"]
+    assert shelf.kept_tags(EPOCH + 9 * DAY, tag="a") == ["a@b", "z"]
+    assert len(shelf.gone(EPOCH + 9 * DAY, tag=f"a@{utc(EPOCH + DAY)[:9]}")) == 1
+
+
 def test_the_last_good_snapshot_of_a_table_is_never_let_go_however_old() -> None:
     shelf = Shelved(snapshot("good", EPOCH), snapshot("bad", EPOCH + DAY, complete=False))
     assert shelf.kept_tags(EPOCH + 900 * DAY, within=HOUR) == ["good"]
