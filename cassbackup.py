@@ -2457,7 +2457,7 @@ class Pinner:
         self._warm: OrderedDict[Place, int] = OrderedDict()
         self._warm_names = 0  # the sum of them
         self._later: dict[Place, None] = {}
-        self._refused: set[str] = set()
+        self._refused: dict[str, float] = {}  # path of a directory: since when it cannot be looked into (time.time)
         self._unarmed = False  # some place has no watch: only looking again and again finds what is new there
         self._over = False
 
@@ -2593,9 +2593,9 @@ class Pinner:
         """Return the tables that have directories, as keyspace/table-id."""
         return sorted(set(self._tables.values()))
 
-    def refused(self) -> list[str]:
-        """Return the directories that could not be looked into, and are still there."""
-        return sorted(filter(os.path.lexists, list(self._refused)))
+    def refused(self) -> dict[str, float]:
+        """Return since when directories that are there cannot be looked into (time.time)."""
+        return {path: since for path, since in sorted(self._refused.items()) if os.path.lexists(path)}
 
     def forget(self) -> None:
         """Take nothing for listed any more, and look everywhere again: the bucket is not what it was."""
@@ -2653,7 +2653,7 @@ class Pinner:
             rest = 0.0 if place.tag else 5 * min(0.2, time.monotonic() - began)
             place.ready = time.monotonic() + 0.01 + rest
         if not place.refused:
-            self._refused.discard(place.path)
+            self._refused.pop(place.path, None)
 
     def _sort(self, place: Place, fd: int) -> None:
         """Enter directories, pin new files, count what is neither."""
@@ -2884,7 +2884,7 @@ class Pinner:
         path = area.source(relative)
         linked = path not in self._refused and os.path.islink(path) and os.path.isdir(path)
         if linked and self.filters.directory(relative.split("/")):
-            self._refused.add(path)
+            self._refused[path] = time.time()
             self.counts["refused"] += 1
             hint = "move it to a data directory of its own; or leave it out: --exclude-keyspace, --exclude-table"
             log.error("symbolic link, nothing behind it is stored path=%s hint=%s", quote(path), hint)
@@ -2894,7 +2894,7 @@ class Pinner:
         place.mtime_ns, place.refused = 0, True
         self.counts["refused"] += 1
         if place.path not in self._refused:
-            self._refused.add(place.path)
+            self._refused[place.path] = time.time()
             hint = "run as the owner of the data, with room on its disk"
             log.error("cannot look path=%s error=%s hint=%s", quote(place.path), error.strerror, hint)
 
@@ -3847,7 +3847,7 @@ class Carrier:
 
     # What both have in common: storing and listing
 
-    def _place(self, directory: str) -> str:
+    def place(self, directory: str) -> str:
         """Return what a stamp is remembered for: the table's directory, whatever disk it is on."""
         for area in self.pinner.areas:
             if directory.startswith(area.root.rstrip("/") + "/"):
@@ -3855,7 +3855,7 @@ class Carrier:
         return quote(directory)
 
     def _known(self, file: Pinned | Stored) -> tuple[str, ...] | None:
-        return self.ledger.knows(self._place(file.directory), file.name, file.stamp)
+        return self.ledger.knows(self.place(file.directory), file.name, file.stamp)
 
     def _is_fresh(self, entry: Stored) -> bool:
         known = self._known(entry)
@@ -3873,7 +3873,7 @@ class Carrier:
         return _entry(pin, Head(key, pin.stamp.size, etag, 0.0, crc32, crc32c))
 
     def _record(self, entries: Iterable[Stored], run: str) -> None:
-        self.ledger.record(((self._place(entry.directory), entry) for entry in entries), run)
+        self.ledger.record(((self.place(entry.directory), entry) for entry in entries), run)
 
     def _store_all(self, load: Load) -> None:
         """Store the pins that nobody writes to any more, if their stamps are not known to be stored."""
@@ -3910,7 +3910,7 @@ class Carrier:
         return object_key(self.node, os.path.join(pin.directory, pin.name))
 
     def _bytes_of(self, pin: Pinned) -> tuple[str, str, Stamp]:
-        return self._place(pin.directory), pin.name, pin.stamp
+        return self.place(pin.directory), pin.name, pin.stamp
 
     def _send(self, load: Load, pin: Pinned) -> Future[Head]:
         """Send a pin, or wait with another unit that is sending the very bytes: a snapshot follows on a flush."""
@@ -4288,9 +4288,14 @@ class Daemon:
         looked, found = self.pinner.looked, [waiting.found for waiting in self.backlog.waiting()]
         if self._claim or not looked:
             return 1.0
+        oldest = self.backlog.oldest(urgent=True)
+        for path, since in self.pinner.refused().items():  # what is in it nobody knows
+            table = unquote(self.carrier.place(path))
+            oldest[table] = min(since, oldest.get(table, since))
+            found.append(since)
         prefix, through = f"{self.carrier.node}.listings/heartbeat/", rfc3339(utc(min([looked, *found])))
         page = {"version": 1, "listed_through": through, "pending_units": len(found), "cassbackup": __version__}
-        page |= {"looked": rfc3339(utc(looked)), "oldest_incrementals": self.backlog.oldest(urgent=True)}
+        page |= {"looked": rfc3339(utc(looked)), "oldest_incrementals": oldest}
         body = json.dumps(page).encode()
         self.store.put(f"{prefix}{self.clock()}.json", body, zlib.crc32(body))
         if self._trims:  # a daemon need not have the right to delete: then prune does it
@@ -4319,7 +4324,7 @@ class Daemon:
             "pending": {"units": len(waiting), "files": files, "bytes": size},
             "held_alone_bytes": self._held_alone,
             "full": any(area.full for area in self.pinner.areas),
-            "refused": self.pinner.refused(),
+            "refused": list(self.pinner.refused()),
             "sent": {"files": sent["files"], "bytes": sent["bytes"]},
             "rate": (sent["bytes"] - before) / max(1.0, time.monotonic() - since),  # bytes a second, over a minute
             "counts": {name: count for name, count in sorted(counts.items()) if count},

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import oracle
@@ -121,6 +122,7 @@ def test_what_is_no_regular_file_is_skipped_and_counted_and_never_hangs(
         assert f"nb-{number}-big-Data.db" in scene.daemon.log()
 
 
+@pytest.mark.slow
 def test_a_linked_keyspace_or_table_is_red_until_it_is_left_out_p2_p8(scene: Scene, node: Node, tmp_path: Path) -> None:
     """Cassandra follows such links (to another disk); we do not, and must not pass over them in silence."""
     users, posts = node.table("ks1", "users"), node.table("ks2", "posts")
@@ -139,14 +141,30 @@ def test_a_linked_keyspace_or_table_is_red_until_it_is_left_out_p2_p8(scene: Sce
         assert f"path={place} " in done.stderr
     leave_out = ("--exclude-keyspace", "ks2", "--exclude-table", "ks1.users")
     assert "symbolic link" not in scene.once(*node.data_dirs, args=leave_out).stderr
-    scene.start(*node.data_dirs)
+    began = time.time()
+    scene.start(*node.data_dirs, args=("--heartbeat", "1", "--reconcile", "3"))
     assert f"nothing is stored of {home}, and 1 more directories" in status_text_of(scene)
+    wait_for(lambda: heartbeat_of(scene).get("oldest_incrementals"))
+    late = heartbeat_of(scene)
+    assert began - 1 < late["oldest_incrementals"].pop(f"ks1/{home.name}") < time.time()
+    assert set(late["oldest_incrementals"]) == {"ks2"}
+    wait_for(lambda: heartbeat_of(scene)["looked"] > late["looked"])
+    later = heartbeat_of(scene)
+    assert later["listed_through"] < later["looked"], "who reads the bucket must see it, too"
     for place, moved in ((data / "ks2", tmp_path / "ks2"), (home, tmp_path / home.name)):
         place.unlink()
         moved.rename(place)
     scene.settled()
     assert "nothing is stored" not in status_text_of(scene)
     scene.assert_all_is_listed(node.history)
+    wait_for(lambda: heartbeat_of(scene)["listed_through"] > later["looked"])
+    assert heartbeat_of(scene)["oldest_incrementals"] == {}
+
+
+def heartbeat_of(scene: Scene) -> dict[str, Any]:
+    """Return what the newest heartbeat says, {} before the first."""
+    beats = [key for key in scene.bucket.keys() if ".listings/heartbeat/" in key]  # noqa: SIM118
+    return dict(json.loads(scene.bucket.get(beats[-1]))) if beats else {}
 
 
 def test_a_probe_that_a_killed_process_left_behind_is_no_reason_not_to_link(node: Node, tmp_path: Path) -> None:
