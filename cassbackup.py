@@ -1814,11 +1814,12 @@ class Ledger:
         try:
             self._db = self._open()
         except sqlite3.Error as error:
-            aside = f"{path}.broken-{utc(time.time())}"
-            log.warning("ledger cannot be read, starting a new one error=%s kept=%s", quote(str(error)), aside)
-            for suffix in ("", "-wal", "-shm"):
-                with contextlib.suppress(OSError):
-                    os.rename(path + suffix, aside + suffix)
+            if not isinstance(error, sqlite3.OperationalError):  # else there is no room, or no right: it may be good
+                aside = f"{path}.broken-{utc(time.time())}"
+                log.warning("ledger cannot be read, starting a new one error=%s kept=%s", quote(str(error)), aside)
+                for suffix in ("", "-wal", "-shm"):
+                    with contextlib.suppress(OSError):
+                        os.rename(path + suffix, aside + suffix)
             try:
                 self._db = self._open()
             except sqlite3.Error as again:

@@ -528,6 +528,28 @@ def test_p4_a_disk_that_is_full_at_the_start_is_gone_on_with() -> None:
     assert "fine" in said, said
 
 
+def test_p4_a_good_ledger_is_not_moved_aside_because_its_disk_is_full() -> None:
+    said = on_a_small_disk("""
+        ledger = Ledger("/mnt/ledger.sqlite", t.SCOPE)
+        t.fill(ledger, 20)
+        ledger.close()
+        with open("/mnt/full", "wb", 0) as file:
+            try:
+                while True: file.write(b"x" * 1024)
+            except OSError: pass
+        ledger = Ledger("/mnt/ledger.sqlite", t.SCOPE)
+        ledger.record([("place", t.entry(1000 + n)) for n in range(500)], t.RUN)
+        assert ledger.broken, "not full"
+        ledger.close()
+        os.unlink("/mnt/full")
+        assert [name for name in os.listdir("/mnt") if "broken" in name] == []
+        ledger = Ledger("/mnt/ledger.sqlite", t.SCOPE)
+        assert ledger.knows("place", t.entry(7).name, t.entry(7).stamp)
+        print("fine")
+    """)
+    assert "fine" in said, said
+
+
 def test_quoted_names_are_what_stands_in_the_file(opened: Open, path: Path) -> None:
     """Whoever reads the file with sqlite3 sees one line for each row."""
     ledger = opened()
