@@ -3585,6 +3585,7 @@ class Load:
     lost: set[Path]
     stored: dict[Path, Stored] = field(default_factory=dict)
     unread: dict[Path, OSError] = field(default_factory=dict)  # the disk says no
+    grown: dict[Path, Pinned] = field(default_factory=dict)  # taken out of pins: see Carrier._take_grown
 
     def __str__(self) -> str:
         return _show(self.unit)
@@ -3660,6 +3661,8 @@ class Carrier:
         if unit.kind == "snapshot" and any(name == EPHEMERAL for _, name in load.pins):
             return self._skip_ephemeral(load)
         self._learn(unit)
+        if unit.kind == "incremental":
+            self._take_grown(load)
         self._store_all(load)
         delay = self._carry_snapshot(load) if unit.kind == "snapshot" else self._carry_batch(load)
         if load.unread and delay is not None:
@@ -3762,10 +3765,28 @@ class Carrier:
             entries = tuple((listed | files if before else files).values())
             complete = not missing and not lost
             self._publish(load, Listing(self.node, unit, "", complete, entries, missing, lost), newest)
-        done = self._let_go(load, files)
+        done = self._let_go(load, {**files, **load.grown})
         if done is None and self.policy.delete_incrementals and unit.kind == "incremental":
             self._delete_sources(files.keys() - set(itertools.chain(*incomplete.values())), files)
         return done
+
+    def _take_grown(self, load: Load) -> None:
+        """Take out each TOC.txt to which a new index was added, in place, after its SSTable had been listed.
+
+        The index's files are not in backups/: what is listed is what is true of it (TOCComponent.appendTOC).
+        """
+        alone = [(folder, name) for folder, name in load.pins if name.endswith("-TOC.txt")]
+        for folder, name in alone:
+            data = name.removesuffix("TOC.txt") + "Data.db"
+            if (folder, data) in load.pins:
+                continue
+            listed = [names for _, names in sorted(self.ledger.listed(folder).items()) if {name, data} <= names.keys()]
+            pin = load.pins[folder, name]
+            with contextlib.suppress(FileNotFoundError):
+                there = Stamp.of(pin.stamp.area, os.lstat(os.path.join(folder, data)))
+                if listed and str(there) == listed[-1][data] and Stamp.parse(listed[-1][name]).ino == pin.stamp.ino:
+                    load.grown[folder, name] = load.pins.pop((folder, name))
+                    log.info("grew after it was listed, which stands path=%s", quote(f"{folder}/{name}"))
 
     def _has_settled(self, missing: tuple[str, ...]) -> bool:
         """Tell whether an SSTable has lacked these components for the settle time."""
@@ -3827,7 +3848,7 @@ class Carrier:
 
         return read
 
-    def _let_go(self, load: Load, files: Mapping[Path, Stored] | Mapping[Path, Pinned]) -> float | None:
+    def _let_go(self, load: Load, files: Mapping[Path, Stored | Pinned]) -> float | None:
         """Remember what is listed, then release the pins; a delay if something came meanwhile, or was not stored."""
         unit, done = load.unit, True
         stamps: dict[Path, Stamp] = {path: file.stamp for path, file in files.items()}
