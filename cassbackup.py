@@ -3721,6 +3721,8 @@ class Carrier:
             settled_in = 0.0
         if settled_in > 0:
             return settled_in
+        if not complete and self._read_pins(unit)[0].keys() != load.pins.keys():
+            return QUIET_S  # more came while this was sent, perhaps to a store that was down
         kept = tuple(entry for path, entry in files.items() if path not in verdict.left_out)
         if verdict.left_out:
             log.info("not named by the manifest, left out unit=%s files=%d", load, len(verdict.left_out))
