@@ -75,41 +75,24 @@ def test_a_store_that_is_down_for_a_while_costs_nothing_but_time(scene: Scene, n
 
 
 @pytest.mark.slow
-def test_a_daemon_started_while_the_store_is_down_pins_and_lists_later(
-    scene: Scene, node: Node, between: FaultProxy
+@pytest.mark.parametrize("how", ["down", "hangs"])
+def test_a_daemon_started_while_the_store_is_away_pins_before_any_answer_and_lists_later(
+    scene: Scene, node: Node, between: FaultProxy, how: str
 ) -> None:
     users = node.table("ks1", "users")
     users.flush()
     scene.start(*node.data_dirs)
     scene.settled()
     scene.daemon.kill()
-    between.down()
+    if how == "down":
+        between.down()
+    else:
+        between.on("", "", BlackHole(), count=None)
     scene.restart()
     node.snapshot("daily")
     wait_for(lambda: scene.page()["counts"].get("found", 0) >= 10)
     node.clear()
     users.compact()
-    between.up()
-    scene.settled()
-    scene.assert_all_is_listed(node.history)
-
-
-@pytest.mark.slow
-def test_a_daemon_started_while_the_store_hangs_pins_before_it_gets_any_answer(
-    scene: Scene, node: Node, between: FaultProxy
-) -> None:
-    users = node.table("ks1", "users")
-    users.flush()
-    scene.start(*node.data_dirs)
-    scene.settled()
-    scene.daemon.kill()
-    hole = between.on("", "", BlackHole(), count=None)
-    scene.restart()
-    node.snapshot("daily")
-    wait_for(lambda: scene.page()["counts"].get("found", 0) >= 10)
-    node.clear()
-    users.compact()
-    wait_for(lambda: hole.hits)
     between.down()
     between.heal()
     between.up()
