@@ -4184,7 +4184,7 @@ class Daemon:
         page = self.status()
         lag = f"STATUS=lag {page['lag_s']:.0f} s, {page['pending']['files']} files pending"
         lines = [f"{lag}; {quote(page['trouble'])}" if page["trouble"] else lag]
-        if now - self.pinner.beat < limit and self.uploaders.are_alive():
+        if limit and now - self.pinner.beat < limit and self.uploaders.are_alive():  # a beat may come after `now`
             lines.append("WATCHDOG=1")
         self.systemd.tell(*lines)
 
