@@ -3586,6 +3586,7 @@ class Load:
     stored: dict[Path, Stored] = field(default_factory=dict)
     unread: dict[Path, OSError] = field(default_factory=dict)  # the disk says no
     grown: dict[Path, Pinned] = field(default_factory=dict)  # taken out of pins: see Carrier._take_grown
+    begun: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
         return _show(self.unit)
@@ -3693,9 +3694,10 @@ class Carrier:
     # A table's snapshot
 
     def _carry_snapshot(self, load: Load) -> float | None:
-        unit, settled_in = load.unit, load.touched + self.policy.settle_s - time.monotonic()
-        if len(load.stored) + len(load.unread) < len(load.pins) and settled_in > 0:
-            return QUIET_S
+        unit, settles = load.unit, load.touched + self.policy.settle_s
+        if len(load.stored) + len(load.unread) < len(load.pins) and settles > load.begun:
+            return QUIET_S  # what was too young to be sent when this began, however long the rest has taken
+        settled_in = settles - time.monotonic()
         stamp = next((entry.stamp for entry in load.stored.values() if entry.name == MANIFEST), None)
         listed_as, before, newest = self.publisher.known(unit, stamp)
         files = _by_path(before.files if before else ()) | load.stored

@@ -18,7 +18,7 @@ from pathlib import Path
 import oracle
 import pytest
 from conftest import Daemon, Run
-from faultproxy import BlackHole, FaultProxy, assert_written_once, count, s3_error
+from faultproxy import BlackHole, Delay, FaultProxy, assert_written_once, count, s3_error
 from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
@@ -72,6 +72,23 @@ def test_a_store_that_is_down_for_a_while_costs_nothing_but_time(scene: Scene, n
     assert {found.state for found in scene.listings("snapshot")} == {"complete"}
     assert_written_once(between.trace)
     assert_no_pin_is_left(area_of(node))
+
+
+def test_a_manifest_that_was_too_young_to_be_sent_makes_no_listing_incomplete_if_the_rest_takes_long(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    node.incremental = False  # else the bytes are in the store before the snapshot is taken
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs, args=("--settle", "1"))
+    slow = between.on("PUT", "Data.db", Delay(3))
+    node.snapshot("daily")
+    (manifest,) = node.root.glob("data/*/*/snapshots/daily/manifest.json")
+    soon = time.time() + 0.3  # when the daemon begins to send the files, it cannot know that this is written out
+    os.utime(manifest, (soon, soon))
+    scene.settled()
+    assert slow.hits == 1
+    assert {found.state for found in scene.listings("snapshot")} == {"complete"}
 
 
 @pytest.mark.slow
