@@ -2147,11 +2147,23 @@ class Filters:
         return bool(self.include and self.include.search(path) and not (self.exclude and self.exclude.search(path)))
 
 
+def _lock(fd: int) -> None:
+    deadline = time.monotonic() + 10.0
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as whoever only asks for the holder has it for a moment
+        os.sched_yield()  # who asks may have been stopped with it
+
+
 def lock_file(path: str) -> int:
     """Take the lock and write our pid into it; the lock goes with the process. Raises Busy with the holder's pid."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(fd)
     except BlockingIOError:
         holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)

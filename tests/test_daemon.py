@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +24,8 @@ from faultproxy import BlackHole, Delay, FaultProxy, assert_written_once, count,
 from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
+
+from cassbackup import Busy, holder_of, lock_file
 
 
 @pytest.fixture
@@ -302,6 +306,30 @@ def test_a_second_daemon_ends_with_exit_1_and_names_the_first(scene: Scene, node
     assert first.is_running
     first.kill()
     scene.once(*node.data_dirs)
+
+
+def test_whoever_asks_for_the_holder_of_a_lock_keeps_nobody_from_taking_it(tmp_path: Path) -> None:
+    asked, ended = itertools.count(), threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            holder_of(str(tmp_path))
+            next(asked)
+
+    (tmp_path / "lock").touch()
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        for _ in range(3000):
+            os.close(lock_file(str(tmp_path / "lock")))
+    finally:
+        ended.set()
+        asker.join()
+    assert next(asked) > 100
+    lock = lock_file(str(tmp_path / "lock"))
+    with pytest.raises(Busy, match=f"pid {os.getpid()}"):
+        lock_file(str(tmp_path / "lock"))
+    os.close(lock)
 
 
 @pytest.mark.slow
