@@ -1693,10 +1693,10 @@ def _ask(
     """Return a short answer, "" where there is none; `marked` are headers that it must have."""
     import requests
 
-    headers = {**headers, "Accept-Encoding": "identity"}
+    headers, limits = {**headers, "Accept-Encoding": "identity"}, (2, 2)  # a lost SYN is sent again after a second
     with requests.Session() as session:
         session.trust_env = False  # a proxy would answer for its own machine
-        reply = session.request(method, url, headers=headers, timeout=(1, 2), allow_redirects=False, stream=True)
+        reply = session.request(method, url, headers=headers, timeout=limits, allow_redirects=False, stream=True)
         if reply.status_code != 200 or any(reply.headers.get(name) != value for name, value in (marked or {}).items()):
             return ""
         text = reply.raw.read(65536).decode("ascii", "replace").strip()
@@ -1746,7 +1746,7 @@ def detect_cloud(environ: Mapping[str, str], limit_s: float = 5.0) -> Cloud | No
     switches = ((_ask_aws, "AWS_EC2_METADATA_DISABLED"), (_ask_gce, "NO_GCE_CHECK"))
     asked = [ask for ask, switch in switches if environ.get(switch, "").lower() != "true"]
     addresses = ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "GCE_METADATA_HOST")
-    if not any(environ.get(name) for name in addresses) and not _may_be_cloud():
+    if not asked or not (any(environ.get(name) for name in addresses) or _may_be_cloud()):
         return None
     answers: queue.SimpleQueue[Cloud | None] = queue.SimpleQueue()
 
@@ -1757,6 +1757,8 @@ def detect_cloud(environ: Mapping[str, str], limit_s: float = 5.0) -> Cloud | No
             log.debug("metadata service did not answer error=%s", quote(repr(error)))
             answers.put(None)
 
+    with contextlib.suppress(ImportError):  # each _ask will tell
+        import requests  # noqa: F401 - from a cold disk this may take longer than the limit, which is for the network
     for ask in asked:
         threading.Thread(target=answer, args=(ask,), daemon=True).start()
     deadline = time.monotonic() + limit_s

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import Run, clean_environ
+from conftest import COMMAND_TIMEOUT_S, Run, clean_environ
 from hypothesis import given
 from hypothesis import strategies as some
 from servers import Bucket, FakeMetadata, FileBucket, free_port
@@ -23,7 +23,7 @@ from cassbackup import Cloud, Usage, check_node, detect_cloud, name_node
 
 Metadata = Callable[..., FakeMetadata]
 LIMIT_S = 5.0
-SLACK_S = 3.0  # of a machine that does other things too
+SLACK_S = 20.0  # of a machine that does other things too; whoever does not give up waits for ever
 
 # ------------------------------------------------------------------------------------------------------------
 # Detection
@@ -44,14 +44,6 @@ def test_where_both_answer_one_of_them_is_taken_whole(metadata: Metadata) -> Non
     fake = metadata("both", "12345", "eu-west-1b")
     found = detect_cloud(fake.environ)
     assert found in (Cloud("s3", "12345", "eu-west-1"), Cloud("gs", "12345", "eu-west"))
-
-
-def test_one_cloud_is_found_while_the_other_keeps_silent(metadata: Metadata) -> None:
-    silent, fake = metadata("aws", mood="slow"), metadata("gce", "77", "us-east4-a")
-    environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": silent.url, "GCE_METADATA_HOST": fake.host}
-    began = time.monotonic()
-    assert detect_cloud(environ) == Cloud("gs", "77", "us-east4")
-    assert time.monotonic() - began < SLACK_S
 
 
 def test_where_neither_answers_there_is_no_cloud(metadata: Metadata) -> None:
@@ -105,6 +97,14 @@ def test_an_answer_that_drips_is_given_up_within_the_limit(dripping: str) -> Non
     began = time.monotonic()
     assert detect_cloud(environ, 1.0) is None
     assert time.monotonic() - began < 1.0 + SLACK_S
+
+
+def test_one_cloud_is_found_while_the_other_says_nothing_whole(metadata: Metadata, dripping: str) -> None:
+    fake = metadata("gce", "77", "us-east4-a")
+    environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{dripping}", "GCE_METADATA_HOST": fake.host}
+    began = time.monotonic()
+    assert detect_cloud(environ, 60.0) == Cloud("gs", "77", "us-east4")
+    assert time.monotonic() - began < SLACK_S
 
 
 def test_redirects_are_not_followed(metadata: Metadata) -> None:
@@ -245,7 +245,7 @@ def once(script: Path, home: Path, node: Node, tmp_bucket: FileBucket, tmp_path:
         named = f"hostname {host} && mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec {command}"
         done = subprocess.run(
             ["unshare", "-rum", "sh", "-c", named],
-            check=False, env=clean_environ(home, environ), capture_output=True, text=True, timeout=100,
+            check=False, env=clean_environ(home, environ), capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S,
         )  # fmt: skip
         print(done.stderr)
         return done.returncode
