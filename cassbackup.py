@@ -4206,10 +4206,11 @@ class Daemon:
 
     def _is_done(self) -> bool:
         """Tell whether all is listed, but for what has been tried in vain."""
+        if not (self.pinner.looked and self.pinner.gate.is_set()):  # asked first: what was found waits by then
+            return False
         with self.backlog.changed:
             units = self.backlog.units.items()
-            tried = all(unit in self._failures and not waiting.carried for unit, waiting in units)
-        return bool(self.pinner.looked and self.pinner.gate.is_set() and tried)
+            return all(unit in self._failures and not waiting.carried for unit, waiting in units)
 
     def _finish(self) -> None:
         """Take no more work, finish or abandon what is on its way; what is not listed stays pinned."""
@@ -4345,6 +4346,7 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """Return what `cassbackup status` shows."""
+        looked, quiet = self.pinner.looked, self.pinner.gate.is_set()  # first: what they speak of waits by then
         waiting, now, sent = self.backlog.waiting(), time.time(), self.uploaders.sent
         since, before = self._sent[0]
         counts = {**self.pinner.counts, **self.carrier.counts}
@@ -4358,8 +4360,8 @@ class Daemon:
             "filters": str(self.pinner.filters),
             "started": self._began,
             "written": now,
-            "looked": self.pinner.looked,
-            "quiet": self.pinner.gate.is_set(),
+            "looked": looked,
+            "quiet": quiet,
             "lag_s": max(0.0, now - min((one.found for one in waiting), default=now)),
             "pending": {"units": len(waiting), "files": files, "bytes": size},
             "held_alone_bytes": self._held_alone,
