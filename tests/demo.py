@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def run(*words: str) -> int:
 def status() -> dict[str, Any]:
     """Return the daemon's own account, once everything that it found is listed."""
     command = [sys.executable, str(MODULE), "status", "--wait", "--json"]
-    done = subprocess.run(command, check=False, env=ENVIRON, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, check=False, env=ENVIRON, capture_output=True, text=True, timeout=600)
     page: dict[str, Any] = json.loads(done.stdout)
     return page
 
@@ -70,14 +70,15 @@ def daemon() -> Iterator[subprocess.Popen[bytes]]:
     with open(ROOT / "cassbackup.log", "wb") as log:
         process = subprocess.Popen([sys.executable, str(MODULE), "watch", str(DATA)], env=ENVIRON, stderr=log)
         try:
-            for _ in range(100):
-                if (ROOT / "state" / "status.json").exists():
-                    break
+            for _ in range(600):
+                with suppress(FileNotFoundError):
+                    if json.loads((ROOT / "state" / "status.json").read_text())["looked"]:
+                        break
                 time.sleep(0.1)
             yield process
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(40)
+            process.wait(120)
 
 
 def build() -> Node:

@@ -26,7 +26,9 @@ from tree import Copy, History, Node
 if TYPE_CHECKING:  # tests/cassandra has a conftest of its own
     from conftest import Daemon, Run
 
-SETTLE = ("--settle", "1", "--max-bandwidth", "0")
+SETTLE = ("--settle", "1", "--max-bandwidth", "0")  # where all is there already
+# Of a daemon: a test, or its disk, that stalls between two links makes no snapshot that Cassandra has left unfinished.
+PATIENT = ("--settle", "20", "--max-bandwidth", "0")
 
 
 def nobody() -> list[str]:
@@ -39,7 +41,7 @@ def nobody() -> list[str]:
     return become
 
 
-def wait_for(predicate: Callable[[], object], timeout: float = 40.0) -> None:
+def wait_for(predicate: Callable[[], object], timeout: float = 120.0) -> None:
     """Wait until something is true, and fail if it does not become so."""
     deadline = time.monotonic() + timeout
     while not predicate():
@@ -62,8 +64,8 @@ class Scene:
         return self.at / "state"
 
     def start(self, *paths: object, args: tuple[object, ...] = ()) -> Daemon:
-        """Start a daemon and wait until it has looked everywhere once."""
-        self.daemon = self._launch(*paths, bucket=self.bucket, args=(*SETTLE, *args), env=self.environ)
+        """Start a daemon and wait until it has looked everywhere once; who wants incomplete listings soon says so."""
+        self.daemon = self._launch(*paths, bucket=self.bucket, args=(*PATIENT, *args), env=self.environ)
         return self.until_it_watches()
 
     def restart(self) -> Daemon:
@@ -89,9 +91,13 @@ class Scene:
         found: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
         return found
 
-    def settled(self) -> dict[str, Any]:
+    def until_found(self, files: int) -> None:
+        """Wait until the daemon last started has found so many files, which may go then: the store may be away."""
+        wait_for(lambda: self.page()["counts"].get("found", 0) >= files)
+
+    def settled(self, timeout: float = 280) -> dict[str, Any]:
         """Wait until everything that was found is listed, and return the status."""
-        done = self.run("status", "--wait", "--json", "--state-dir", self.state, timeout=280)
+        done = self.run("status", "--wait", "--json", "--state-dir", self.state, timeout=timeout)
         assert self.daemon.is_running, self.daemon.log()[-3000:]
         found: dict[str, Any] = json.loads(done.stdout)
         return found
@@ -113,7 +119,7 @@ class Scene:
 
 def assert_no_pin_is_left(*areas: Path) -> None:
     """Fail if a pin area keeps anything; what was released may take a moment to be unlinked."""
-    wait_for(lambda: not list(pins(*areas)), 15)
+    wait_for(lambda: not list(pins(*areas)))
 
 
 def pins(*areas: Path) -> Iterator[str]:

@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 ACCESS_KEY = "ACCESSKEYACCESSKEY"  # rclone answers 403 to everything when the access key is short
 SECRET_KEY = "secretsecretsecret"
 REGION = "us-east-1"
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 80.0  # three tries end before pytest's timeout
 
 
 class NotInstalled(RuntimeError):

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Authority, Daemon, Run, clean_environ
+from conftest import COMMAND_TIMEOUT_S, REPOSITORY, Authority, Daemon, Run, clean_environ
 from faultproxy import FaultProxy, count
 from scene import Scene, area_of, assert_no_pin_is_left, nobody
 from servers import Bucket, FileBucket
@@ -129,9 +129,8 @@ def as_nobody(script: Path, tmp_path: Path) -> list[str]:
 
 
 def run_as_nobody(command: list[str], home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=60, env=clean_environ(home, {}), cwd="/"
-    )
+    env, limit = clean_environ(home, {}), COMMAND_TIMEOUT_S
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit, env=env, cwd="/")
 
 
 @pytest.mark.parametrize(
@@ -234,9 +233,9 @@ def behind_tls(
 
 
 def asked(scene: Scene, *args: object) -> subprocess.CompletedProcess[str]:
-    """Run a command on the bucket, where nobody knows this node; it has far less time than its patience is long."""
+    """Run a command on the bucket, where nobody knows this node; it has less time than its patience is long (120 s)."""
     options = ["--bucket", scene.bucket.target, "--state-dir", scene.at / "nobody"]
-    return scene.run(*args, *options, env=scene.environ, timeout=50)
+    return scene.run(*args, *options, env=scene.environ, timeout=100)
 
 
 @pytest.mark.slow
@@ -336,9 +335,8 @@ def test_help_and_version_need_no_sdk(script: Path, home: Path) -> None:
         (["watch", "--help"], "--bucket"),
         (["status", "--help"], "--max-lag"),
     ):
-        done = subprocess.run(
-            [*lonely, *args], check=True, capture_output=True, text=True, env=clean_environ(home, {}), timeout=60
-        )
+        env, limit = clean_environ(home, {}), COMMAND_TIMEOUT_S
+        done = subprocess.run([*lonely, *args], check=True, capture_output=True, text=True, env=env, timeout=limit)
         assert said in done.stdout
         assert done.stderr == ""
 
@@ -412,12 +410,12 @@ def test_lines_carry_priorities_where_journald_reads_them(
     with log.open("wb") as stderr:
         found = os.fstat(stderr.fileno())
         env = clean_environ(home, {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"})
-        subprocess.run([*command, "-k", "key"], check=True, env=env, stderr=stderr, timeout=60)
+        subprocess.run([*command, "-k", "key"], check=True, env=env, stderr=stderr, timeout=COMMAND_TIMEOUT_S)
     lines = log.read_text().splitlines()
     assert {line[:3] for line in lines} == {"<6>", "<4>"}
     with log.open("wb") as stderr:  # another stream than the one that journald reads
         env = clean_environ(home, {"JOURNAL_STREAM": "1:1"})
-        subprocess.run(command, check=True, env=env, stderr=stderr, timeout=60)
+        subprocess.run(command, check=True, env=env, stderr=stderr, timeout=COMMAND_TIMEOUT_S)
     assert not [line for line in log.read_text().splitlines() if line.startswith("<")]
 
 

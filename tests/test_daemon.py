@@ -66,7 +66,7 @@ def test_a_store_that_is_down_for_a_while_costs_nothing_but_time(scene: Scene, n
     for number in range(3):
         users.flush()
         node.snapshot(f"tag{number}")
-        wait_for(lambda want=number + 1: scene.page()["pending"]["units"] > want)
+        scene.until_found(len(list(node.history.files())))
         node.clear()
         users.compact()
     assert scene.page()["behind"] != []
@@ -111,7 +111,9 @@ def test_a_daemon_started_while_the_store_is_away_pins_before_any_answer_and_lis
         between.on("", "", BlackHole(), count=None)
     scene.restart()
     node.snapshot("daily")
-    wait_for(lambda: scene.page()["counts"].get("found", 0) >= 10)
+    scene.until_found(10)
+    if how == "hangs":
+        assert not re.search("trying again|does not answer", scene.daemon.log()), "it waited for an answer, a minute"
     node.clear()
     users.compact()
     between.down()
@@ -134,7 +136,7 @@ def test_a_daemon_whose_name_was_taken_over_meanwhile_ends_with_exit_2_and_store
     scene.bucket.put("node1.listings/owner.20991231T000000.000000Z.json", json.dumps(owner).encode())
     node.snapshot("daily")
     scene.daemon.start()
-    assert scene.daemon.process.wait(40) == 2
+    assert scene.daemon.process.wait(120) == 2
     assert "belongs to another machine" in scene.daemon.log()
     assert "--adopt" in scene.daemon.log()
     assert kept(scene.bucket).keys() - before.keys() == {"node1.listings/owner.20991231T000000.000000Z.json"}
@@ -152,7 +154,7 @@ def test_a_bucket_directory_that_is_away_after_one_good_start_does_not_end_the_d
     bucket.write_text("not mounted")
     scene.restart()
     node.snapshot("daily")
-    wait_for(lambda: scene.page()["counts"].get("found", 0) >= 10)
+    scene.until_found(10)
     node.clear()
     bucket.unlink()
     (scene.at / "away").rename(bucket)
@@ -287,9 +289,8 @@ def test_heartbeats_of_a_time_when_the_clock_was_ahead_go_before_those_of_now(sc
     def beats() -> list[str]:
         return [key for key in scene.bucket.keys() if key.startswith(prefix)]  # noqa: SIM118 - a method of ours
 
-    wait_for(lambda: sum(key < f"{prefix}2099" for key in beats()) >= 3)
-    scene.daemon.stop()
-    assert len(beats()) == 100
+    # A new one is there a moment before an old one goes.
+    wait_for(lambda: len(found := beats()) == 100 and sum(key < f"{prefix}2099" for key in found) >= 3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -337,14 +338,14 @@ def test_sigterm_ends_the_daemon_in_good_order(scene: Scene, node: Node) -> None
     node.table("ks1", "users").flush()
     scene.start(*node.data_dirs)
     scene.settled()
-    assert scene.daemon.stop(30) == 0
+    assert scene.daemon.stop() == 0
     assert "Traceback" not in scene.daemon.log()
     done = scene.run("status", "--json", "--state-dir", scene.state, check=3)
     assert "no daemon is running" in json.loads(done.stdout)["behind"]
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_daemon_within_30_s_while_the_store_is_down(
+def test_sigterm_ends_the_daemon_before_systemd_would_kill_it_while_the_store_is_down(
     scene: Scene, node: Node, between: FaultProxy
 ) -> None:
     users = node.table("ks1", "users")
@@ -353,8 +354,8 @@ def test_sigterm_ends_the_daemon_within_30_s_while_the_store_is_down(
     for _ in range(3):
         users.flush(size=9_000_000)
     node.snapshot("daily")
-    wait_for(lambda: scene.page()["pending"]["units"] == 2)
-    assert scene.daemon.stop(30) == 0
+    wait_for(lambda: scene.page()["pending"]["units"] >= 2)
+    assert scene.daemon.stop() == 0
     between.up()
     scene.restart()
     scene.settled()
@@ -418,7 +419,7 @@ def test_status_is_red_for_each_thing_that_is_wrong_p8(scene: Scene, node: Node,
 
 @pytest.mark.slow
 def test_status_tells_how_long_what_waits_will_take_at_the_speed_of_late(scene: Scene, node: Node) -> None:
-    scene.start(*node.data_dirs, args=("--max-bandwidth", "4M"))
+    scene.start(*node.data_dirs, args=("--max-bandwidth", "2M"))
     node.table("ks1", "users").flush(size=40_000_000)
     told = ("status", "--state-dir", scene.state)
     wait_for(lambda: re.search(r"pending .*, at least [1-9]\d* s to go", scene.run(*told).stdout))
@@ -481,22 +482,21 @@ def test_pins_give_way_before_cassandras_disk_is_full_and_losses_are_named_p5(
     node.incremental = False
     users = node.table("ks1", "users")
     share = {"--max-pinned": ("30%", "1%"), "--free-floor": ("99%", "40%")}[limit]
-    scene.start(*node.data_dirs, args=("--max-pinned", share[0], "--free-floor", share[1]))
+    scene.start(*node.data_dirs, args=("--settle", "1", "--max-pinned", share[0], "--free-floor", share[1]))
     between.down()
     tags = []
     for number in range(9):
         users.flush(size=6_000_000)
         node.snapshot(f"tag{number}")
         tags.append(f"tag{number}")
-        wait_for(lambda: scene.page()["quiet"])
+        scene.until_found(len(list(node.history.files())))
         node.clear(tags[-1])
         for sstable in users.sstables:
             sstable.remove()
         users.sstables.clear()
         scene.page()  # a status also keeps the limits
     wait_for(lambda: scene.page()["full"] or "LOST" in scene.daemon.log())
-    disk = os.statvfs(small_disk)
-    assert disk.f_bavail / disk.f_blocks > 0.25
+    wait_for(lambda: (disk := os.statvfs(small_disk)).f_bavail / disk.f_blocks > 0.25)
     between.up()
     page = scene.settled()
     assert page["counts"]["lost"] > 0
@@ -522,6 +522,7 @@ def test_status_is_red_while_a_full_disk_takes_neither_link_nor_mark_and_all_is_
     scene.start(*node.data_dirs, args=("--reconcile", "1", "--free-floor", "1%"))
     node.snapshot("daily")
     assert scene.settled()["behind"] == []
+    assert_no_pin_is_left(area_of(node))  # or they would make room below
     os.kill(scene.daemon.pid, signal.SIGSTOP)
     users.flush()
     disk = os.statvfs(small_disk)
@@ -571,7 +572,7 @@ def test_a_disk_that_is_away_at_a_later_start_is_no_wrong_usage_so_systemd_tries
     if away == "state":  # else it would be made anew
         place.write_text("not a directory")
     scene.daemon.start()
-    assert scene.daemon.process.wait(40) == 1
+    assert scene.daemon.process.wait(120) == 1
     place.unlink(missing_ok=True)
     aside.rename(place)
     users.flush()

@@ -33,7 +33,7 @@ ROOMS = (
 
 # The house was drawn for 3,000. Built, with what reviews and faults asked for, it needs more; but it may not grow
 # unnoticed.
-MAX_LINES = 8450
+MAX_LINES = 8460
 MAX_FUNCTION = 50
 SHORT_FUNCTION, SHORT_SHARE = 15, 0.60
 MAX_BROAD_HANDLERS = 5
@@ -548,7 +548,7 @@ def python(code: str, *arguments: str, isolated: bool = False) -> subprocess.Com
     flags = ["-I", "-S"] if isolated else []
     return subprocess.run(
         [sys.executable, *flags, "-c", start + textwrap.dedent(code), *arguments],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
 
 

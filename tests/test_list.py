@@ -185,8 +185,8 @@ def test_a_table_is_meant_by_keyspace_name_id_or_glob(shelf: Shelf, word: str) -
 
 def test_with_its_tag_a_snapshot_says_what_was_sent_for_it_and_what_it_lacks(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
-    users.flush(size=50_000)
     node.incremental = False
+    users.flush(size=50_000)
     node.snapshot("daily")
     scene.once(*node.data_dirs)
     node.clear("daily")

@@ -731,7 +731,7 @@ def test_what_a_retention_policy_holds_stays_and_it_is_told_until_when(
     reply = Respond(403, json.dumps(page).encode(), {"content-type": "application/json"})
     held = between.on("DELETE", "", reply, count=None)
     done = prune(scene, "--node", "node1", "--keep-last", 1, "--confirm", check=1)
-    assert held.acted.is_set()
+    assert held.acted.wait(100)
     assert re.search(r"stays: .*/monday/.*until 2026-12-24T01:02:03Z", done.stdout)
     assert before.items() <= gcs.objects().items()
     between.heal()

@@ -83,12 +83,12 @@ def test_one_tag_taken_twice_while_the_store_is_down_becomes_two_whole_takings(
     scene.settled()
     between.down()
     node.snapshot("daily")
-    wait_for(lambda: scene.page()["pending"]["units"] == 1)
+    scene.until_found(8 + 10)
     node.clear("daily")
     users.compact()
     users.flush()
     node.snapshot("daily")
-    wait_for(lambda: scene.page()["pending"]["units"] >= 2)
+    scene.until_found(8 + 10 + 8 + 18)
     node.clear("daily")
     between.up()
     scene.settled()
@@ -135,7 +135,7 @@ def test_a_snapshot_over_several_data_directories_is_one_unit_wherever_its_manif
 def test_a_snapshot_without_a_manifest_is_listed_incomplete_after_the_settle_time(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush()
-    scene.start(*node.data_dirs)
+    scene.start(*node.data_dirs, args=("--settle", "5"))
     users.sstables[0].link("snapshots/broken", node.history, users.unit("broken"))
     scene.settled()
     scene.assert_all_is_listed(node.history)
@@ -147,7 +147,7 @@ def test_a_snapshot_without_a_manifest_is_listed_incomplete_after_the_settle_tim
 def test_a_listing_is_completed_by_a_manifest_that_comes_late(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush()
-    scene.start(*node.data_dirs)
+    scene.start(*node.data_dirs, args=("--settle", "5"))
     users.sstables[0].link("snapshots/daily", node.history, users.unit("daily"))
     scene.settled()
     folder = users.directories()[0] / "snapshots" / "daily"
@@ -185,7 +185,7 @@ def test_a_repairs_own_snapshots_are_skipped_and_counted(scene: Scene, node: Nod
     node.snapshot("by-marker", [])
     users.sstables[0].link("snapshots/by-marker", node.history, None)
     (users.directories()[0] / "snapshots" / "by-marker" / "ephemeral.snapshot").touch()
-    wait_for(lambda: scene.settled()["counts"].get("skipped_ephemeral") == 2)
+    wait_for(lambda: scene.settled()["counts"].get("skipped_ephemeral", 0) >= 2)
     assert scene.listings("snapshot") == []
     assert_no_pin_is_left(area_of(node))
 
@@ -273,7 +273,7 @@ def test_a_generation_that_comes_again_with_other_content_gets_a_key_of_its_own(
 @pytest.mark.slow
 def test_an_inode_number_that_comes_again_is_not_taken_for_the_same_bytes(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
-    scene.start(*node.data_dirs)
+    scene.start(*node.data_dirs, args=("--settle", "1"))
     backups = users.directories()[0] / "backups"
     for number in range(5):  # ext4 gives a freed inode away at once
         path = backups / "nb-1-big-Data.db"
@@ -294,7 +294,7 @@ def test_an_incremental_that_lacks_a_component_is_listed_incomplete_after_the_se
     users = node.table("ks1", "users")
     whole, broken = users.flush(), users.flush()
     del broken.components["Statistics.db"]
-    scene.start(*node.data_dirs)
+    scene.start(*node.data_dirs, args=("--settle", "5"))
     for sstable in (whole, broken):
         sstable.link("backups", node.history, users.unit())
     scene.settled()

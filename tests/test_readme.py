@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Daemon, Run, clean_environ
+from conftest import COMMAND_TIMEOUT_S, REPOSITORY, Daemon, Run, clean_environ
 from scene import Scene
 from servers import FileBucket
 from tree import Copy, Node
@@ -70,7 +70,8 @@ class Drill:
         script = re.sub(r"^AT=\S+", f"AT={moment}", script, flags=re.MULTILINE)
         env = clean_environ(self.root, {"TAKEN": str(self.root / "taken"), "CALLS": str(self.root / "calls")})
         env["PATH"] = f"{self.root / 'bin'}:{env['PATH']}"
-        done = subprocess.run(["bash", "-c", script], check=False, env=env, capture_output=True, text=True, timeout=100)
+        words, limit = ["bash", "-c", script], COMMAND_TIMEOUT_S
+        done = subprocess.run(words, check=False, env=env, capture_output=True, text=True, timeout=limit)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 

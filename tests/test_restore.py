@@ -18,7 +18,7 @@ from typing import Any
 
 import oracle
 import pytest
-from conftest import Daemon, Run, clean_environ
+from conftest import COMMAND_TIMEOUT_S, Daemon, Run, clean_environ
 from faultproxy import Call, Cut, FaultProxy, Flip, count
 from scene import Scene, wait_for
 from servers import Bucket, FileBucket, kill_group, tethered
@@ -65,7 +65,7 @@ def restore_in_place(scene: Scene, *args: object, check: int = 0) -> subprocess.
     elif cassandras():
         pytest.skip("a Cassandra runs on this machine")
     environ = clean_environ(scene.at / "home", scene.environ)
-    done = subprocess.run(command, check=False, env=environ, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, check=False, env=environ, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     assert "Traceback" not in done.stderr
     assert done.returncode == check, done.stdout + done.stderr
     return done
@@ -415,8 +415,8 @@ def test_of_two_restores_at_once_the_second_is_refused_and_one_that_was_killed_g
     node.snapshot("daily")
     scene.expected = staged(node, "daily")  # type: ignore[attr-defined]
     scene.once(*node.data_dirs)
-    first = slowly(scene, into, "300K")
-    wait_for(lambda: into.exists() and any("/.cassbackup-" in name for name in tree(into)))
+    first = slowly(scene, into, "20K")  # two minutes: the second may take long to start
+    wait_for(lambda: any(into.rglob(".cassbackup-*")))
     done = restore(scene, "--tag", "daily", "--into", into, check=1)
     assert "another restore" in done.stderr
     assert first.poll() is None
@@ -427,7 +427,7 @@ def test_of_two_restores_at_once_the_second_is_refused_and_one_that_was_killed_g
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_restore_killed_fifty_times_is_finished_by_the_last_and_leaves_no_partial_file(
     scene: Scene, node: Node, into: Path
 ) -> None:
@@ -989,7 +989,7 @@ def test_in_place_a_listing_alone_cannot_name_where_files_go(stopped: tuple[Scen
 @pytest.mark.slow  # and so never beside tests/cassandra, which would take this for a node
 def test_in_place_nothing_is_done_while_cassandra_runs(stopped: tuple[Scene, Node]) -> None:
     scene, node = stopped
-    code = "import os, sys; os.execvp('sleep', ['org.apache.cassandra.service.CassandraDaemon', '60'])"
+    code = "import os, sys; os.execvp('sleep', ['org.apache.cassandra.service.CassandraDaemon', '250'])"
     with empty(node), subprocess.Popen([sys.executable, "-c", code]) as cassandra:
         try:
             cmdline = Path(f"/proc/{cassandra.pid}/cmdline")
@@ -1201,7 +1201,8 @@ def test_before_cassandra_4_files_go_into_the_live_directory_and_are_refreshed(
     command = ["unshare", "-m", "sh", "-c", OWN_MACHINE, "-", node.data_dirs[0], out, sys.executable, SCRIPT]
     command += arguments(scene, "--tag", "daily", "--import", "--nodetool", tool)
     environ = clean_environ(scene.at / "home", {})
-    done = subprocess.run([*map(str, command)], check=False, env=environ, capture_output=True, text=True, timeout=60)
+    words = [*map(str, command)]
+    done = subprocess.run(words, check=False, env=environ, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     if not out.exists():
         pytest.skip("only root can have a /var/lib of its own")
     assert done.returncode == 0, done.stderr

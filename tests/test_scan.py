@@ -19,7 +19,7 @@ import oracle
 import pytest
 from conftest import Daemon, Run, clean_environ
 from faultproxy import FaultProxy
-from scene import SETTLE, Scene, area_of, assert_no_pin_is_left, nobody, pins, wait_for
+from scene import PATIENT, Scene, area_of, assert_no_pin_is_left, nobody, pins, wait_for
 from servers import Bucket, FileBucket
 from tree import Node, Table
 
@@ -40,7 +40,7 @@ def within(scene: Scene, script: Path, home: Path) -> Iterator[Within]:
     started = []
 
     def start(wrapper: list[str], *paths: Path, args: tuple[object, ...] = ()) -> Daemon:
-        options = ["--bucket", scene.bucket.target, "--state-dir", scene.state, "--name", "node1", *SETTLE, *args]
+        options = ["--bucket", scene.bucket.target, "--state-dir", scene.state, "--name", "node1", *PATIENT, *args]
         command = [*wrapper, sys.executable, str(script), "watch", *map(str, paths), *map(str, options)]
         started.append(Daemon(command, clean_environ(home, scene.environ), scene.at / "wrapped.log"))
         scene.daemon = started[-1].start()
@@ -400,7 +400,8 @@ def test_files_held_open_outlive_the_clearing_of_their_snapshot(
     between.down()
     users.compact()
     node.snapshot("daily")
-    wait_for(lambda: scene.page()["counts"].get("unlinked", 0) >= 18)
+    scene.until_found(18)
+    assert scene.page()["counts"]["unlinked"] >= 18
     node.clear("daily")
     between.up()
     scene.settled()

@@ -224,9 +224,11 @@ def test_keyspaces_flags_and_keep_are_passed_on(snapshots: Snapshots) -> None:
 
 
 def test_the_default_tag_is_the_minute_and_earlier_ones_of_ours_are_cleared_when_listed(snapshots: Snapshots) -> None:
+    began = time.gmtime()
     snapshots("--keep")
     (first,) = snapshots.on_disk()
-    assert time.strftime("cassbackup-%Y%m%dT", time.gmtime())[:17] == first[:17]
+    minute = "cassbackup-%Y%m%dT%H%MZ"
+    assert time.strftime(minute, began) <= first <= time.strftime(minute, time.gmtime())
     subprocess.run([*snapshots.nodetool.split(), "snapshot", "-t", "cassbackup-20200101T0000Z"], check=True)
     snapshots("-t", "weekly")
     assert snapshots.on_disk() == {"cassbackup-20200101T0000Z"}  # not listed before: it stays until the next time
@@ -243,7 +245,7 @@ def test_what_is_not_listed_whole_is_not_cleared(snapshots: Snapshots) -> None:
     (snapshots.scene.at / "nodetool.py").write_text(broken)
     for start in (False, True):
         if start:
-            snapshots.scene.start(snapshots.data, args=("--reconcile", "2"))
+            snapshots.scene.start(snapshots.data, args=("--settle", "1", "--reconcile", "2"))
         done = snapshots("-t", f"weekly{start}", check=1)
         assert "not listed whole" in done.stderr
         assert f"weekly{start}" in snapshots.on_disk()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from conftest import Authority
+from conftest import COMMAND_TIMEOUT_S, Authority
 from faultproxy import (
     LOST_ACK,
     SLOW_DOWN,
@@ -514,7 +514,9 @@ def test_p3_a_file_store_without_attributes_compares_bytes(opened: Opener, tmp_b
     """P3 Written once, on a mount that takes no extended attributes: they are removed here."""
     store = opened(tmp_bucket)
     put(store, KEY)
-    os.removexattr(tmp_bucket.root / KEY, "user.crc32")
+    with contextlib.suppress(OSError):  # this disk may be without
+        os.removexattr(tmp_bucket.root / KEY, "user.crc32")
+    assert store.head(KEY).crc32 == ""
     assert put(store, KEY).crc32 == f"{crc(BODY):08x}"
     with pytest.raises(Conflict):
         put(opened(tmp_bucket), KEY, BODY[::-1])
@@ -524,7 +526,9 @@ def test_p1_a_file_store_does_not_vouch_for_what_was_written_to_since(opened: Op
     """P1 Listed means restorable: the checksum kept beside a file says nothing of bytes that came later."""
     store, path = opened(tmp_bucket), tmp_bucket.root / KEY
     put(store, KEY)
-    path.write_bytes(BODY[::-1])
+    stored = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == stored:  # the clock of files may tick every 10 ms only
+        path.write_bytes(BODY[::-1])
     assert store.head(KEY).crc32 == ""
     with pytest.raises(Conflict):
         store.same(KEY, len(BODY), crc(BODY))
@@ -551,7 +555,8 @@ def test_no_sdk_is_imported_before_a_store_needs_it(url: str, sdk: str, tmp_path
     environ = {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:1", "GOOGLE_CLOUD_PROJECT": "x", "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), url, str(tmp_path)],
-        capture_output=True, text=True, check=True, timeout=60, env={"PYTHONPATH": ":".join(sys.path), **environ},
+        capture_output=True, text=True, check=True, timeout=COMMAND_TIMEOUT_S,
+        env={"PYTHONPATH": ":".join(sys.path), **environ},
     )  # fmt: skip
     assert json.loads(done.stdout) == [[], [sdk] if sdk else []]
 
@@ -824,11 +829,12 @@ def test_a_certificate_that_is_not_trusted_is_named_with_its_cure_before_long(
     bucket = request.getfixturevalue(kind)
     between = secured(bucket, **more)
     file = {"without": "", "wrong": str(stranger.file)}.get(why, str(authority.file))
-    opened.clock = Clock(stop_after=20)
+    opened.clock, began = Clock(stop_after=20), time.monotonic()
     store = opened(bucket, between.url, patience=120.0, access=Access(ca_file=file))
     with pytest.raises(Distrusted, match=f"certificate of 127.0.0.1.* is not trusted .*{reason}.*: .*{cure}"):
         keys(store)
-    assert 1 < len(opened.clock.waits) < 8
+    assert len(opened.clock.waits) < 8
+    assert len(opened.clock.waits) > 1 or time.monotonic() - began > 4  # asked again, but for five seconds only
     assert "is not trusted" in store.trouble
     assert between.trace == []
 
@@ -941,6 +947,7 @@ def test_a_black_hole_is_given_up_and_others_go_on_meanwhile(
     hasty = opened(moto, faulty.url, patience=0.0, access=Access(threads=1))
     hasty._store._client.meta.config.read_timeout = 1  # nobody wants to wait a minute here
     hasty._store._client._endpoint.http_session._timeout._read = 1
+    hasty._refuses = True  # it need not look first, which may take a second too
     swallowed = faulty.on("PUT", "hole", BlackHole(), count=None)
     fate: list[BaseException] = []
 
@@ -953,7 +960,7 @@ def test_a_black_hole_is_given_up_and_others_go_on_meanwhile(
     falling = threading.Thread(target=fall, daemon=True)
     falling.start()
     put(weak, KEY)
-    falling.join(20)
+    falling.join(100)
     assert [type(fault) for fault in fate] == [Unreachable]
     assert swallowed.hits >= 1
 
@@ -1053,7 +1060,7 @@ def test_gcs_tells_who_may_not_delete_in_words_of_its_own_that_a_key_is_taken(
     taken = faulty.on("POST", "", google_error(why, 403), nth=2, count=None)
     faulty.on("DELETE", "", google_error(why, 403))
     put(store, KEY)  # sent twice at first, to learn whether the server overwrites
-    assert taken.acted.is_set()
+    assert taken.acted.wait(100)
     put(store, KEY)
     with pytest.raises(Conflict):
         put(store, KEY, b"others")

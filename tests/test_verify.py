@@ -129,6 +129,8 @@ def test_bytes_that_rot_where_they_lie_are_found_by_a_file_store_too(scene: Benc
     path.write_bytes(body[::-1])
     for args in MODES:
         assert list(bad_of(scene.verify(*args, check=1))) == [key], args
+    if "user.crc32" not in os.listxattr(path):
+        pytest.skip("this disk keeps no checksum beside a file")
     os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))  # a disk that rots tells nobody when
     assert scene.verify("--tag", "monday")["bad"] == []
     assert list(bad_of(scene.verify("--deep", check=1))) == [key]
@@ -271,7 +273,9 @@ def test_a_daemon_that_stores_into_glacier_still_reads_what_it_must_and_sends_no
         ("monday", True, 8 + 2),
         ("tuesday", True, 16 + 2),
     ]
-    assert [one["listings"] for one in told["incrementals"]] == [2]
+    batches = [key for key in moto.keys() if "/backups/2" in key and "-rollup-" not in key]  # noqa: SIM118
+    assert len(batches) == 2  # and a roll-up of both, if the second was listed before the snapshot beside it
+    assert [one["listings"] for one in told["incrementals"]] in ([2], [3])
     assert sorted(os.path.basename(key) for key in page["needs_thaw"]) == ["nb-1-big-Data.db", "nb-2-big-Data.db"]
 
 
@@ -331,7 +335,7 @@ def test_what_is_condemned_is_stored_again_under_another_key(anywhere: Bench, no
     assert len(newest.entries) == 8 * len(users.sstables) + 2
     assert anywhere.verify("--latest")["bad"] == []
     assert anywhere.verify("--tag", "wednesday", "--deep", "--condemn")["condemned"] == ""
-    assert list(bad_of(anywhere.verify(check=1))) == sorted(bad)
+    assert sorted(bad_of(anywhere.verify(check=1))) == sorted(bad)  # each was stored by either of two snapshots
 
 
 def test_deleting_uploaded_incrementals_makes_no_listing_and_no_restore_incomplete(scene: Bench, node: Node) -> None:
