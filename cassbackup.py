@@ -4238,8 +4238,9 @@ class Daemon:
                 pause = chore()
             except Stopped:
                 return
-            except (Fault, OSError, ValueError) as error:
-                log.error("%s failed, will try again error=%s", chore.__name__.strip("_"), quote(str(error)))
+            except Exception as error:  # also what nobody thought of: without its chores a daemon does harm
+                unknown, name = not isinstance(error, (Fault, OSError, ValueError)), chore.__name__.strip("_")
+                log.error("%s failed, will try again error=%s", name, quote(str(error)), exc_info=unknown)
                 if isinstance(error, Usage):
                     self._give_up(error)
                 pause = 1.0

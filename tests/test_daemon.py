@@ -25,6 +25,7 @@ from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
 
+import cassbackup as program
 from cassbackup import Busy, holder_of, lock_file
 
 
@@ -360,6 +361,21 @@ def test_sigterm_ends_the_daemon_before_systemd_would_kill_it_while_the_store_is
     scene.restart()
     scene.settled()
     scene.assert_all_is_listed(node.history)
+
+
+def test_a_chore_goes_on_after_an_error_that_nobody_thought_of(caplog: pytest.LogCaptureFixture) -> None:
+    stop, times = threading.Event(), itertools.count(1)
+
+    def chore() -> float:
+        if next(times) == 1:
+            raise KeyError("surprise")
+        stop.set()
+        return 0.0
+
+    program.Daemon(*[None] * 10, stop)._repeat(chore)  # it asks nothing of the rest
+    assert stop.is_set()
+    assert "chore failed, will try again" in caplog.text
+    assert "KeyError: 'surprise'" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------
