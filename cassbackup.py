@@ -4240,8 +4240,10 @@ class Daemon:
                 return
             except Exception as error:  # also what nobody thought of: without its chores a daemon does harm
                 unknown, name = not isinstance(error, (Fault, OSError, ValueError)), chore.__name__.strip("_")
-                log.error("%s failed, will try again error=%s", name, quote(str(error)), exc_info=unknown)
-                if isinstance(error, Usage):
+                ends = isinstance(error, Usage) or chore == self._pin  # who sees nothing protects nothing
+                then = "" if ends else ", will try again"
+                log.error("%s failed%s error=%s", name, then, quote(str(error)), exc_info=unknown)
+                if ends:
                     self._give_up(error)
                 pause = 1.0
 
@@ -4251,11 +4253,7 @@ class Daemon:
         self.stop.set()
 
     def _pin(self) -> float:
-        try:
-            self.pinner.run(self.stop, self.timing.reconcile_s)
-        except Exception as error:
-            log.exception("pinning failed")
-            self._give_up(error)
+        self.pinner.run(self.stop, self.timing.reconcile_s)
         return 0.0
 
     def _enforce(self) -> float:

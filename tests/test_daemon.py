@@ -378,6 +378,16 @@ def test_a_chore_goes_on_after_an_error_that_nobody_thought_of(caplog: pytest.Lo
     assert "KeyError: 'surprise'" in caplog.text
 
 
+def test_a_daemon_that_sees_nothing_any_more_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    stop = threading.Event()
+    rest: list[object] = [None] * 7
+    daemon = program.Daemon("", None, *rest, program.Timing(), stop)  # no pinner: an AttributeError
+    daemon._repeat(daemon._pin)
+    assert stop.is_set()
+    assert daemon._fatal == 1
+    assert "leaving" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------------------------
 # P8, signals are true
 
