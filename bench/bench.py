@@ -344,7 +344,7 @@ def bench_upload() -> None:
     """Store large and small files in moto, the slowest of all here: what counts is the CPU that it takes us."""
     from servers import MotoS3
 
-    for name, tables, files, size in (("1 GiB in 16 files", 1, 2, 64 * cassbackup.MIB), ("4,000 files", 50, 10, 2000)):
+    for name, tables, files, size in (("768 MiB", 1, 2, 64 * cassbackup.MIB), ("small files", 50, 10, 2000)):
         with folder() as root, MotoS3() as server:
             bucket = server.fresh()
             storm = Storm(root / "data", tables, 8 * files, size=size)
