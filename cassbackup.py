@@ -1693,10 +1693,11 @@ def _ask(
     """Return a short answer, "" where there is none; `marked` are headers that it must have."""
     import requests
 
-    headers, limits = {**headers, "Accept-Encoding": "identity"}, (2, 2)  # a lost SYN is sent again after a second
+    headers = {**headers, "Accept-Encoding": "identity"}
     with requests.Session() as session:
         session.trust_env = False  # a proxy would answer for its own machine
-        reply = session.request(method, url, headers=headers, timeout=limits, allow_redirects=False, stream=True)
+        # Two seconds, to connect as well: a lost SYN is sent again after one.
+        reply = session.request(method, url, headers=headers, timeout=2, allow_redirects=False, stream=True)
         if reply.status_code != 200 or any(reply.headers.get(name) != value for name, value in (marked or {}).items()):
             return ""
         text = reply.raw.read(65536).decode("ascii", "replace").strip()

@@ -16,11 +16,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import pytest
 from conftest import Daemon, Run
-from faultproxy import BlackHole, Delay, FaultProxy, assert_written_once, count, s3_error
+from faultproxy import BlackHole, Call, Delay, FaultProxy, assert_written_once, count, s3_error
 from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
@@ -93,6 +94,28 @@ def test_a_manifest_that_was_too_young_to_be_sent_makes_no_listing_incomplete_if
     os.utime(manifest, (soon, soon))
     scene.settled()
     assert slow.hits == 1
+    assert {found.state for found in scene.listings("snapshot")} == {"complete"}
+
+
+def test_a_manifest_that_came_while_the_rest_was_sent_makes_no_listing_incomplete(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    node.incremental = False
+    users = node.table("ks1", "users")
+    sstable = users.flush()
+    folder = sstable.home / "snapshots" / "daily"
+    scene.start(*node.data_dirs, args=("--settle", "1"))
+
+    def take_the_rest() -> None:
+        (folder / "manifest.json").write_text(json.dumps({"files": [f"{sstable.stem}-Data.db"]}))
+        (folder / "schema.cql").write_text("CREATE TABLE ks1.users")
+        scene.until_found(8 + 2)
+        time.sleep(1.5)  # longer than what it settles in
+
+    slow = between.on("PUT", "Data.db", Call(take_the_rest, "before"))
+    sstable.link("snapshots/daily", node.history, users.unit("daily"))
+    assert slow.acted.wait(120)
+    scene.settled()
     assert {found.state for found in scene.listings("snapshot")} == {"complete"}
 
 
@@ -376,6 +399,35 @@ def test_a_chore_goes_on_after_an_error_that_nobody_thought_of(caplog: pytest.Lo
     assert stop.is_set()
     assert "chore failed, will try again" in caplog.text
     assert "KeyError: 'surprise'" in caplog.text
+
+
+def test_what_is_found_just_before_quiet_is_asked_for_is_not_overlooked_p8() -> None:
+    unit, backlog = program.Unit("incremental", "ks1", "users", "", program.utc(0)), program.Backlog()
+
+    class Gate:  # a look that ended this very moment
+        def is_set(self) -> bool:
+            backlog.touch(unit, 8, 0.0)
+            return True
+
+    pinner = SimpleNamespace(looked=1.0, gate=Gate(), counts={}, areas=(), filters="", refused=dict)
+    carrier, uploaders = SimpleNamespace(counts={}, node=""), SimpleNamespace(sent={"files": 0, "bytes": 0})
+    store, ledger = SimpleNamespace(url="", trouble=""), SimpleNamespace(broken="", fact=str)
+    parts = (pinner, backlog, carrier, uploaders, store, ledger, None, None, None)
+    daemon = program.Daemon("", *parts, threading.Event())
+    assert not daemon._is_done()
+    backlog.units.clear()
+    page = daemon.status()
+    assert (page["quiet"], page["pending"]["units"]) == (True, 1)
+
+
+def test_no_beat_of_the_pinner_makes_a_beat_for_who_wants_none() -> None:
+    said: list[str] = []
+    daemon = program.Daemon("", SimpleNamespace(beat=time.monotonic() + 9), *[None] * 8, threading.Event())
+    daemon.uploaders = SimpleNamespace(are_alive=lambda: True)
+    daemon.systemd = SimpleNamespace(listens=True, watchdog_s=0.0, tell=lambda *lines: said.extend(lines))
+    daemon.status = lambda: {"lag_s": 0.0, "pending": {"files": 0}, "trouble": ""}
+    daemon._tell_systemd()
+    assert said == ["STATUS=lag 0 s, 0 files pending"]
 
 
 def test_a_daemon_that_sees_nothing_any_more_leaves(caplog: pytest.LogCaptureFixture) -> None:
