@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 import oracle
 import pytest
 from conftest import Daemon, Run
-from faultproxy import Call, FaultProxy
+from faultproxy import Call, FaultProxy, kill
 from scene import SETTLE, Scene, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
@@ -145,6 +146,20 @@ def test_with_a_daemon_the_command_waits_for_it(snapshots: Snapshots) -> None:
     assert snapshots.scene.daemon.is_running
     snapshots("-t", "weekly")  # the same tag is a new taking
     assert len(snapshots.records("weekly")) == 2
+
+
+def test_a_daemon_that_dies_meanwhile_leaves_the_work_to_the_command(
+    snapshots: Snapshots, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    store = proxy(moto)
+    snapshots.scene.bucket, snapshots.scene.environ = moto, moto.through(store.url)
+    daemon = snapshots.scene.start(snapshots.data)
+    death = store.on("PUT", r"orders.*-Data\.db", kill(lambda: daemon.pid))
+    snapshots("-t", "weekly")
+    assert death.acted.is_set()
+    assert daemon.process.wait() == -signal.SIGKILL
+    assert listed(snapshots, "weekly") == tables(snapshots)
+    assert snapshots.on_disk() == set()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
