@@ -3721,11 +3721,10 @@ class Carrier:
         final = manifest_files(manifest) is not None
         if final and json.loads(manifest).get("ephemeral") is True:
             return self._skip_ephemeral(load)
-        if final and stamp and self._sure.get(unit) != stamp:
-            if self.pinner.confirm(unit):
-                self._sure[unit] = stamp
-            if self._read_pins(unit)[0].keys() != load.pins.keys():
-                return QUIET_S
+        if final and stamp and self._sure.get(unit) != stamp and self.pinner.confirm(unit):
+            self._sure[unit] = stamp
+        if self._read_pins(unit)[0].keys() != load.pins.keys():
+            return QUIET_S  # more came while this was sent, perhaps to a store that was down
         sure = stamp is not None and self._sure.get(unit) == stamp
         verdict = judge_snapshot(files, manifest, sure, read)
         whole = before is not None and before.complete
@@ -3738,8 +3737,6 @@ class Carrier:
             settled_in = 0.0
         if settled_in > 0:
             return settled_in
-        if not complete and self._read_pins(unit)[0].keys() != load.pins.keys():
-            return QUIET_S  # more came while this was sent, perhaps to a store that was down
         kept = tuple(entry for path, entry in files.items() if path not in verdict.left_out)
         if verdict.left_out:
             log.info("not named by the manifest, left out unit=%s files=%d", load, len(verdict.left_out))
