@@ -17,11 +17,13 @@ CASSANDRA ?= tests/cassandra
 ARGS ?=
 
 VENV := .venv
+FAST := "not slow and not by_hand"
+RUN := bash -euo pipefail -c "$$IN_A_ROOT" run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_USE_PEP517 := 1
 
-.PHONY: help venv demo test test-fast test-pythons test-cassandra deb test-deb lint format bench clean
+.PHONY: help venv demo test test-fast test-all test-pythons test-cassandra deb test-deb lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,18 +33,24 @@ venv: $(VENV)/.stamp ## build .venv with cassbackup (editable) and what its test
 demo: $(VENV)-demo/.stamp ## back up a small Cassandra tree into a local directory, and compare every byte
 	@$(VENV)-demo/bin/python tests/demo.py
 
-test: $(VENV)/.stamp ## run all tests on the Python of .venv
-	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
+test: $(VENV)/.stamp ## run the tests on the Python of .venv: about 8 minutes on two cores
+	@echo "== the tests: real inotify, hard links, kills, S3 and GCS servers on loopback; about 8 minutes on two cores"
+	@$(RUN) $(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
-test-fast: $(VENV)/.stamp ## the same without the slow ones
-	$(VENV)/bin/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
+test-fast: $(VENV)/.stamp ## the same without the slow ones: about 2 minutes
+	@echo "== the tests without storms, kills, large files and long waits; about 2 minutes on two cores"
+	@$(RUN) $(VENV)/bin/python -m pytest $(WORKERS) -m $(FAST) $(ARGS)
 
-test-pythons: $(VENV)/.stamp ## run the tests that are not slow on every other Python found here
+test-all: $(VENV)/.stamp ## each storm and kill forty times, half of them on a busy machine: hours
+	@echo "== all tests, each storm and each kill twenty times alone and twenty times on a busy machine; some hours"
+	@$(RUN) $(VENV)/bin/python -m pytest -m "" $(ARGS)
+
+test-pythons: $(VENV)/.stamp ## run the fast tests on every other Python found here
 	@bash -euo pipefail -c "$$TEST_PYTHONS"
 
 test-cassandra: $(VENV)/.stamp-cassandra ## run tests/cassandra on real nodes, which come from Maven Central; needs Java 17 and mvn
 	$(VENV)/bin/python tests/cassandra/jars.py
-	$(VENV)/bin/python -m pytest $(CASSANDRA) $(ARGS)
+	@$(RUN) $(VENV)/bin/python -m pytest $(CASSANDRA) $(ARGS)
 
 deb: ## build dist/*.deb for Debian and Ubuntu; root also installs what that needs
 	debian/build dist
@@ -63,8 +71,18 @@ bench: $(VENV)/.stamp ## measure what the README claims; takes some minutes
 	$(VENV)/bin/python bench/bench.py
 
 clean: ## remove all that make has made
-	rm -rf $(VENV) $(VENV)-* .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/.build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each run has a temporary root of its own, so that two beside each other leave each other alone; a short one, since the
+# path of a Unix socket has 107 bytes. Where a test failed it is kept.
+define IN_A_ROOT
+root=$$(mktemp -d /tmp/cb-XXXX) code=0
+PYTEST_DEBUG_TEMPROOT=$$root "$$@" || code=$$?
+if [ "$$code" = 0 ]; then rm -rf "$$root"; else echo "what the tests left behind: $$root" >&2; fi
+exit "$$code"
+endef
+export IN_A_ROOT
 
 define VENV_FOR_TESTS
 	@bash -euo pipefail -c "$$NEW_VENV" venv $(@D) $(PYTHON)
@@ -127,7 +145,7 @@ for version in $(PYTHONS); do
     test -n "$$python" || { echo "== Python $$version: not found here"; continue; }
     echo "== Python $$version: $$python"
     $(MAKE) --no-print-directory $(VENV)-$$version/.stamp PYTHON="$$python"
-    $(VENV)-$$version/bin/python -m pytest $(WORKERS) -m "not slow" $(ARGS)
+    bash -euo pipefail -c "$$IN_A_ROOT" run $(VENV)-$$version/bin/python -m pytest $(WORKERS) -m $(FAST) $(ARGS)
     tested="$$tested $$version"
 done
 echo "== tested beside $$own:$${tested:- nothing, no other Python was found}"

@@ -70,7 +70,7 @@ setup(
     },
     entry_points={"console_scripts": ["cassbackup=cassbackup:main_entry"]},
     classifiers=[
-        "Development Status :: 4 - Beta",
+        "Development Status :: 5 - Production/Stable",
         "Environment :: Console",
         "Environment :: No Input/Output (Daemon)",
         "Intended Audience :: System Administrators",

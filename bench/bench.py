@@ -4,7 +4,6 @@
               many are lost when the tag is cleared; beside it, in the same run, a watcher of Tablesnap's kind
     start     a start on 1,000,000 files that are listed already
     pending   peak memory with 1,000,000 files pending and the store down
-    ledger    the ledger after a year, with and without forgetting each day what no file has any more
     idle      CPU of a daemon that has nothing to do
     second    a second snapshot of unchanged tables, beside the first
     upload    a snapshot into a real S3 server on this machine, beside boto3's own upload_file on as many threads
@@ -16,6 +15,7 @@ Nothing here is a test: times on a shared machine are read side by side, not as 
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
@@ -35,7 +36,7 @@ from storm import Storm  # noqa: E402
 
 import cassbackup  # noqa: E402
 
-ENVIRON = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true", "CASSBACKUP_FREE_FLOOR": "1%"}
+ENVIRON = {**os.environ, "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true", "CASSBACKUP_MIN_FREE": "1%"}
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -62,23 +63,34 @@ def wait_for(reached: Callable[[], bool], limit_s: float = 300.0) -> float:
     return time.monotonic() - began
 
 
+class Pinning:
+    """The watching and pinning half alone, and what it tells."""
+
+    def __init__(self, data: Path, listed: Mapping[str, tuple[str, set[int]]]) -> None:
+        self.disk = cassbackup.open_pin_directory(str(data))
+        self.pinned, self.scanned = 0, 0.0
+        self.pinner = cassbackup.Pinner([self.disk], cassbackup.Filters(), listed, 3600.0, self.hear)
+
+    def hear(self, news: object) -> None:
+        """Count the files that have been pinned."""
+        if isinstance(news, cassbackup.Touched):
+            self.pinned += news.files
+        elif isinstance(news, cassbackup.PinnerState):
+            self.scanned = news.scanned
+
+
 @contextmanager
-def pinner(
-    data: Path, listed: Callable[[str], dict[str, dict[str, str]]] = lambda _: {}
-) -> Iterator[cassbackup.Pinner]:
+def pinning(data: Path, listed: Mapping[str, tuple[str, set[int]]] | None = None) -> Iterator[Pinning]:
     """Run the watching and pinning half alone."""
-    area, stop = cassbackup.open_area(str(data)), threading.Event()
-    clock, filters = cassbackup.Clock(), cassbackup.Filters()
-    running = cassbackup.Pinner([area], cassbackup.Watcher(), filters, clock, listed, lambda *_: None)
-    thread = threading.Thread(target=running.run, args=(stop, 3600.0))
-    thread.start()
+    running = Pinning(data, listed or {})
+    running.pinner.start()
     try:
-        wait_for(lambda: running.looked > 0)
+        wait_for(lambda: running.scanned > 0)
         yield running
     finally:
-        stop.set()
-        thread.join()
-        area.close()
+        running.pinner.stop()
+        running.pinner.join()
+        running.disk.close()
 
 
 def watch_as_tablesnap(data: Path, seen: set[str], stop: threading.Event) -> None:
@@ -131,14 +143,13 @@ def _prepared(root: Path, kind: str) -> Storm:
 def _pin_ours(kind: str, clear_ms: int | None) -> None:
     with folder() as root:
         storm = _prepared(root, kind)
-        with pinner(storm.root) as running:
-            wait_for(running.gate.is_set)
-            before = running.counts["found"] - running.counts["vanished"]
-            cpu = resource.getrusage(resource.RUSAGE_SELF)
+        with pinning(storm.root) as running:
+            running.pinner.idle.wait()
+            before, cpu = running.pinned, resource.getrusage(resource.RUSAGE_SELF)
             files = _burst(storm, kind, clear_ms)
-            lag = wait_for(lambda: running.counts["found"] - running.counts["vanished"] - before >= files, 20.0)
+            lag = wait_for(lambda: running.pinned - before >= files, 20.0)
             after = resource.getrusage(resource.RUSAGE_SELF)
-            lost = files - (running.counts["found"] - running.counts["vanished"] - before)
+            lost = files - (running.pinned - before)
             used = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
             row(_title("cassbackup", kind, clear_ms), files=files, lost=lost, lag_s=f"{lag:.2f}", cpu_s=f"{used:.2f}")
 
@@ -181,21 +192,18 @@ def million(root: Path) -> Storm:
 
 
 def bench_start() -> None:
-    """Look at a million files that the ledger says are listed."""
+    """Scan a million files that the ledger says are listed."""
     with folder() as root:
         storm = million(root)
-        ledger = cassbackup.Ledger(str(root / "ledger"), "bench")
-        area = cassbackup.open_area(str(storm.root))
-        since = cassbackup.utc(time.time())
+        listed, life = {}, cassbackup.utc(time.time())
         for tag in storm.root.glob("*/*/snapshots/daily"):
-            stamps = {entry.name: cassbackup.Stamp.of(area.id, entry.stat()) for entry in os.scandir(tag)}
-            ledger.list(str(tag), since, stamps)
-        area.close()
+            files = {entry.name: cassbackup.Fingerprint.of(entry.stat()) for entry in os.scandir(tag)}
+            listed[str(tag)] = (life, {cassbackup.mark_of(name, one) for name, one in files.items()})
         began = time.monotonic()
-        with pinner(storm.root, ledger.listed) as running:
+        with pinning(storm.root, listed) as running:
             took = time.monotonic() - began
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            row("start on 1,002,500 listed files", seconds=f"{took:.1f}", pinned=running.counts["found"], peak_mib=peak)
+            row("start on 1,002,500 listed files", seconds=f"{took:.1f}", pinned=running.pinned, peak_mib=peak)
 
 
 @contextmanager
@@ -212,6 +220,19 @@ def daemon(
         finally:
             process.terminate()
             process.wait()
+
+
+def status(root: Path, *words: str) -> dict[str, Any]:
+    """Return what a daemon says of itself, {} where none answers yet."""
+    command = [sys.executable, str(HERE / "cassbackup.py"), "status", "--json", "--state-dir", str(root / "state")]
+    done = subprocess.run([*command, *words], check=False, env=ENVIRON, capture_output=True, text=True)
+    page: dict[str, Any] = json.loads(done.stdout or "{}")
+    return page
+
+
+def until_scanned(root: Path) -> None:
+    """Wait until a daemon has scanned everything once."""
+    wait_for(lambda: status(root).get("scanned", 0) > 0)
 
 
 def memory(pid: int, field: str) -> int:
@@ -240,50 +261,6 @@ def bench_pending() -> None:
             row("1,000,000 files pending", pinned=count, seconds=f"{took:.1f}", peak_mib=memory(process.pid, "VmHWM:"))
 
 
-def bench_ledger() -> None:
-    """Let 20 tables live a year: each hour a flush, each day a compaction, a snapshot of one tag, backups/ emptied."""
-    for trims in (True, False):
-        with folder() as root:
-            ledger, clock = cassbackup.Ledger(str(root / "ledger"), "bench"), cassbackup.Clock()
-            for day in range(365):
-                for table in range(20):
-                    _live_a_day(ledger, clock, f"ks/t{table}-{table:032x}", day)
-                if trims:
-                    now = {name for hour in range(24) for name, _ in _sstable(24 * day + hour)} | {"manifest.json"}
-                    ledger.trim_listed(lambda _, now=now: now)
-                    alive = {str(stamp) for hour in range(24) for _, stamp in _sstable(24 * day + hour)}
-                    ledger.trim_stored(lambda _, alive=alive: alive, time.time() + 1)  # as if a week had gone
-            began = time.monotonic()
-            ledger.listed(f"/data/ks/t0-{0:032x}/backups")
-            took, size = time.monotonic() - began, (root / "ledger").stat().st_size
-            row(
-                f"ledger of a year, {'forgets' if trims else 'keeps all'}",
-                mib=size >> 20,
-                ms_a_look=f"{took * 1e3:.1f}",
-            )
-
-
-def _sstable(number: int) -> Iterator[tuple[str, cassbackup.Stamp]]:
-    for component in ("Data", "Index", "Filter", "Summary", "Statistics", "CompressionInfo", "Digest", "TOC"):
-        yield f"nb-{number}-big-{component}.db", cassbackup.Stamp("0badcafe", number, len(component), number * 10**12)
-
-
-def _live_a_day(ledger: cassbackup.Ledger, clock: cassbackup.Clock, place: str, day: int) -> None:
-    home, names = f"/data/{place}", {}
-    for hour in range(24):
-        files = dict(_sstable(24 * day + hour))
-        names |= files
-        owner = (0o640, "cassandra", "cassandra", "0badcafe")
-        entries = [
-            cassbackup.Stored(home, name, stamp, *owner, f"node{home}/{name}", "e") for name, stamp in files.items()
-        ]
-        ledger.record(((place, entry) for entry in entries), "run")
-        ledger.list(f"{home}/backups", clock(), files)
-    ledger.list(
-        f"{home}/snapshots/daily", clock(), names | {"manifest.json": cassbackup.Stamp("0badcafe", day, 1, day)}
-    )
-
-
 def bench_idle() -> None:
     """Do nothing for a minute, with 6,000 directories watched."""
     with folder() as root:
@@ -291,17 +268,9 @@ def bench_idle() -> None:
         storm.seed()
         storm.backups()
         with daemon(root) as process:
-            status = [
-                sys.executable,
-                str(HERE / "cassbackup.py"),
-                "status",
-                "--wait",
-                "--state-dir",
-                str(root / "state"),
-            ]
-            wait_for((root / "state" / "status.json").exists)
-            subprocess.run(status, check=False, env=ENVIRON, stdout=subprocess.DEVNULL)
-            time.sleep(70)  # the first reconcile looks once more at what had changed just before
+            until_scanned(root)
+            status(root, "--wait")
+            time.sleep(70)  # the first reconciliation scans once more what had changed just before
             before = cpu_s(process.pid)
             time.sleep(60)
             used = cpu_s(process.pid) - before
@@ -314,7 +283,7 @@ def bench_second() -> None:
         storm = Storm(root / "data", 100, 80, size=2000)
         storm.seed()
         with daemon(root) as process:
-            wait_for((root / "state" / "status.json").exists)
+            until_scanned(root)
             for tag in ("first", "second"):
                 cpu, began = cpu_s(process.pid), time.monotonic()
                 gust = storm.snapshot(tag)
@@ -381,10 +350,10 @@ def bench_list() -> None:
     with folder() as root:
         for table in range(100):
             for tag in range(1000):
-                taking = f"202611{tag % 28 + 1:02d}T01{tag // 28:02d}00.{table:06d}Z"
-                path = root / f"bucket/node1.listings/ks1/t{table}-{'a' * 32}/snapshots/daily{tag % 100}/{taking}"
+                life = f"202611{tag % 28 + 1:02d}T01{tag // 28:02d}00.{table:06d}Z"
+                path = root / f"bucket/node1.listings/ks1/t{table}-{'a' * 32}/snapshots/daily{tag % 100}/{life}"
                 path.mkdir(parents=True)
-                (path / f"{taking}-complete-8-1024.json").touch()
+                (path / f"{life}-complete-8-1024.json").touch()
         seconds, cpu, peak = command(root, "list")
         row("list of 100,000 listings", seconds=f"{seconds:.1f}", cpu_s=f"{cpu:.1f}", peak_mib=peak)
 
@@ -415,7 +384,6 @@ BENCHES = {
     "pin": bench_pin,
     "start": bench_start,
     "pending": bench_pending,
-    "ledger": bench_ledger,
     "idle": bench_idle,
     "second": bench_second,
     "upload": bench_upload,

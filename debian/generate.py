@@ -8,24 +8,23 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from cassbackup import COMMANDS, Option, __version__
+from cassbackup import COMMANDS, Command, Option, __version__
 
 DEBIAN = Path(__file__).resolve().parent
-UNITS = {"DURATION": (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)), "RATE": (("G", 1 << 30), ("M", 1 << 20))}
 FILES = {"DIR", "FILE", "PATH", "[OLD=]NEW"}
 
 
+Groups = list[tuple[str, tuple[Option, ...]]]
+
+
+def shown(command: Command) -> Groups:
+    """Return the groups of a command's options; one without a heading is for our own use."""
+    return [(title, options) for title, options in command.groups if title]
+
+
 def default(option: Option) -> str:
-    """Return an option's default as it would be written."""
-    value = option.default
-    if isinstance(value, bool) or not value:
-        return ""
-    if option.metavar == "PART":
-        return f"{value * 100:.0f}%"
-    for unit, size in UNITS.get(option.metavar, ()):
-        if value % size == 0:
-            return f"{value / size:.0f}{unit}"
-    return str(value)
+    """Return an option's default as it would be written, "" where it has none."""
+    return option.default if isinstance(option.default, str) else ""
 
 
 def explained(option: Option) -> str:
@@ -59,15 +58,17 @@ def manual() -> Iterator[str]:
     text = (DEBIAN / "manual.in").read_text(encoding="utf-8").replace("@VERSION@", __version__)
     before, after = text.split("@COMMANDS@\n")
     yield before.rstrip("\n")
+    told: dict[tuple[Option, ...], str] = {}  # what several commands take is explained once
     for name, command in COMMANDS.items():
         yield f".SH {roff(name.upper())}"
         yield f".B cassbackup {name}"
-        yield roff(f"- {command.summary}.")
-        for title, options in command.groups:
-            if name != "watch" and options in [group for _, group in COMMANDS["watch"].groups]:
-                yield ".PP"
-                yield roff(f"And the options of watch: {title}.")
+        yield roff(f"- {command.summary}. Example:")
+        yield from [".PP", ".RS", roff(f"cassbackup {command.example}"), ".RE"]
+        for title, options in shown(command):
+            if options in told:
+                yield from [".PP", roff(f"And the options of {told[options]}: {title}.")]
                 continue
+            told[options] = name
             yield f".SS {roff(title.capitalize())}"
             for option in options:
                 yield from option_lines(option)
@@ -82,8 +83,9 @@ def defaults() -> Iterator[str]:
     yield from (DEBIAN / "defaults.in").read_text(encoding="utf-8").splitlines()
     seen: set[str] = set()
     for name, command in COMMANDS.items():
-        for title, options in command.groups:
-            fresh = [one for one in options if one.variable and one.variable not in seen and one.key not in UNSETTABLE]
+        # What everybody has to set stands first.
+        for title, options in sorted(shown(command), key=lambda group: all(one.key != "bucket" for one in group[1])):
+            fresh = [one for one in options if one.variable and one.variable not in seen and one.key != "config"]
             seen |= {one.variable for one in fresh}
             if fresh:
                 yield from ["", f"## {title}" if name == "watch" else f"## {name}: {title}"]
@@ -92,10 +94,6 @@ def defaults() -> Iterator[str]:
                 if not option.metavar:
                     yield "# yes or no."
                 yield f"#{option.variable}={default(option)}"
-
-
-# Where the settings are found, and what would end the daemon at once.
-UNSETTABLE = {"config", "once"}
 
 
 # Completion for bash
@@ -112,7 +110,7 @@ def completion() -> Iterator[str]:
     yield "    done"
     yield "    case $command in"
     for name, command in COMMANDS.items():
-        options = [option for _, group in command.groups for option in group if option.flags.startswith("-")]
+        options = [option for _, group in shown(command) for option in group if option.flags.startswith("-")]
         files = {flag for option in options if option.metavar in FILES for flag in option.flags.split()}
         values = {flag for option in options if option.metavar for flag in option.flags.split()} - files
         flags = sorted(flag for option in options for flag in option.flags.split() if flag.startswith("--"))

@@ -65,6 +65,43 @@ def pytest_configure() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Storms and kills: once in `make test`, forty times in `make test-all`
+
+TIMES = 20
+ALONE = [(False, number) for number in range(1, TIMES + 1)]
+BUSY = [(True, number) for number in range(1, TIMES + 1)]
+RUNS = [
+    pytest.param(ALONE[0], id="once"),
+    *(pytest.param(run, id=f"again{run[1]}", marks=pytest.mark.by_hand) for run in ALONE[1:]),
+    *(pytest.param(run, id=f"busy{run[1]}", marks=pytest.mark.by_hand) for run in BUSY),
+]
+BURN = """
+import hashlib, os, sys
+with open(sys.argv[1], "wb", 0) as file:
+    while True:
+        block = os.urandom(1 << 20)
+        for _ in range(20):
+            hashlib.sha512(block).digest()
+        file.write(block)
+        os.fsync(file)
+        if file.tell() > 64 << 20:
+            file.seek(0)
+"""
+
+
+@pytest.fixture(params=RUNS)
+def run_number(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
+    """Return which run of a storm or a kill this is, and keep cores and disk busy meanwhile where it is to be so."""
+    is_busy, number = request.param
+    files = [tmp_path / f"busy{one}" for one in range(2 if is_busy else 0)]
+    commands = [tethered([sys.executable, "-c", BURN, str(file)]) for file in files]
+    burning = [subprocess.Popen(command, start_new_session=True) for command in commands]
+    yield int(number)
+    for process in burning:
+        kill_group(process)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Stores
 
 

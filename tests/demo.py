@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ ENVIRON = {
     "CASSBACKUP_NAME": NODE,
     "CASSBACKUP_STATE_DIR": str(ROOT / "state"),
     # A demo may run on a disk that is nearly full.
-    "CASSBACKUP_FREE_FLOOR": "1%",
+    "CASSBACKUP_MIN_FREE": "1%",
     "AWS_EC2_METADATA_DISABLED": "true",
     "NO_GCE_CHECK": "true",
 }
@@ -48,18 +49,18 @@ def say(text: str) -> None:
 
 def run(*words: str) -> int:
     """Run a cassbackup command, show it and its output; return its exit code."""
-    print(f"$ cassbackup {' '.join(words)}", flush=True)
+    print(f"$ cassbackup {shlex.join(words)}", flush=True)
     command = [sys.executable, str(MODULE), *words]
     done = subprocess.run(command, check=False, env=ENVIRON, capture_output=True, text=True, cwd=HERE)
     print(done.stdout + done.stderr, end="", flush=True)
     return done.returncode
 
 
-def status() -> dict[str, Any]:
-    """Return the daemon's own account, once everything that it found is listed."""
-    command = [sys.executable, str(MODULE), "status", "--wait", "--json"]
+def status(*words: str) -> dict[str, Any]:
+    """Return the daemon's own account; with --wait, once everything that it found is listed."""
+    command = [sys.executable, str(MODULE), "status", "--json", *words]
     done = subprocess.run(command, check=False, env=ENVIRON, capture_output=True, text=True, timeout=600)
-    page: dict[str, Any] = json.loads(done.stdout)
+    page: dict[str, Any] = json.loads(done.stdout or "{}")
     return page
 
 
@@ -70,10 +71,9 @@ def daemon() -> Iterator[subprocess.Popen[bytes]]:
     with open(ROOT / "cassbackup.log", "wb") as log:
         process = subprocess.Popen([sys.executable, str(MODULE), "watch", str(DATA)], env=ENVIRON, stderr=log)
         try:
-            for _ in range(600):
-                with suppress(FileNotFoundError):
-                    if json.loads((ROOT / "state" / "status.json").read_text())["looked"]:
-                        break
+            while not status().get("scanned"):
+                if process.poll() is not None:
+                    sys.exit((ROOT / "cassbackup.log").read_text())
                 time.sleep(0.1)
             yield process
         finally:
@@ -114,8 +114,8 @@ def compare(node: Node) -> int:
     print(f"listings in the bucket:                            {len(oracle.listings(objects, NODE))}")
     print(f"lost:                                              {len(lost)}")
     print(f"listed, but absent or with other bytes:            {len(problems)}")
-    for trouble in [*lost, *problems][:10]:
-        print(f"  {trouble}")
+    for problem in [*lost, *problems][:10]:
+        print(f"  {problem}")
     return len(lost) + len(problems)
 
 
@@ -124,7 +124,7 @@ def restored(node: Node, tag: str) -> int:
     wanted = {
         "/".join([unit.keyspace, unit.table.rpartition("-")[0], path.partition(f"/snapshots/{tag}/")[2]]): copy
         for unit, path, copy in node.history.files()
-        if unit.tag == tag
+        if unit.tag == tag and not path.endswith("/manifest.json")  # it is of the snapshot, not of the table
     }
     found = {str(path.relative_to(RESTORED)): path.read_bytes() for path in RESTORED.rglob("*") if path.is_file()}
     wrong = [name for name in wanted.keys() | found.keys() if Copy.of(found.get(name, b"")) != wanted.get(name)]
@@ -158,16 +158,16 @@ def main() -> int:
     with daemon():
         say("a snapshot is taken, and cleared at once")
         snapshot(node, "monday")
-        first = status()
+        first = status("--wait")
         print(f"sent: {first['sent']['files']} files, {first['sent']['bytes']:,} bytes")
         say("Cassandra flushes, and links each new SSTable into backups/")
         for table in node.tables[:2]:
             table.flush(size=200_000)
-        second = status()
+        second = status("--wait")
         print(f"sent: {second['sent']['files'] - first['sent']['files']} files more")
         say("the next snapshot, cleared at once: what is stored already is not sent again")
         snapshot(node, "tuesday")
-        third = status()
+        third = status("--wait")
         sent = third["sent"]["files"] - second["sent"]["files"]
         print(
             f"sent: {sent} files; listed without sending: "

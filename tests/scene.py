@@ -26,9 +26,9 @@ from tree import Copy, History, Node
 if TYPE_CHECKING:  # tests/cassandra has a conftest of its own
     from conftest import Daemon, Run
 
-SETTLE = ("--settle", "1", "--max-bandwidth", "0")  # where all is there already
+IMPATIENT = ("--incomplete-after", "1s", "--max-bandwidth", "0")  # where all is there already
 # Of a daemon: a test, or its disk, that stalls between two links makes no snapshot that Cassandra has left unfinished.
-PATIENT = ("--settle", "20", "--max-bandwidth", "0")
+PATIENT = ("--incomplete-after", "20s", "--max-bandwidth", "0")
 
 
 def nobody() -> list[str]:
@@ -64,7 +64,7 @@ class Scene:
         return self.at / "state"
 
     def start(self, *paths: object, args: tuple[object, ...] = ()) -> Daemon:
-        """Start a daemon and wait until it has looked everywhere once; who wants incomplete listings soon says so."""
+        """Start a daemon and wait until it has scanned everything once; who wants incomplete listings soon says so."""
         self.daemon = self._launch(*paths, bucket=self.bucket, args=(*PATIENT, *args), env=self.environ)
         return self.until_it_watches()
 
@@ -74,21 +74,26 @@ class Scene:
         return self.until_it_watches()
 
     def until_it_watches(self) -> Daemon:
-        """Wait until the daemon last started has looked everywhere."""
-        self.daemon.wait_until(lambda: self.page().get("pid") == self.daemon.pid and self.page()["looked"])
+        """Wait until the daemon last started has scanned everything."""
+
+        def has_scanned() -> bool:
+            page = self.page()
+            return page.get("pid") == self.daemon.pid and page["scanned"] > 0
+
+        self.daemon.wait_until(has_scanned)
         return self.daemon
 
     def once(
         self, *paths: object, args: tuple[object, ...] = (), check: int | None = 0
     ) -> subprocess.CompletedProcess[str]:
         """Run `--once`."""
-        options = ["--bucket", self.bucket.target, "--state-dir", self.state, "--name", "node1", *SETTLE, *args]
+        options = ["--bucket", self.bucket.target, "--state-dir", self.state, "--name", "node1", *IMPATIENT, *args]
         return self.run("watch", *paths, "--once", *options, env=self.environ, check=check)
 
     def page(self) -> dict[str, Any]:
         """Return what `status --json` says at the moment, {} before there is anything to say."""
         done = self.run("status", "--json", "--state-dir", self.state)
-        found: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
+        found: dict[str, Any] = json.loads(done.stdout or "{}")
         return found
 
     def until_found(self, files: int) -> None:
@@ -118,19 +123,19 @@ class Scene:
 
 
 def assert_no_pin_is_left(*areas: Path) -> None:
-    """Fail if a pin area keeps anything; what was released may take a moment to be unlinked."""
+    """Fail if a pin directory keeps anything; what was let go may take a moment to be unlinked."""
     wait_for(lambda: not list(pins(*areas)))
 
 
 def pins(*areas: Path) -> Iterator[str]:
-    """Yield the files of pin areas whose names mark them as pins."""
+    """Yield the files of pin directories whose names mark them as pins."""
     for area in areas:
         for folder, _, names in os.walk(area):
             yield from (os.path.join(folder, name) for name in names if "~" in name)
 
 
 def area_of(node: Node) -> Path:
-    """Return the pin area of a node's data directories."""
+    """Return the pin directory of a node's data directories."""
     return node.root / ".cassbackup"
 
 

@@ -1,4 +1,4 @@
-"""What the command says to people: bad input, help, configuration, log lines, exit codes."""
+"""What the command says to people: bad input, help, settings, log lines, exit codes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import COMMAND_TIMEOUT_S, REPOSITORY, Authority, Daemon, Run, clean_environ
 from faultproxy import FaultProxy, count
-from scene import Scene, area_of, assert_no_pin_is_left, nobody
+from scene import Scene, nobody
 from servers import Bucket, FileBucket
 from tree import Node
+
+import cassbackup
+from cassbackup import (
+    COMMANDS,
+    StatusOptions,
+    build_parser,
+    find_command,
+    parse,
+    read_settings,
+    read_value,
+    why_behind,
+)
 
 
 @pytest.fixture
@@ -26,94 +38,306 @@ def scene(tmp_path: Path, daemon: Callable[..., Daemon], run_cassbackup: Run, tm
 
 
 @pytest.fixture
-def basics(tmp_path: Path) -> tuple[str, ...]:
-    """Return the options that every run of `watch` needs here."""
-    return ("--state-dir", str(tmp_path / "state"), "--name", "node1", "--once")
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that runs the program in this process; what it says is (exit code, stdout, stderr)."""
+    for name in [name for name in os.environ if name.startswith(("CASSBACKUP_", "BUCKET", "REGION"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cassbackup, "SETTINGS", str(tmp_path / "settings"))
+    monkeypatch.setattr(cassbackup, "KEY_FILES", str(tmp_path / "keys"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(cassbackup, "default_state_dir", lambda environ: str(tmp_path / "state"))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        try:
+            code = cassbackup.main([str(word) for word in argv])
+        except SystemExit as end:  # argparse, after --help
+            code = int(end.code or 0)
+        return (code, *capfd.readouterr())
+
+    return run
 
 
-def complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """Return what was said, and fail if it was a traceback or nothing."""
-    assert "Traceback" not in done.stderr
-    assert done.stderr.strip()
-    return done.stderr
+def complaint(done: tuple[int, str, str], code: int = 2) -> str:
+    """Return what was said, and fail unless it is a sentence with this exit code."""
+    assert done[0] == code, done
+    assert done[1] == ""
+    assert done[2].startswith("cassbackup: ")
+    assert "Traceback" not in done[2]
+    return done[2]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Arguments that cannot work: exit 2
+# Arguments that cannot work: exit 2, and what to write
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("line", "said"),
     [
-        (("watch", "/x", "--no-such-option"), "--no-such-option"),
-        (("statsu",), "did you mean `cassbackup status`"),
-        (("cofnig",), "did you mean `cassbackup config`"),
-        (("data",), "A path contains a /"),
-        (("watch", "/x", "--bucket", "ftp://b"), "of no known kind"),
-        (("watch", "/x", "--bucket", "s3://"), "of no known kind"),
-        (("watch", "/x", "--bucket", "file://relative"), "not absolute"),
-        (("watch", "/x", "--bucket", "bare-name"), "neither AWS nor GCE answers"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--name", "a/b"), "node name 'a/b' cannot be used"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--name", "../up"), "cannot be used"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--threads", "0"), "--threads '0' cannot be read"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--threads", "many"), "--threads 'many' cannot be read"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--settle", "soon"), "write 90s, 15m, 26h or 7d"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--max-bandwidth", "fast"), "write 50M or 1.5G"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--max-pinned", "lots"), "write a part of the disk"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--since", "yesterday"), "--since 'yesterday' cannot be read"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--include", "("), "--include '(' cannot be read"),
-        (("watch", "/x", "--bucket", "file:///tmp/b", "--sse", "rot13"), "write AES256 or aws:kms"),
-        (("watch", "/x", "--bucket", "s3://b", "--sse", "AES256", "--kms-key", "k"), "does not go with"),
+        ("watch /x --no-such-option", "watch has no option --no-such-option"),
+        ("list --nod db1", "did you mean --node?"),
+        ("verify --since 2026-11-21", "verify has no option --since\n  `cassbackup verify --help`"),
+        ("statsu", "did you mean `cassbackup status`?"),
+        ("data", "A path contains a /, as ./data"),
+        ("status extra", "status does not take 'extra'"),
+        ("restore --latest --table LICENSE Makefile", "put globs in quotes"),
+        ("watch /x --bucket", "--bucket/-b: expected one argument"),
+        ("list --bucket s3//b", "did you mean s3://b?"),
+        ("list --bucket /tmp/b", "did you mean file:///tmp/b?"),
+        ("list --bucket file:/tmp/b", "did you mean file:///tmp/b?"),
+        ("list --bucket ftp://b", "of no known kind"),
+        ("list --bucket s3://", "of no known kind"),
+        ("list --bucket file://relative", "not absolute"),
+        ("list --bucket bare-name", "could be anywhere"),
+        ("list --bucket s3://b --endpoint-url minio:9000", "write http://minio:9000"),
+        ("watch /x --bucket file:///tmp/b --threads 0", "--threads '0' cannot be read\n  write a number from 1 to 256"),
+        ("watch /x --threads many", "write a number from 1 to 256"),
+        ("watch /x --incomplete-after 60", "write a number with its unit, as 90s, 15m, 26h or 20d"),
+        ("prune --keep-within 20", "--keep-within '20' cannot be read\n  write a number with its unit"),
+        ("status --max-age 26", "with its unit"),
+        ("watch /x --max-bandwidth fast", "write 50M or 1.5G"),
+        ("watch /x --max-pinned lots", "write a part of the disk"),
+        ("watch /x --include (", "write a regular expression"),
+        ("watch /x --sse rot13", "write AES256 or aws:kms"),
+        ("watch /x --metrics-listen 9108", "write [HOST]:PORT"),
+        ("restore --at yesterday", "--at 'yesterday' cannot be read\n  write 2026-11-21"),
+        ("list --bucket s3://b --ca-file /no/such.pem", "certificates in /no/such.pem cannot be used"),
+        ("prune --bucket s3://b --sse AES256 --kms-key k --keep-last 3", "does not go with"),
     ],
 )
-def test_arguments_that_cannot_work_are_named_and_end_with_exit_2(
-    run_cassbackup: Run, node: Node, basics: tuple[str, ...], args: tuple[str, ...], said: str
+def test_arguments_that_cannot_work_are_named_with_what_to_write(cli: Any, line: str, said: str) -> None:
+    assert said in complaint(cli(*line.split()))
+
+
+@pytest.mark.parametrize("line", ["", "watch", "snapshot", "list", "verify", "restore --latest", "prune --keep-last 3"])
+def test_without_a_bucket_each_command_tells_the_two_ways_to_set_it(cli: Any, node: Node, line: str) -> None:
+    where = {"": [node.data_dirs[0]], "watch": [node.data_dirs[0]], "snapshot": ["--paths", node.data_dirs[0]]}
+    said = complaint(cli(*line.split(), *where.get(line, [])))
+    assert said == "cassbackup: no bucket\n  set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket\n"
+
+
+@pytest.mark.parametrize(
+    ("metavar", "text", "value"),
+    [
+        ("DURATION", "90s", 90),
+        ("DURATION", "1.5 h", 5400),
+        ("DURATION", "20d", 20 * 86400),
+        ("RATE", "50M", 50 << 20),
+        ("RATE", "50MB/s", 50 << 20),
+        ("RATE", "50 MiB", 50 << 20),
+        ("RATE", "1.5g", 3 << 29),
+        ("RATE", "0", 0),
+        ("PART", "5%", 0.05),
+        ("TIME", "2026-11-21", 1795219200),
+        ("TIME", "2026-11-21T20:24Z", 1795292640),
+        ("TIME", "2026-11-21T21:24+01:00", 1795292640),
+        ("ADDR", "[::1]:9810", "[::1]:9810"),
+        ("", "Yes", True),
+        ("", "off", False),
+    ],
+)
+def test_values_are_read_as_people_write_them(metavar: str, text: str, value: object) -> None:
+    assert read_value(metavar, text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("metavar", "text"), [("DURATION", "1y"), ("DURATION", "30 days"), ("PART", "10"), ("PART", "100%"), ("RATE", "-1")]
+)
+def test_what_could_mean_two_things_is_refused(metavar: str, text: str) -> None:
+    with pytest.raises(ValueError, match=r".*"):
+        read_value(metavar, text)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Help
+
+
+def test_options_may_stand_before_the_command() -> None:
+    assert find_command(["-v", "list", "--json"]) == ("list", ["-v", "--json"])
+    assert find_command(["--bucket", "list", "restore"]) == ("restore", ["--bucket", "list"])
+    assert find_command(["--bucket=x", "status"]) == ("status", ["--bucket=x"])
+    assert find_command(["--once", "/data"]) == ("", ["--once", "/data"])
+    assert parse("watch", ["/a", "--once", "/b"])["paths"] == ["/a", "/b"]
+
+
+def test_help_is_shown_for_help_too(cli: Any) -> None:
+    for line in ("--help", "help", "-h"):
+        code, told, said = cli(*line.split())
+        assert (code, said) == (0, "")
+        assert told.startswith("usage: cassbackup [COMMAND]")
+        assert [name for name in COMMANDS if f"\n  {name} " not in told] == []
+    for line in ("restore help", "restore --help", "help restore", "-h restore"):
+        code, told, said = cli(*line.split())
+        assert (code, said, told.split("\n")[0]) == (0, "", "usage: cassbackup restore [OPTION ...]"), line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_the_commands_own_options_first_their_defaults_and_an_example(name: str) -> None:
+    text = build_parser(name).format_help()
+    assert f"\n{name}:\n" in text.split("\nbucket:")[0]
+    assert f"Example: cassbackup {name}" in text
+    words = " ".join(text.split())
+    for option in COMMANDS[name].options:
+        if any(option in options for title, options in COMMANDS[name].groups if not title):
+            assert f"{option.flags} " not in words
+            continue
+        assert option.variable in words
+        if option.default and isinstance(option.default, str):
+            assert f"(default: {option.default})" in words
+
+
+def test_an_option_takes_a_value_in_each_command_or_in_none() -> None:
+    """Else nobody could tell where the command stands."""
+    arity: dict[str, set[bool]] = {}
+    for command in COMMANDS.values():
+        for option in command.options:
+            for flag in option.flags.split():
+                arity.setdefault(flag, set()).add(bool(option.metavar))
+    assert [flag for flag, found in arity.items() if len(found) > 1] == []
+
+
+def test_every_option_reaches_its_command() -> None:
+    """A field that no option fills keeps its default for ever; an option without a field does nothing."""
+    elsewhere = {"config", "verbose", "json", "bucket", "prefix", "name", "state_dir"}
+    store = set(cassbackup.StoreOptions.__dataclass_fields__)
+    for name, command in COMMANDS.items():
+        fields = set(command.fields.__dataclass_fields__)
+        given = {option.key for option in command.options}
+        # snapshot hands the filters on to a process of its own; doctor has no tags to compare.
+        handed_on = {option.key for option in cassbackup._FILTERS if name in ("snapshot", "doctor")}
+        assert given - fields - elsewhere - store - handed_on == set(), name
+        ours = {"store", "problems", "origins", "program", "all_nodes"}
+        assert fields - given - ours == set(), name
+
+
+def test_nothing_that_is_chosen_for_once_has_a_variable() -> None:
+    once = (
+        "adopt once full wait confirm force tag table node cluster at latest dry_run in_place retire repair deep json"
+    )
+    for command in COMMANDS.values():
+        assert [option.key for option in command.options if option.key in once.split() and option.variable] == []
+
+
+def test_help_and_version_need_no_package(script: Path, home: Path) -> None:
+    lonely = [sys.executable, "-S", "-I", str(script)]  # no site-packages at all
+    for args, said in ((["--help"], "usage: cassbackup"), (["--version"], "cassbackup 1."), (["list", "-h"], "--tag")):
+        env, limit = clean_environ(home, {}), COMMAND_TIMEOUT_S
+        done = subprocess.run([*lonely, *args], check=True, capture_output=True, text=True, env=env, timeout=limit)
+        assert said in done.stdout
+        assert done.stderr == ""
+
+
+def test_the_readme_names_every_command() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert [name for name in COMMANDS if f"cassbackup {name}" not in readme and name != "watch"] == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("A=b\n", {"A": "b"}),
+        ("# A=c\n ; A=d\nA = b  \n", {"A": "b"}),
+        ('A=\'b c\'\nB="d \\"e\\""\n', {"A": "b c", "B": 'd "e"'}),
+        ("A=b # c\n", {"A": "b # c"}),
+        ("A=b\\\nc\nB=d", {"A": "bc", "B": "d"}),
+        ("A=nodetool -pw 'x y'\r\nB=\n", {"A": "nodetool -pw 'x y'", "B": ""}),
+        ("A=b=c\n", {"A": "b=c"}),
+    ],
+)
+def test_the_settings_file_is_read_as_systemd_reads_it(text: str, found: dict[str, str]) -> None:
+    assert read_settings(text) == (found, [])
+
+
+@pytest.mark.parametrize(
+    "line", ["export BUCKET_NAME=s3://b", "BUCKET_NAME s3://b", "BUCKET_NAME='s3://b", "BUKET_NAME=b"]
+)
+def test_a_line_that_systemd_would_not_read_stops_a_command_and_a_daemon_whose_bucket_is_in_doubt(
+    cli: Any, tmp_path: Path, line: str
 ) -> None:
-    given = [str(node.data_dirs[0]) if word == "/x" else word for word in args]
-    more = [word for word in basics if word not in given] if args[0] == "watch" else []
-    if "--name" in given:
-        more.remove("node1")
-    done = run_cassbackup(*given, *more, check=2)
-    assert said in complaint(done)
+    (tmp_path / "settings").write_text(line + "\n")
+    for command in ("list", "watch", "status"):
+        said = complaint(cli(command))
+        assert line in said or "BUKET_NAME is not" in said or "did you mean BUCKET_NAME?" in said
+        assert str(tmp_path / "settings") in said
 
 
-def test_without_a_bucket_it_prints_short_help_and_ends_with_exit_2(run_cassbackup: Run, tmp_path: Path) -> None:
-    for args in ((), ("watch",), ("watch", "--state-dir", tmp_path)):
-        said = complaint(run_cassbackup(*args, check=2))
-        assert "usage: cassbackup" in said
-        assert "BUCKET_NAME" in said
-        assert len(said.splitlines()) < 12
+def problems_of(monkeypatch: pytest.MonkeyPatch, cli: Any, *args: object) -> list[str]:
+    """Return what a daemon that was started so is told of its settings."""
+    told: list[tuple[str, ...]] = []
+
+    def watch(options: cassbackup.WatchOptions, environ: object) -> int:
+        """Watch."""
+        told.append(options.problems)
+        return 0
+
+    monkeypatch.setitem(COMMANDS, "watch", COMMANDS["watch"]._replace(run=watch))
+    assert cli("watch", "/data", *args)[0] == 0
+    return list(told[0])
 
 
-@pytest.mark.parametrize("command", ["snapshot", "list", "restore"])
-def test_without_a_bucket_a_command_asks_for_one_and_ends_with_exit_2(
-    run_cassbackup: Run, node: Node, tmp_path: Path, command: str
+def test_a_daemon_goes_on_without_a_misspelt_setting_and_is_told(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = {"snapshot": ("--paths", node.data_dirs[0]), "list": (), "restore": ("--latest",)}[command]
-    said = complaint(run_cassbackup(command, *more, "--state-dir", tmp_path, check=2))
-    assert "no bucket" in said
-    assert "set BUCKET_NAME" in said
+    settings = tmp_path / "settings"
+    settings.write_text("BUCKET_NAME=file:///b\nCASSBACKUP_TREADS=4\nexport CASSBACKUP_HEARTBEAT=5m\n")
+    told = problems_of(monkeypatch, cli)
+    assert told[0].endswith("systemd does not read 'export CASSBACKUP_HEARTBEAT=5m' as NAME=value")
+    assert told[1].endswith("there is no setting CASSBACKUP_TREADS, did you mean CASSBACKUP_THREADS?")
+    assert "CASSBACKUP_TREADS" in complaint(cli("list")) or "HEARTBEAT" in complaint(cli("list"))
 
 
-def test_without_a_bucket_it_names_the_daemon_that_runs_here(scene: Scene, node: Node) -> None:
-    scene.start(*node.data_dirs)
-    done = scene.run("watch", "--state-dir", scene.state, check=2)
-    assert f"pid {scene.daemon.pid}" in complaint(done)
+@pytest.mark.parametrize("name", ["CASSBACKUP_EXCLUDE_TABEL", "CASSBACKUP_PATH", "CASSBACKUP_PREFIXX"])
+def test_a_daemon_does_not_guess_what_it_is_to_store(cli: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "settings").write_text(f"BUCKET_NAME=file:///b\n{name}=x\n")
+    assert f"there is no setting {name}" in complaint(cli("watch", "/data"))
 
 
-@pytest.mark.parametrize("what", ["absent", "a file", "inside another"])
-def test_a_path_that_is_no_data_directory_ends_with_exit_2(
-    run_cassbackup: Run, tmp_path: Path, tmp_bucket: FileBucket, basics: tuple[str, ...], what: str
+def test_kubernetes_may_set_variables_that_begin_like_ours(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CASSBACKUP_SERVICE_HOST", "CASSBACKUP_PORT_9108_TCP_ADDR"):
+        os.environ[name] = "10.0.0.1"
+    assert problems_of(monkeypatch, cli, "--bucket", "file:///b") == []
+    os.environ["CASSBACKUP_TREADS"] = "4"
+    assert "did you mean CASSBACKUP_THREADS?" in problems_of(monkeypatch, cli, "--bucket", "file:///b")[0]
+    assert "did you mean CASSBACKUP_THREADS?" in cli("list", "--bucket", "file:///b")[2]
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, cli: Any, *args: object) -> cassbackup.WatchOptions:
+    found: list[cassbackup.WatchOptions] = []
+
+    def watch(options: cassbackup.WatchOptions, environ: object) -> int:
+        """Watch."""
+        found.append(options)
+        return 0
+
+    monkeypatch.setitem(COMMANDS, "watch", COMMANDS["watch"]._replace(run=watch))
+    done = cli("watch", "/data", *args)
+    assert done[0] == 0, done
+    return found[0]
+
+
+def test_a_flag_beats_the_environment_that_the_file_and_that_the_default(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, paths = tmp_path / "data", [tmp_path / "data"]
-    if what == "a file":
-        path.touch()
-    elif what == "inside another":
-        (path / "inner").mkdir(parents=True)
-        paths.append(path / "inner")
-    done = run_cassbackup("watch", *paths, "--bucket", tmp_bucket.target, *basics, check=2)
-    said = {"absent": "is not there", "a file": "is not a directory", "inside another": "is inside another directory"}
-    assert f"{paths[-1]} {said[what]}" in complaint(done)
+    file = tmp_path / "other"
+    file.write_text('# a comment\nBUCKET_NAME="s3://from-file"\nREGION=file-region\nCASSBACKUP_THREADS=3\nAWS_X=1\n')
+    os.environ.update(REGION="env-region", CASSBACKUP_THREADS="4", CASSBACKUP_KEYSPACE="ks1 ks2", AWS_Y="env")
+    options = settled(
+        monkeypatch, cli, "--config", file, "--threads", "5", "--exclude-tag", "a", "--exclude-tag", "b c"
+    )
+    assert (options.bucket, options.store.region, options.store.threads) == ("s3://from-file", "env-region", 5)
+    assert (options.keyspace, options.exclude_tag) == (("ks1", "ks2"), ("a", "b c"))
+    assert (options.min_free, options.max_pinned, options.incomplete_after) == (0.05, 0.1, 60)
+    assert options.store.max_bandwidth == 50 << 20
+    assert (os.environ["AWS_X"], os.environ["AWS_Y"]) == ("1", "env")
+    assert settled(monkeypatch, cli, "--keyspace", "x").keyspace == ("x",)
+
+
+def test_a_settings_file_that_is_named_must_be_there(cli: Any) -> None:
+    assert "/no/such/file is not there" in complaint(cli("status", "--config", "/no/such/file"))
 
 
 def as_nobody(script: Path, tmp_path: Path) -> list[str]:
@@ -133,262 +357,166 @@ def run_as_nobody(command: list[str], home: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit, env=env, cwd="/")
 
 
-@pytest.mark.parametrize(
-    ("locked", "said"),
-    [
-        ("data", "cannot be read"),
-        ("state", "state directory"),
-        ("pins", "no pin area"),
-        ("bucket", "Permission denied"),
-    ],
-)
+@pytest.mark.parametrize(("locked", "said"), [("settings", "cannot be read by nobody"), ("state", "state directory")])
 def test_what_may_not_be_read_or_written_is_named_with_exit_2(
     script: Path, tmp_path: Path, home: Path, locked: str, said: str
 ) -> None:
-    command = as_nobody(script, tmp_path)
-    root = tmp_path / "room"
-    (root / "data").mkdir(parents=True)
-    (root / "bucket").mkdir()
-    (root / "state").mkdir()
-    for folder in (root, root / "data", root / "bucket", root / "state"):
-        os.chown(folder, 65534, 65534)
-    if locked == "pins":
-        for folder in (root, root / "data"):
-            os.chown(folder, 0, 0)
-    else:
-        os.chown(root / locked, 0, 0)
-        (root / locked).chmod(0o700 if locked == "data" else 0o755)
-    options = ["--state-dir", str(root / "state"), "--bucket", f"file://{root}/bucket", "--name", "n", "--once"]
-    done = run_as_nobody([*command, "watch", str(root / "data"), *options], home)
+    command, root = as_nobody(script, tmp_path), tmp_path / "room"
+    for folder in ("data/ks/t-1", "bucket", "state"):
+        (root / folder).mkdir(parents=True)
+    (root / "data/ks/t-1/nb-1-big-Data.db").touch()
+    (root / "settings").touch()
+    for path in [root, *root.rglob("*")]:
+        os.chown(path, 65534, 65534)
+    os.chown(root / locked, 0, 0)
+    (root / locked).chmod(0o600 if locked == "settings" else 0o755)
+    options = ["--state-dir", f"{root}/state", "--bucket", f"file://{root}/bucket", "--name", "n", "--once"]
+    done = run_as_nobody([*command, "--config", f"{root}/settings", "watch", f"{root}/data", *options], home)
     assert done.returncode == 2, done.stderr
-    assert said in complaint(done)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["moto", "gcs"])
-def test_a_bucket_that_is_not_there_is_named_with_exit_2(
-    request: pytest.FixtureRequest, run_cassbackup: Run, node: Node, basics: tuple[str, ...], kind: str
+def test_the_services_key_file_is_used_unless_another_is_named(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket: Bucket = request.getfixturevalue(kind)
-    target = f"{bucket.scheme}://no-such-bucket-here"
-    done = run_cassbackup("watch", *node.data_dirs, "--bucket", target, *basics, env=bucket.environ)
-    assert "no-such-bucket-here" in complaint(done)
-    assert done.returncode == 2
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys/aws").write_text("[default]\n")
+    (tmp_path / "systemd").mkdir()
+    settled(monkeypatch, cli, "--bucket", "gs://b")
+    assert "AWS_SHARED_CREDENTIALS_FILE" not in os.environ
+    for given, used in ({}, "keys"), ({"CREDENTIALS_DIRECTORY": str(tmp_path / "systemd")}, "systemd"):
+        os.environ.pop("AWS_SHARED_CREDENTIALS_FILE", None)
+        os.environ.update(given)
+        (tmp_path / "systemd/aws").write_text("[default]\n")
+        settled(monkeypatch, cli, "--bucket", "s3://b")
+        assert os.environ["AWS_SHARED_CREDENTIALS_FILE"] == f"{tmp_path}/{used}/aws"
+    (tmp_path / "systemd/aws").write_text("\n")  # what systemd makes of a file that is absent
+    os.environ.pop("AWS_SHARED_CREDENTIALS_FILE")
+    settled(monkeypatch, cli, "--bucket", "s3://b")
+    assert os.environ["AWS_SHARED_CREDENTIALS_FILE"] == f"{tmp_path}/keys/aws"
+    os.environ.update(AWS_SHARED_CREDENTIALS_FILE="/mine")
+    settled(monkeypatch, cli, "--bucket", "s3://b")
+    assert os.environ["AWS_SHARED_CREDENTIALS_FILE"] == "/mine"
 
 
-def test_wrong_credentials_are_named_with_exit_2(
-    rclone: Bucket, run_cassbackup: Run, node: Node, basics: tuple[str, ...]
+# ------------------------------------------------------------------------------------------------------------
+# The end of a command
+
+
+@pytest.mark.parametrize("raised", [OSError(28, "No space left on device"), BrokenPipeError(), KeyboardInterrupt()])
+def test_no_error_of_the_machine_is_a_traceback(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, raised: BaseException
 ) -> None:
-    env = {**rclone.environ, "AWS_ACCESS_KEY_ID": "WRONGWRONGWRONGWRONG"}
-    done = run_cassbackup("watch", *node.data_dirs, "--bucket", rclone.target, *basics, env=env, check=2)
-    assert "check the keys" in complaint(done)
+    def run(argv: object, environ: object) -> int:
+        raise raised
+
+    monkeypatch.setattr(cassbackup, "run", run)
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    code, told, said = cli("list")
+    assert (code, told) == ({OSError: 1, BrokenPipeError: 141, KeyboardInterrupt: 130}[type(raised)], "")
+    assert said == ("cassbackup: [Errno 28] No space left on device\n" if type(raised) is OSError else "")
 
 
-def test_without_any_credentials_it_says_so_with_exit_2(
-    rclone: Bucket, run_cassbackup: Run, node: Node, basics: tuple[str, ...]
-) -> None:
-    env = {name: value for name, value in rclone.environ.items() if "KEY" not in name}
-    done = run_cassbackup("watch", *node.data_dirs, "--bucket", rclone.target, *basics, env=env, check=2)
-    assert "credential" in complaint(done).lower()
+def test_a_reader_that_has_enough_is_told_nothing(scene: Scene, script: Path, home: Path) -> None:
+    scene.bucket.put("node1.listings/owner.json", b'{"version": 2}')
+    command = f"{sys.executable} {script} list --json --bucket {scene.bucket.target} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=clean_environ(home, {}), check=False
+    )
+    assert (done.returncode in (0, 141), done.stderr) == (True, "")
+    command = f"{sys.executable} {script} --help > /dev/full"
+    full = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert (full.returncode, "No space left" in full.stderr, "Traceback" in full.stderr) == (1, True, False)
 
 
-@pytest.mark.slow
-def test_a_node_that_belongs_to_another_machine_is_refused_unless_adopted(scene: Scene, node: Node) -> None:
-    page = {"version": 1, "machine_id": "0123456789abcdef", "data_directories": ["/data"]}
-    scene.bucket.put("node1.listings/owner.json", json.dumps(page).encode())
+def test_a_terminal_that_cannot_spell_a_name_is_no_reason_to_fail(scene: Scene, node: Node) -> None:
     node.table("ks1", "users").flush()
-    done = scene.once(*node.data_dirs, check=2)
-    assert "belongs to another machine" in complaint(done)
-    assert "--adopt" in done.stderr
-    assert scene.file_keys() == []
-    scene.once(*node.data_dirs, args=("--adopt",))
-    assert scene.file_keys() != []
+    node.snapshot("наш-снимок")
     scene.once(*node.data_dirs)
+    done = scene.run("list", "--bucket", scene.bucket.target, env={"PYTHONIOENCODING": "ascii"}, check=0)
+    assert r"\u043d\u0430\u0448-" in done.stdout
 
 
-def test_a_configuration_file_that_is_asked_for_and_not_there_is_exit_2(run_cassbackup: Run) -> None:
-    done = run_cassbackup("config", "--config", "/no/such/file", check=2)
-    assert "/no/such/file" in complaint(done)
-
-
-def test_a_status_of_nobody_is_no_success(run_cassbackup: Run, tmp_path: Path) -> None:
+def test_a_status_of_nobody_is_no_success(cli: Any, tmp_path: Path) -> None:
     """P8: signals are true."""
-    done = run_cassbackup("status", "--state-dir", tmp_path)
-    assert done.returncode in {2, 3}
-    assert "no daemon" in complaint(done)
+    code, told, said = cli("status", "--state-dir", tmp_path, "--json")
+    assert (code, said) == (3, "")
+    assert "no daemon runs" in json.loads(told)["behind"][0]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# TLS
+NOW = 1_795_292_640.0
+WELL: dict[str, Any] = {
+    "now": NOW,
+    "lag_s": 3.0,
+    "absent": {},
+    "lost": [],
+    "refused": [],
+    "errors": {},
+    "failures": {},
+    "unmatched": [],
+    "problems": [],
+    "tables": {
+        "ks1/users-1": {"taken": cassbackup.utc(NOW - 3600), "oldest_data": NOW - 90 * 86400},
+        "ks1/new-2": {"taken": None, "oldest_data": NOW - 3600},  # there was nothing to take a snapshot of
+        "ks1/empty-3": {"taken": None, "oldest_data": None},
+    },
+}
 
 
-@pytest.fixture(params=["moto", "gcs"])
-def behind_tls(
-    scene: Scene, request: pytest.FixtureRequest, secured: Callable[[Bucket], FaultProxy]
-) -> tuple[Scene, FaultProxy]:
-    """Return a scene whose bucket answers in TLS, and what stands before it."""
-    scene.bucket = request.getfixturevalue(request.param)
-    front = secured(scene.bucket)
-    scene.environ = scene.bucket.through(front.url)
-    return scene, front
+def test_a_daemon_that_is_well_is_not_behind() -> None:
+    assert why_behind(WELL, StatusOptions("", False, 900.0, 26 * 3600.0)) == []
 
 
-def asked(scene: Scene, *args: object) -> subprocess.CompletedProcess[str]:
-    """Run a command on the bucket, where nobody knows this node; it has less time than its patience is long (120 s)."""
-    options = ["--bucket", scene.bucket.target, "--state-dir", scene.at / "nobody"]
-    return scene.run(*args, *options, env=scene.environ, timeout=100)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lag_s": 1000.0}, "the oldest unlisted file was found 1000 s ago (see --max-lag)"),
+        ({"absent": {"/data": "it is empty"}}, "data directory away: /data (it is empty)"),
+        ({"lost": ["a", "b", "c"]}, "lost until the next complete snapshot: a and 2 more"),
+        ({"refused": ["/data/x"]}, "not stored, see the log: /data/x"),
+        ({"errors": {"put": {"error": "403", "since": NOW}}}, "failing: put (403)"),
+        ({"failures": {"ks1/users": "too large"}}, "not stored: ks1/users (too large)"),
+        ({"unmatched": ["--keyspace shop,x"]}, "filter that matches nothing: --keyspace shop,x"),
+        ({"problems": ["there is no setting X"]}, "settings: there is no setting X"),
+        ({"tables": {"k/t": {"taken": None, "oldest_data": NOW - 27 * 3600}}}, "no complete snapshot within"),
+        (
+            {"tables": {"k/t": {"taken": cassbackup.utc(NOW - 27 * 3600), "oldest_data": NOW - 99 * 3600}}},
+            "no complete snapshot within --max-age: k/t",
+        ),
+    ],
+)
+def test_whatever_is_wrong_with_a_daemon_is_behind_and_named(wrong: dict[str, Any], said: str) -> None:
+    """P8: a daemon that protects nothing is red, not idle."""
+    (why,) = why_behind({**WELL, **wrong}, StatusOptions("", False, 900.0, 26 * 3600.0))
+    assert why.startswith(said)
 
 
-@pytest.mark.slow
-def test_with_a_ca_file_all_is_stored_listed_verified_and_restored_over_tls(
-    behind_tls: tuple[Scene, FaultProxy], node: Node, authority: Authority, tmp_path: Path
-) -> None:
-    scene, front = behind_tls
-    trusting, users, into = ("--ca-file", authority.file), node.table("ks1", "users"), tmp_path / "restored"
-    users.flush(size=9 << 20)
+def test_status_waits_until_what_is_there_is_listed(scene: Scene, node: Node) -> None:
+    node.table("ks1", "users").flush()
+    scene.start(*node.data_dirs)
     node.snapshot("daily")
-    scene.once(*node.data_dirs, args=trusting)
-    scene.assert_all_is_listed(node.history)
-    assert count(front.trace, "POST", r"\?uploads|uploadType=resumable") > 0
-    assert "daily" in asked(scene, "list", "--node", "node1", *trusting).stdout
-    assert asked(scene, "verify", "--deep", "--node", "node1", *trusting).returncode == 0
-    assert asked(scene, "restore", "--node", "node1", "--tag", "daily", "--into", into, *trusting).returncode == 0
-    (snapshot,) = users.directories()[0].glob("snapshots/daily")
-    wanted = {path.name: path.read_bytes() for path in snapshot.iterdir()}
-    assert {path.name: path.read_bytes() for path in (into / "ks1" / "users").iterdir()} == wanted
-
-
-@pytest.mark.slow
-def test_what_has_no_trusted_certificate_ends_each_command_before_long_and_says_what_to_do(
-    behind_tls: tuple[Scene, FaultProxy], node: Node, stranger: Authority, tmp_path: Path
-) -> None:
-    scene, front = behind_tls
-    node.table("ks1", "users").flush()
-    trusting = ("--ca-file", str(stranger.file)) if scene.bucket.scheme == "gs" else ()
-    daily = ("--tag", "daily", "--into", tmp_path / "restored")
-    commands = (("list",), ("verify",), ("restore", *daily), ("doctor", *node.data_dirs, "--name", "node1", "--json"))
-    with ThreadPoolExecutor() as pool:
-        once = pool.submit(scene.once, *node.data_dirs, args=trusting, check=None)
-        ends = [once.result(), *pool.map(lambda words: asked(scene, *words, *trusting), commands)]
-    assert [done.returncode for done in ends] == [1, 1, 1, 1, 3]
-    trusted = str(stranger.file) if trusting else "the usual CAs"
-    for done in ends[:-1]:
-        said = complaint(done).splitlines()
-        assert "certificate of 127.0.0.1" in said[-2]
-        assert "is not trusted (" in said[-2]
-        assert f"with --ca-file; trusted now: {trusted}." in said[-1]
-    (found,) = [one for one in json.loads(ends[-1].stdout)["checks"] if one["name"] == "reach"]
-    assert (found["result"], trusted in found["cure"]) == ("bad", True)
-    assert front.trace == []
-
-
-def test_a_ca_file_without_certificates_is_exit_2_before_anything_is_done(
-    behind_tls: tuple[Scene, FaultProxy], node: Node, tmp_path: Path
-) -> None:
-    scene, front = behind_tls
-    node.table("ks1", "users").flush()
-    empty = tmp_path / "empty.pem"
-    empty.touch()
-    for file in (tmp_path / "absent.pem", empty):
-        trusting = ("--ca-file", file)
-        for done in (scene.once(*node.data_dirs, args=trusting, check=None), asked(scene, "list", *trusting)):
-            assert done.returncode == 2
-            assert f"--ca-file {file} cannot be used" in complaint(done)
-            assert "PEM" in done.stderr
-    done = asked(scene, "doctor", *node.data_dirs, "--name", "node1", "--ca-file", empty)
-    assert (done.returncode, f"--ca-file {empty} cannot be used" in done.stdout) == (3, True)
-    assert front.trace == []
-    assert_no_pin_is_left(area_of(node))
-
-
-@pytest.mark.slow
-def test_a_daemon_tells_of_a_certificate_and_goes_on_once_it_is_trusted(
-    behind_tls: tuple[Scene, FaultProxy], node: Node, authority: Authority, stranger: Authority, tmp_path: Path
-) -> None:
-    """P2: what was found meanwhile waits, and is listed without a restart."""
-    scene, front = behind_tls
-    file = tmp_path / "ca.pem"
-    shutil.copy(stranger.file, file)
-    node.table("ks1", "users").flush()
-    scene.start(*node.data_dirs, args=("--ca-file", file))
-    scene.daemon.wait_until(lambda: scene.page()["trouble"])
-    for said in (scene.page()["trouble"], scene.daemon.log()):
-        assert re.search(f"is(%20| )not(%20| )trusted.*--ca-file.*{file}", said)
-    done = scene.run("status", "--state-dir", scene.state, check=3)
-    assert f"trusted now: {file}" in done.stdout
-    assert front.trace == []
-    shutil.copy(authority.file, file)
-    page = scene.settled()
-    assert page["trouble"] == ""
-    scene.assert_all_is_listed(node.history)
-    assert scene.daemon.log().count("is not trusted") < 9
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Help, configuration, log
-
-
-def test_help_and_version_need_no_sdk(script: Path, home: Path) -> None:
-    lonely = [sys.executable, "-S", "-I", str(script)]  # no site-packages at all
-    for args, said in (
-        (["--help"], "usage: cassbackup"),
-        (["--version"], "cassbackup "),
-        (["watch", "--help"], "--bucket"),
-        (["status", "--help"], "--max-lag"),
-    ):
-        env, limit = clean_environ(home, {}), COMMAND_TIMEOUT_S
-        done = subprocess.run([*lonely, *args], check=True, capture_output=True, text=True, env=env, timeout=limit)
-        assert said in done.stdout
-        assert done.stderr == ""
-
-
-def test_every_option_is_explained_with_its_variable(run_cassbackup: Run) -> None:
-    for command in ("watch", "status"):
-        text = " ".join(run_cassbackup(command, "--help", check=0).stdout.split())
-        for option in set(re.findall(r"(--[a-z-]+)", text)) - {"--help", "--config", "--verbose", "--sse-kms-key-id"}:
-            variable = {"--bucket": "BUCKET_NAME", "--region": "REGION"}.get(
-                option, "CASSBACKUP_" + option[2:].upper().replace("-", "_")
-            )
-            assert f"[{variable}]" in text, option
-
-
-def test_what_is_restored_or_deleted_is_never_chosen_by_the_environment(run_cassbackup: Run) -> None:
-    for command, setting in {"restore": "CASSBACKUP_INTO", "prune": "CASSBACKUP_KEEP_LAST"}.items():
-        text = " ".join(run_cassbackup(command, "--help", check=0).stdout.split())
-        assert f"[{setting}]" in text
-        for word in ("NODE", "TAG", "TABLE", "AT", "LATEST", "IN_PLACE", "CONFIRM", "FORCE", "RETIRE"):
-            assert f"[CASSBACKUP_{word}]" not in text
-
-
-def test_config_shows_each_value_and_a_flag_beats_environment_beats_file_beats_default(
-    run_cassbackup: Run, tmp_path: Path
-) -> None:
-    file = tmp_path / "settings"
-    file.write_text('# a comment\nBUCKET_NAME="s3://from-file"\nREGION=file-region\nCASSBACKUP_THREADS=3\n')
-    env = {"REGION": "env-region", "CASSBACKUP_THREADS": "4", "CASSBACKUP_KEYSPACE": "ks1 ks2"}
-    done = run_cassbackup("config", "--config", file, "--threads", "5", env=env, check=0)
-    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    assert shown["bucket"] == ["s3://from-file", "file"]
-    assert shown["region"] == ["env-region", "environment"]
-    assert shown["threads"] == ["5", "flag"]
-    assert shown["settle"][-1] == "default"
-    assert shown["keyspace"] == ["ks1", "ks2", "environment"]
-    assert done.stderr == ""
+    done = scene.run("status", "--wait", "--state-dir", scene.state, check=0)
+    assert scene.listings("snapshot") != []
+    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert (told["node"], told["bucket"]) == ("node1", scene.bucket.target)
+    assert told["pending"].startswith("0 units, 0 files, 0 B")
 
 
 @pytest.mark.slow
 def test_a_secret_is_never_shown_or_logged(scene: Scene, node: Node) -> None:
     canary = "AKIACANARYCANARY"
     node.table("ks1", "users").flush()
-    done = scene.run("config", "-k", canary, "-s", canary, check=0)
+    secret = ("-k", canary, "-s", canary)
+    done = scene.run("doctor", *node.data_dirs, *secret, "--bucket", scene.bucket.target, "--name", "node1")
     assert canary not in done.stdout + done.stderr
-    done = scene.once(*node.data_dirs, args=("-k", canary, "-s", canary, "-v"))
+    done = scene.once(*node.data_dirs, args=(*secret, "-v"))
     assert canary not in done.stdout + done.stderr
-    assert "use the environment or a role" in done.stderr
+    assert "every user of this machine can read keys" in done.stderr
 
 
 def test_each_event_is_one_line_whatever_a_file_is_called(scene: Scene, node: Node) -> None:
-    users = node.table("ks1", "users")
-    backups = users.directories()[0] / "backups"
+    backups = node.table("ks1", "users").directories()[0] / "backups"
     backups.mkdir()
     os.mkfifo(os.fsencode(backups) + b"/two\nlines level=ERROR forged=\xff\x1b[31m")
     (backups / "new\nline.db").write_bytes(b"x")
@@ -400,28 +528,65 @@ def test_each_event_is_one_line_whatever_a_file_is_called(scene: Scene, node: No
 
 @pytest.mark.slow
 def test_lines_carry_priorities_where_journald_reads_them(
-    script: Path, home: Path, tmp_path: Path, node: Node, tmp_bucket: FileBucket, basics: tuple[str, ...]
+    script: Path, home: Path, tmp_path: Path, node: Node, tmp_bucket: FileBucket
 ) -> None:
-    users = node.table("ks1", "users")
-    users.flush()
-    os.mkfifo(users.directories()[0] / "backups" / "pipe.db")
-    command = [sys.executable, str(script), "watch", *map(str, node.data_dirs), "--bucket", tmp_bucket.target, *basics]
+    node.table("ks1", "users").flush()
+    options = ["--bucket", tmp_bucket.target, "--state-dir", str(tmp_path / "state"), "--name", "node1", "--once"]
+    command = [sys.executable, str(script), "watch", *map(str, node.data_dirs), *options, "-k", "key", "-s", "secret"]
     log = tmp_path / "journal"
-    with log.open("wb") as stderr:
-        found = os.fstat(stderr.fileno())
-        env = clean_environ(home, {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"})
-        subprocess.run([*command, "-k", "key"], check=True, env=env, stderr=stderr, timeout=COMMAND_TIMEOUT_S)
-    lines = log.read_text().splitlines()
-    assert {line[:3] for line in lines} == {"<6>", "<4>"}
-    with log.open("wb") as stderr:  # another stream than the one that journald reads
-        env = clean_environ(home, {"JOURNAL_STREAM": "1:1"})
-        subprocess.run(command, check=True, env=env, stderr=stderr, timeout=COMMAND_TIMEOUT_S)
-    assert not [line for line in log.read_text().splitlines() if line.startswith("<")]
+    for stream, marked in (("{0.st_dev}:{0.st_ino}", True), ("1:1", False)):
+        with log.open("wb") as stderr:
+            env = clean_environ(home, {"JOURNAL_STREAM": stream.format(os.fstat(stderr.fileno()))})
+            subprocess.run(command, check=True, env=env, stderr=stderr, timeout=COMMAND_TIMEOUT_S)
+        starts = {line[:3] for line in log.read_text().splitlines()}
+        assert starts == {"<6>", "<4>"} if marked else not {one for one in starts if one.startswith("<")}
 
 
-def test_the_readme_names_every_option_and_its_variable(scene: Scene) -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for command in ("watch", "status", "snapshot", "list", "verify", "restore", "prune", "doctor", "report"):
-        said = scene.run(command, "--help", check=0).stdout
-        named = set(re.findall(r"--[a-z][a-z-]+|CASSBACKUP_[A-Z_]+|BUCKET_NAME|REGION", said)) - {"--help"}
-        assert [name for name in sorted(named) if name not in readme] == []
+# ------------------------------------------------------------------------------------------------------------
+# Stores that cannot be used
+
+
+@pytest.mark.parametrize("kind", ["moto", "gcs"])
+def test_a_bucket_that_is_not_there_is_named(request: pytest.FixtureRequest, run_cassbackup: Run, kind: str) -> None:
+    bucket: Bucket = request.getfixturevalue(kind)
+    done = run_cassbackup("list", "--bucket", f"{bucket.scheme}://no-such-bucket-here", env=bucket.environ, check=1)
+    assert "no-such-bucket-here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_credentials_and_none_are_told_apart(rclone: Bucket, run_cassbackup: Run) -> None:
+    wrong = {**rclone.environ, "AWS_ACCESS_KEY_ID": "WRONGWRONGWRONGWRONG"}
+    assert "check the keys" in run_cassbackup("list", "--bucket", rclone.target, env=wrong, check=1).stderr
+    none = {name: value for name, value in rclone.environ.items() if "KEY" not in name}
+    assert "credential" in run_cassbackup("list", "--bucket", rclone.target, env=none, check=1).stderr.lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["moto", "gcs"])
+def test_with_a_ca_file_all_is_stored_listed_verified_and_restored_over_tls(
+    request: pytest.FixtureRequest,
+    scene: Scene,
+    node: Node,
+    secured: Callable[[Bucket], FaultProxy],
+    authority: Authority,
+    stranger: Authority,
+    kind: str,
+) -> None:
+    scene.bucket = request.getfixturevalue(kind)
+    front = secured(scene.bucket)
+    scene.environ = scene.bucket.through(front.url)
+    trusting, users, into = ("--ca-file", authority.file), node.table("ks1", "users"), scene.at / "restored"
+    users.flush(size=9 << 20)
+    node.snapshot("daily")
+    scene.once(*node.data_dirs, args=trusting)
+    scene.assert_all_is_listed(node.history)
+    assert count(front.trace, "POST", r"\?uploads|uploadType=resumable") > 0
+    where = ("--bucket", scene.bucket.target, "--node", "node1", "--state-dir", scene.at / "none")
+    for command in (("list",), ("verify", "--deep"), ("restore", "--tag", "daily", "--into", into)):
+        scene.run(*command, *where, *trusting, env=scene.environ, check=0)
+    before = len(front.trace)
+    strange = ("--ca-file", stranger.file) if kind == "gs" else ()
+    done = scene.run("list", *where, *strange, env=scene.environ, check=1, timeout=100)
+    assert "certificate" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(front.trace) == before

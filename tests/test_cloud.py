@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
-import subprocess
-import sys
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,17 +11,40 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import COMMAND_TIMEOUT_S, Run, clean_environ
 from hypothesis import given
 from hypothesis import strategies as some
-from servers import Bucket, FakeMetadata, FileBucket, free_port
-from tree import Node
+from servers import FakeMetadata, free_port
 
-from cassbackup import Cloud, Usage, check_node, detect_cloud, name_node
+import cassbackup
+from cassbackup import (
+    Cloud,
+    Identity,
+    Unreachable,
+    Usage,
+    check_node_name,
+    detect_cloud,
+    identify,
+    load_identity,
+    machine_id,
+    save_identity,
+)
 
 Metadata = Callable[..., FakeMetadata]
 LIMIT_S = 5.0
 SLACK_S = 20.0  # of a machine that does other things too; whoever does not give up waits for ever
+
+
+@pytest.fixture
+def dmi(tmp_path: Path) -> Callable[[str], str]:
+    """Return a function that makes a file as the kernel has it, and returns its path."""
+
+    def write(vendor: str) -> str:
+        path = tmp_path / "sys_vendor"
+        path.write_text(vendor + "\n")
+        return str(path)
+
+    return write
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Detection
@@ -46,19 +67,30 @@ def test_where_both_answer_one_of_them_is_taken_whole(metadata: Metadata) -> Non
     assert found in (Cloud("s3", "12345", "eu-west-1"), Cloud("gs", "12345", "eu-west"))
 
 
-def test_where_neither_answers_there_is_no_cloud(metadata: Metadata) -> None:
-    assert detect_cloud(metadata("none").environ) is None
-
-
-def test_where_nobody_listens_there_is_no_cloud() -> None:
-    nowhere = f"127.0.0.1:{free_port()}"
-    environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{nowhere}", "GCE_METADATA_HOST": nowhere}
-    assert detect_cloud(environ) is None
-
-
-def test_services_that_never_answer_are_given_up_in_five_seconds(metadata: Metadata) -> None:
+@pytest.mark.parametrize("vendor", ["QEMU", "Dell Inc.", "Xen", ""])
+def test_off_cloud_is_what_dmi_says(dmi: Callable[[str], str], vendor: str) -> None:
     began = time.monotonic()
-    assert detect_cloud(metadata("both", mood="slow").environ) is None
+    assert detect_cloud({}, dmi(vendor)) is None
+    assert time.monotonic() - began < 1  # nobody is asked
+
+
+@pytest.mark.parametrize("vendor", ["Amazon EC2", "Google"])
+def test_on_a_cloud_silence_is_no_answer(dmi: Callable[[str], str], metadata: Metadata, vendor: str) -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    deaf = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{nowhere}", "GCE_METADATA_HOST": nowhere}
+    for environ in (metadata("none").environ, deaf):
+        with pytest.raises(Unreachable, match=f"cannot determine the instance id: this is {vendor}.*--name"):
+            detect_cloud(environ, dmi(vendor))
+        assert detect_cloud(environ, dmi("QEMU")) is None
+        assert detect_cloud(environ, dmi("QEMU") + "-absent") is None
+    off = {"AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true"}
+    assert detect_cloud(off, dmi(vendor)) is None
+
+
+def test_services_that_never_answer_are_given_up_in_five_seconds(dmi: Callable[[str], str], metadata: Metadata) -> None:
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        detect_cloud(metadata("both", mood="slow").environ, dmi("Google"))
     assert time.monotonic() - began < LIMIT_S + SLACK_S
 
 
@@ -92,19 +124,13 @@ def dripping() -> Iterator[str]:
     server.server_close()
 
 
-def test_an_answer_that_drips_is_given_up_within_the_limit(dripping: str) -> None:
+def test_an_answer_that_drips_is_given_up_and_holds_nobody_up(metadata: Metadata, dripping: str) -> None:
     environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{dripping}", "GCE_METADATA_HOST": dripping}
     began = time.monotonic()
-    assert detect_cloud(environ, 1.0) is None
-    assert time.monotonic() - began < 1.0 + SLACK_S
-
-
-def test_one_cloud_is_found_while_the_other_says_nothing_whole(metadata: Metadata, dripping: str) -> None:
+    assert detect_cloud(environ, limit_s=1.0) is None
     fake = metadata("gce", "77", "us-east4-a")
-    environ = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"http://{dripping}", "GCE_METADATA_HOST": fake.host}
-    began = time.monotonic()
-    assert detect_cloud(environ, 60.0) == Cloud("gs", "77", "us-east4")
-    assert time.monotonic() - began < SLACK_S
+    assert detect_cloud({**environ, "GCE_METADATA_HOST": fake.host}, limit_s=60.0) == Cloud("gs", "77", "us-east4")
+    assert time.monotonic() - began < 1.0 + SLACK_S
 
 
 def test_redirects_are_not_followed(metadata: Metadata) -> None:
@@ -133,12 +159,9 @@ def test_junk_is_no_cloud_and_reaches_no_log(metadata: Metadata, caplog: pytest.
     assert said.isprintable()
 
 
-@pytest.mark.parametrize("instance", ["", "i 1", "i-1\nx", "../../x", "i-1/x", "<html>", "x" * 5000])
-def test_an_instance_id_that_is_none_is_refused(metadata: Metadata, instance: str) -> None:
-    found = detect_cloud(metadata("both", instance).environ)
-    if found:  # what is a word but no good name is refused when the node is named
-        with pytest.raises(Usage):
-            name_node(found, "db1", "")
+@pytest.mark.parametrize("instance", ["", "i 1", "i-1\nx", "<html>", "x" * 5000])
+def test_an_instance_id_that_is_none_is_no_answer(metadata: Metadata, instance: str) -> None:
+    assert detect_cloud(metadata("both", instance).environ) is None
 
 
 def test_gce_without_its_flavor_in_the_answer_is_not_gce(metadata: Metadata) -> None:
@@ -147,7 +170,7 @@ def test_gce_without_its_flavor_in_the_answer_is_not_gce(metadata: Metadata) -> 
     assert detect_cloud({**fake.environ, "AWS_EC2_METADATA_DISABLED": "true"}) is None
 
 
-@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize("name", ["http_proxy", "ALL_PROXY"])
 def test_a_proxy_is_not_asked_where_we_are(metadata: Metadata, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     proxy, fake = metadata("aws", "i-of-the-proxy"), metadata("aws", "i-of-this-machine")
     for other in ("no_proxy", "NO_PROXY"):
@@ -159,7 +182,7 @@ def test_a_proxy_is_not_asked_where_we_are(metadata: Metadata, monkeypatch: pyte
     assert proxy.requests == []
 
 
-@pytest.mark.parametrize("switch", ["true", "True", "TRUE"])
+@pytest.mark.parametrize("switch", ["true", "TRUE"])
 def test_the_clouds_own_switches_are_honoured(metadata: Metadata, switch: str) -> None:
     fake = metadata("both", "12345")
     off = {"AWS_EC2_METADATA_DISABLED": switch, "NO_GCE_CHECK": switch}
@@ -172,140 +195,144 @@ def test_the_clouds_own_switches_are_honoured(metadata: Metadata, switch: str) -
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Names
+# Who this node is
 
 AWS = Cloud("s3", "i-0123456789abcdef0", "eu-west-1")
 MACHINE = "0123456789abcdef0123456789abcdef"
+HERE = MACHINE[:12]
 
 
-def test_a_node_is_its_host_and_its_instance() -> None:
-    assert name_node(AWS, "db1.example.org", MACHINE) == "db1.example.org-i-0123456789abcdef0"
+class Machine:
+    """This machine as the tests want it: its names, its ids, its cloud."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fqdn, self.host, self.id = "db1.example.org", "db1", MACHINE
+        self.cloud: Cloud | None = None
+        self.deaf, self.asked = False, 0
+        monkeypatch.setattr(socket, "getfqdn", lambda: self.fqdn)
+        monkeypatch.setattr(socket, "gethostname", lambda: self.host)
+        monkeypatch.setattr(cassbackup, "machine_id", lambda: self.id)
+        monkeypatch.setattr(cassbackup, "detect_cloud", self.detect)
+
+    def detect(self, _: object) -> Cloud | None:
+        self.asked += 1
+        if self.deaf:
+            raise Unreachable("nobody answers")
+        return self.cloud
+
+    def identify(
+        self, known: Identity | None = None, bucket: str = "s3://b", prefix: str = "", name: str = "", region: str = ""
+    ) -> Identity:
+        return identify(bucket, prefix, name, region, {}, known)
 
 
-def test_off_cloud_a_node_is_its_host_and_the_beginning_of_its_machine_id() -> None:
-    assert name_node(None, "db1.example.org.", MACHINE + "\n") == "db1.example.org-0123456789ab"
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_on_a_cloud_a_node_is_its_host_and_its_instance(machine: Machine) -> None:
+    machine.cloud = AWS
+    node = "db1.example.org-i-0123456789abcdef0"
+    assert machine.identify() == Identity(node, AWS.instance, "s3://b", "eu-west-1")
+    assert machine.identify(bucket="b", prefix="/x/y/", region="eu-9").url == "s3://b/x/y"
+    assert machine.identify(bucket="b", region="eu-9").region == "eu-9"
+
+
+def test_off_cloud_a_node_is_its_host_and_the_beginning_of_its_machine_id(machine: Machine) -> None:
+    machine.fqdn = "db1.example.org."
+    assert machine.identify() == Identity(f"db1.example.org-{HERE}", HERE, "s3://b", "")
+
+
+def test_another_host_name_is_the_same_node_and_another_instance_is_not(machine: Machine) -> None:
+    for cloud, other in ((AWS, Cloud("s3", "i-2222", "eu-west-1")), (None, None)):
+        machine.cloud, machine.fqdn, machine.id = cloud, "db1", MACHINE
+        first = machine.identify()
+        machine.fqdn = "db2"
+        assert machine.identify(first) == first
+        machine.cloud, machine.id = other, MACHINE[::-1]
+        assert machine.identify(first).node == f"db2-{other.instance if other else MACHINE[::-1][:12]}"
+
+
+def test_silence_changes_nothing(machine: Machine) -> None:
+    machine.cloud = AWS
+    first = machine.identify(bucket="b")
+    machine.cloud = None  # where DMI cannot be read
+    assert machine.identify(first, bucket="b") == first
+    machine.deaf = True
+    assert machine.identify(first, bucket="b") == first
+    with pytest.raises(Unreachable):  # on a cloud the daemon pins, and waits for its name
+        machine.identify()
+
+
+def test_what_is_settled_is_not_asked_for(machine: Machine) -> None:
+    first = machine.identify()
+    machine.asked = 0
+    assert machine.identify(first) == first
+    assert machine.identify(name="chosen").node == "chosen"
+    assert machine.asked == 0
+    with pytest.raises(Usage, match="could be anywhere"):  # a bare name needs a cloud
+        machine.identify(bucket="b", name="chosen")
+    assert machine.asked == 1
+
+
+def test_a_host_that_hosts_file_calls_localhost_first_keeps_its_name(machine: Machine) -> None:
+    """Common in images and containers: 127.0.0.1 localhost db1. The host is called db1 all the same."""
+    machine.fqdn = "localhost.localdomain"
+    assert machine.identify().node == f"db1-{HERE}"
 
 
 @pytest.mark.parametrize(
-    "host",
-    ["", " ", ".", "localhost", "localhost.", "localhost.localdomain", "-db1", "db/1", "../db1", "a b", "db\n1", "é",
-     "x" * 255, "db1\0", "db%1", "db1\x1b[31m"],
-)  # fmt: skip
-def test_a_host_name_that_names_no_node_is_refused(host: str) -> None:
-    for cloud in (AWS, None):
+    "host", ["", " ", ".", "localhost", "-db1", "db/1", "../db1", "a b", "db\n1", "é", "x" * 255, "db%1", "db1\x1b[31m"]
+)
+def test_a_host_name_that_names_no_node_is_refused(machine: Machine, host: str) -> None:
+    machine.fqdn = machine.host = host
+    for machine.cloud in (AWS, None):
         with pytest.raises(Usage) as refused:
-            name_node(cloud, host, MACHINE)
+            machine.identify()
         assert refused.value.code == 2
         assert refused.value.hint
 
 
-def test_without_any_id_a_node_has_no_name() -> None:
-    with pytest.raises(Usage, match="--name"):
-        name_node(None, "db1", "")
+def test_without_any_id_a_node_has_no_name(machine: Machine) -> None:
+    machine.id = ""
+    why = "cannot determine the instance id: no metadata service and no /etc/machine-id: pass --name"
+    with pytest.raises(Usage, match=why):
+        machine.identify()
+    assert machine.identify(name="n").node == "n"
+
+
+def test_without_a_bucket_there_is_nothing_to_do(machine: Machine) -> None:
+    with pytest.raises(Usage, match="BUCKET_NAME"):
+        machine.identify(bucket="")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "-x", "a/b", "a b", "a\nb", "a\n", "a\0", "é", "x" * 201, "x" * 255, "a%b", "a*b", "node1.listings",
-     "node1.condemned", "s3://x"],
+    ["", ".", "..", "-x", "a/b", "a b", "a\nb", "a\n", "a\0", "é", "x" * 201, "a%b", "a*b", "node1.listings",
+     "node1.pending-delete", "s3://x"],
 )  # fmt: skip
 def test_a_name_that_cannot_be_one_component_of_a_key_is_refused(name: str) -> None:
     with pytest.raises(Usage) as refused:
-        check_node(name)
+        check_node_name(name)
     assert refused.value.code == 2
 
 
 @given(some.text(max_size=220))
 def test_a_name_is_refused_or_stays_as_it_is(name: str) -> None:
     with contextlib.suppress(Usage):
-        assert check_node(name) == name
+        assert check_node_name(name) == name
         assert 0 < len(name.encode()) <= 200
         assert "/" not in name
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Identity: decided once, then remembered
-
-
-Once = Callable[..., int]
-
-
-@pytest.fixture
-def once(script: Path, home: Path, node: Node, tmp_bucket: FileBucket, tmp_path: Path) -> Once:
-    """Return a function that runs `watch --once` on a host of some name and returns the exit code."""
-    if subprocess.run(["unshare", "-rum", "true"], check=False, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("no namespaces here, so the host keeps its name")
-    table, hosts = node.table("ks1", "users"), tmp_path / "hosts"
-
-    def run(environ: dict[str, str], *more: str, host: str = "db1", address: str = "127.0.1.1 {}") -> int:
-        table.flush()
-        hosts.write_text(f"127.0.0.1 localhost\n{address.format(host)}\n")
-        arguments = [*map(str, node.data_dirs), "--bucket", tmp_bucket.target, "--state-dir", str(tmp_path / "state")]
-        command = shlex.join([sys.executable, str(script), "watch", "--once", *arguments, *more])
-        named = f"hostname {host} && mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec {command}"
-        done = subprocess.run(
-            ["unshare", "-rum", "sh", "-c", named],
-            check=False, env=clean_environ(home, environ), capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S,
-        )  # fmt: skip
-        print(done.stderr)
-        return done.returncode
-
-    return run
-
-
-def nodes_of(bucket: Bucket) -> set[str]:
-    """Return the names of the nodes that have listings in a bucket."""
-    return {key.split(".listings/")[0] for key in bucket.tags() if ".listings/" in key}
-
-
-@pytest.mark.slow
-def test_a_failed_detection_changes_nothing(once: Once, metadata: Metadata, tmp_bucket: FileBucket) -> None:
-    fake = metadata("aws", "i-1111")
-    assert once(fake.environ) == 0
-    assert nodes_of(tmp_bucket) == {"db1-i-1111"}
-    fake.cloud = "none"
-    assert once(fake.environ) == 0
-    assert nodes_of(tmp_bucket) == {"db1-i-1111"}
-
-
-@pytest.mark.slow
-def test_another_host_name_is_the_same_node_and_another_instance_is_not(
-    once: Once, metadata: Metadata, tmp_bucket: FileBucket
-) -> None:
-    fake = metadata("aws", "i-1111")
-    assert once(fake.environ) == 0
-    assert once(fake.environ, host="db2") == 0
-    assert nodes_of(tmp_bucket) == {"db1-i-1111"}
-    fake.instance_id = "i-2222"
-    assert once(fake.environ, host="db2") == 0
-    assert nodes_of(tmp_bucket) == {"db1-i-1111", "db2-i-2222"}
-
-
-def test_a_host_that_hosts_file_calls_localhost_first_keeps_its_name(
-    once: Once, metadata: Metadata, tmp_bucket: FileBucket
-) -> None:
-    """Common in images and containers: 127.0.0.1 localhost db1. The host is called db1 all the same."""
-    assert once(metadata("aws", "i-1111").environ, address="127.0.0.1 localhost {}") == 0
-    assert nodes_of(tmp_bucket) == {"db1-i-1111"}
-
-
-@pytest.mark.slow
-def test_a_given_name_needs_no_detection(once: Once, metadata: Metadata, tmp_bucket: FileBucket) -> None:
-    fake = metadata("aws", "i-1111")
-    assert once(fake.environ, "--name", "chosen") == 0
-    assert nodes_of(tmp_bucket) == {"chosen"}
-
-
-def test_a_host_called_localhost_needs_a_name(once: Once, metadata: Metadata) -> None:
-    assert once(metadata("aws", "i-1111").environ, host="localhost", address="# {}") == 2
-
-
-@pytest.mark.parametrize("name", ["a/b", "", "..", "a\nb", "x" * 255])
-def test_a_bad_name_is_wrong_usage(run_cassbackup: Run, node: Node, tmp_bucket: FileBucket, name: str) -> None:
-    node.table("ks1", "users")
-    options = ["--once", "--bucket", tmp_bucket.target, "--name", name, "--state-dir", tmp_bucket.root.parent / "state"]
-    done = run_cassbackup("watch", *node.data_dirs, *options)
-    if name:
-        assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert name not in nodes_of(tmp_bucket) or name == "a"
+def test_an_identity_is_remembered_or_nothing_is(tmp_path: Path) -> None:
+    path = str(tmp_path / "identity.json")
+    assert load_identity(path) is None
+    for identity in (Identity("n1", "i-1", "s3://b", "eu-west-1"), Identity("n2", "", "file:///d", "")):
+        save_identity(path, identity)
+        assert load_identity(path) == identity
+    for junk in (b"", b"{}", b"[1]", b'{"version": 1}', b'{"version": 2, "node": 5}', b"\xff"):
+        Path(path).write_bytes(junk)
+        assert load_identity(path) is None
+    assert machine_id() in ("", Path("/etc/machine-id").read_text().strip() if Path("/etc/machine-id").exists() else "")

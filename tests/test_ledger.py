@@ -9,72 +9,83 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cassbackup import Ledger, Stamp, Stored, live_stamps, open_area, quote
+from cassbackup import CONFIRMED_S, Fingerprint, Known, Ledger, Stored, mark_of, quote
 
-SCOPE = "s3://bucket/prefix node1"
-RUN = "run-1"
-ROWS = 60
+SCOPE = "node1 s3://bucket/prefix"
+ROWS = 40
+LIFE, LATER_LIFE = "20261121T202438.123456Z", "20261122T000000.000000Z"
 Open = Callable[..., Ledger]
 
 
-def entry(number: int, name: str = "") -> Stored:
-    """Return a stored file like no other."""
-    stamp = Stamp("0badcafe", number, number * 7, 1_795_000_000_000_000_000 + number)
+def entry(number: int, name: str = "", kind: type[Known] = Stored) -> Known:
+    """Return a file like no other."""
+    fingerprint = Fingerprint(number, number * 7, 1_795_000_000_000_000_000 + number)
     name = name or f"nb-{number}-big-Data.db"
-    return Stored("/d", name, stamp, 0o644, "cassandra", "cassandra", f"{number:08x}", f"node1/d/{name}", f'"{number}"')
-
-
-def told(found: Stored) -> tuple[str, ...]:
-    """Return what the ledger must say of a file, but for the time."""
-    return found.key, found.etag, found.crc32, found.crc32c, RUN
+    crc32 = f"{number:08x}"
+    key = f"node1/d/{quote(name)}"
+    return kind("/d", name, fingerprint, 0o644, "cassandra", "cassandra", crc32, key, f'"{number}"')
 
 
 def directory(number: int) -> str:
     return f"/data/ks/table{number}/backups"
 
 
-def listed(number: int) -> dict[str, Stamp]:
-    return {entry(n).name: entry(n).stamp for n in range(number, number + 3)}
+def marks(number: int) -> set[int]:
+    return {mark_of(entry(n).name, entry(n).fingerprint) for n in range(number, number + 3)}
+
+
+def look(ledger: Ledger, one: Known, place: str = "place", disk: str = "disk1") -> tuple[str, str, str] | None:
+    found = ledger.lookup(place, one.name, disk, one.fingerprint)
+    return found[:3] if found else None
+
+
+def is_fresh(ledger: Ledger, one: Known) -> bool:
+    found = ledger.lookup("place", one.name, "disk1", one.fingerprint)
+    return found is not None and found.fresh
 
 
 def fill(ledger: Ledger, rows: int = ROWS) -> None:
     """Write rows of every kind."""
-    ledger.record((("place", entry(number)) for number in range(rows)), RUN)
+    if not ledger.bucket:
+        ledger.forget("id-of-the-bucket")
+    ledger.record("place", "disk1", [entry(number) for number in range(rows)])
     for number in range(rows // 10):
-        ledger.list(directory(number), "20261121T202438.123456Z", listed(number))
-        ledger.remember(f"upload:node1/key{number}", f"id-{number}")
+        ledger.add_listed("", LIFE, {directory(number): marks(number)})
+        ledger.remember(f"complete:ks/table{number}", f"taken {number}")
 
 
 def lies(ledger: Ledger, rows: int = ROWS) -> list[str]:
     """Return what a ledger says that `fill` did not write; what it has forgotten is no lie."""
     found = []
     for number in range(rows):
-        known = ledger.knows("place", entry(number).name, entry(number).stamp)
-        if known is not None and known[:-1] != told(entry(number)):
-            found.append(f"stored: {known}")
-    for number in range(rows // 10):
-        true = {"20261121T202438.123456Z": {name: str(stamp) for name, stamp in listed(number).items()}}
-        if ledger.listed(directory(number)) not in ({}, true):
-            found.append(f"listed: {ledger.listed(directory(number))}")
-        if ledger.fact(f"upload:node1/key{number}") not in ("", f"id-{number}"):
-            found.append(f"fact: {ledger.fact(f'upload:node1/key{number}')}")
-    facts = {f"node1/key{number}": f"id-{number}" for number in range(rows // 10)}
-    found += [f"facts: {item}" for item in ledger.facts("upload:").items() if item not in facts.items()]
+        one = entry(number)
+        if look(ledger, one) not in (None, (one.key, one.etag, one.crc32)):
+            found.append(f"stored: {look(ledger, one)}")
+    true = {directory(number): ("", marks(number)) for number in range(rows // 10)}
+    found += [f"listed: {item}" for item in ledger.listed().items() if item not in true.items()]
+    facts = {f"ks/table{number}": f"taken {number}" for number in range(rows // 10)}
+    found += [f"fact: {item}" for item in ledger.facts("complete:").items() if item not in facts.items()]
+    if ledger.bucket not in ("", "id-of-the-bucket"):
+        found.append(f"bucket: {ledger.bucket}")
     return found
+
+
+def knows_nothing(ledger: Ledger) -> bool:
+    return not ledger.listed() and not ledger.facts("") and not any(look(ledger, entry(n)) for n in range(ROWS))
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.sqlite"
+    return tmp_path / "ledger.db"
 
 
 @pytest.fixture
@@ -106,110 +117,245 @@ def written(path: Path) -> Path:
 
 def test_what_was_written_is_known_after_a_restart(written: Path, opened: Open) -> None:
     ledger = opened()
-    known = ledger.knows("place", entry(7).name, entry(7).stamp)
-    assert known is not None
-    assert known[:-1] == told(entry(7))
-    assert ledger.listed(directory(3)) == {
-        "20261121T202438.123456Z": {name: str(stamp) for name, stamp in listed(3).items()}
-    }
-    assert ledger.fact("upload:node1/key3") == "id-3"
-    assert len(ledger.facts("upload:")) == ROWS // 10
-    assert lies(ledger) == []
+    one = entry(7)
+    assert look(ledger, one) == (one.key, one.etag, one.crc32)
+    assert ledger.listed()[directory(3)] == ("", marks(3))
+    assert ledger.fact("complete:ks/table3") == "taken 3"
+    assert ledger.facts("complete:ks/") == {f"table{number}": f"taken {number}" for number in range(ROWS // 10)}
+    assert (ledger.bucket, lies(ledger), ledger.broken) == ("id-of-the-bucket", [], "")
 
 
-def test_another_stamp_name_or_place_is_not_known(opened: Open) -> None:
-    ledger = opened()
-    ledger.record([("place", entry(7))], RUN)
-    stamp = entry(7).stamp
-    assert ledger.knows("elsewhere", entry(7).name, stamp) is None
-    assert ledger.knows("place", "other.db", stamp) is None
-    for other in (stamp._replace(area="1"), stamp._replace(ino=8), stamp._replace(size=1), stamp._replace(mtime_ns=1)):
-        assert ledger.knows("place", entry(7).name, other) is None
+def test_other_bytes_of_that_name_or_on_another_disk_are_not_known(opened: Open) -> None:
+    ledger, one = opened(), entry(7)
+    ledger.record("place", "disk1", [one])
+    assert not look(ledger, one, place="elsewhere")
+    assert not look(ledger, one, disk="disk2")
+    for change in ({"inode": 8}, {"size": 1}, {"mtime_ns": 1}):
+        assert not ledger.lookup("place", one.name, "disk1", one.fingerprint._replace(**change))
+    assert not ledger.lookup("place", "other.db", "disk1", one.fingerprint)
 
 
-@pytest.mark.parametrize("raw", [b"\xff\xfe.db", "é\n\t.db".encode(), b"a%0Ab", b"tab\there", b"line\nbreak"])
+@pytest.mark.parametrize("raw", [b"\xff\xfe.db", "é\n\t.db".encode(), b"a%0Ab", b"tab\there", b"~\xf4\x8f\xbf\xbf"])
 def test_names_of_any_bytes_are_remembered(opened: Open, raw: bytes) -> None:
     name, ledger = os.fsdecode(raw), opened()
     odd = entry(1, name)
-    ledger.record([("place", odd)], RUN)
-    ledger.list(f"/d/{name}", "since", {name: odd.stamp})
-    assert ledger.knows("place", name, odd.stamp) is not None
-    assert ledger.listed(f"/d/{name}") == {"since": {name: str(odd.stamp)}}
+    ledger.record(name, "disk1", [odd])
+    ledger.add_listed(LIFE, LIFE, {f"/d/{name}": {1, 1 << 63}})
+    ledger.remember(f"complete:{name}", name)
+    assert look(ledger, odd, place=name)
+    assert ledger.listed() == {f"/d/{name}": (LIFE, {1, 1 << 63})}
+    assert ledger.facts("complete:") == {name: name}
     assert not ledger.broken
 
 
-def test_a_directory_of_which_nothing_is_listed_is_remembered_as_such(opened: Open) -> None:
+def test_a_fact_is_not_that_of_a_longer_name(opened: Open) -> None:
     ledger = opened()
-    ledger.list("/d", "since", {})
-    assert ledger.listed("/d") in ({}, {"since": {}})
+    ledger.remember("lost:ks/table10", "1")
+    assert ledger.fact("lost:ks/table1") == ""
+    ledger.remember("lost:ks/table1", "2")
+    ledger.remember("lost:ks/table10", "")
+    assert ledger.facts("lost:") == {"ks/table1": "2"}
 
 
-def test_what_is_forgotten_is_gone(opened: Open) -> None:
+def test_of_a_tag_only_the_newest_life_counts_and_all_of_its_listings(opened: Open) -> None:
+    ledger = opened()
+    ledger.add_listed(LATER_LIFE, "3", {"/d": {3}})
+    ledger.add_listed(LIFE, "1", {"/d": {1, 2}, "/d/.idx": {9}})
+    ledger.add_listed(LATER_LIFE, "4", {"/d": {4}})
+    assert ledger.listed() == {"/d": (LATER_LIFE, {3, 4}), "/d/.idx": (LIFE, {9})}
+
+
+def test_marks_of_files_that_are_gone_go_and_those_listed_meanwhile_stay(opened: Open) -> None:
+    ledger = opened()
+    for number in range(100):
+        ledger.add_listed("", f"{number:03}", {"/d": {number}, "/other": {number}})
+    ledger.add_listed("", "200", {"/d": {200}})
+    ledger.replace_listed("/d", "", "150", range(50, 60))
+    assert ledger.listed() == {"/d": ("", {*range(50, 60), 200}), "/other": ("", {*range(100)})}
+    assert ledger._db.execute("SELECT count(*) FROM listed WHERE directory = '/d'").fetchone() == (2,)
+
+
+def test_a_directory_that_is_gone_is_forgotten_and_its_neighbour_is_not(opened: Open) -> None:
+    ledger = opened()
+    for folder in ("/d", "/d1"):
+        ledger.add_listed(LIFE, LIFE, {folder: {1}})
+        ledger.remember(f"manifest:{folder}", "12 34")
+    ledger.forget_directory("/d")
+    assert ledger.listed() == {"/d1": (LIFE, {1})}
+    assert ledger.facts("manifest:") == {"/d1": "12 34"}
+
+
+def test_bytes_that_nobody_spoke_of_for_long_are_forgotten(opened: Open) -> None:
     ledger = opened()
     fill(ledger)
-    ledger.remember("upload:node1/key3", "")
-    assert ledger.fact("upload:node1/key3") == ""
-    assert ledger.fact("upload:node1/key4") == "id-4"
-    ledger.forget()
-    assert ledger.listed(directory(4)) == {}
-    assert ledger.knows("place", entry(7).name, entry(7).stamp) is None
-    assert ledger.facts("") == {}
+    ledger.trim(time.time() - 60)
+    assert look(ledger, entry(7))
+    ledger.trim(time.time() + 60)
+    assert not look(ledger, entry(7))
+    assert ledger.listed()
 
 
-@pytest.mark.parametrize("scope", ["s3://bucket/prefix node2", "s3://bucket/prefix2 node1", "gs://bucket/prefix node1"])
-def test_a_ledger_of_another_bucket_or_node_says_nothing(written: Path, opened: Open, scope: str) -> None:
-    """P4: a bucket that was changed gets everything, whatever was stored in the one before."""
+# ------------------------------------------------------------------------------------------------------------
+# Fresh: the store's own word, of this process, of the last twelve hours
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that lets time pass, also while the machine sleeps."""
+    real, passed = time.clock_gettime, [0.0]
+    monkeypatch.setattr(time, "clock_gettime", lambda which: real(which) + passed[0])
+    return lambda seconds: passed.append(passed.pop() + seconds)
+
+
+def test_only_what_this_process_stored_within_twelve_hours_is_fresh(opened: Open, clock: Callable[..., None]) -> None:
+    """P1: the rest is asked for again."""
+    ledger = opened()
+    ledger.record("place", "disk1", [entry(1), entry(2, kind=Known)])
+    assert is_fresh(ledger, entry(1))
+    assert not is_fresh(ledger, entry(2)), "a listing said so, not the store"
+    clock(CONFIRMED_S - 60)
+    assert is_fresh(ledger, entry(1))
+    clock(120)
+    assert look(ledger, entry(1))
+    assert not is_fresh(ledger, entry(1))
+
+
+def test_p1_a_clock_that_goes_back_makes_no_old_word_fresh(opened: Open, clock: Callable[..., None]) -> None:
+    ledger = opened()
+    ledger.record("place", "disk1", [entry(1)])
+    clock(CONFIRMED_S + 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: 0.0)
+        assert not is_fresh(ledger, entry(1))
+
+
+def test_p1_what_an_earlier_process_stored_is_known_and_not_fresh(written: Path, opened: Open) -> None:
+    assert look(opened(), entry(1))
+    assert not is_fresh(opened(), entry(1))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Another bucket, another life of it
+
+
+@pytest.mark.parametrize(
+    "scope", ["", "node2 s3://bucket/prefix", "node1 s3://bucket/prefix2", "node1 gs://bucket/prefix"]
+)
+def test_p4_a_ledger_of_another_bucket_or_node_says_nothing(written: Path, opened: Open, scope: str) -> None:
     ledger = opened(scope)
-    assert all(ledger.knows("place", entry(n).name, entry(n).stamp) is None for n in range(ROWS))
-    assert all(ledger.listed(directory(n)) == {} for n in range(ROWS // 10))
-    assert ledger.facts("upload:") == {}
-    assert ledger.fact("upload:node1/key3") == ""
+    assert ledger.bucket == ""
+    assert knows_nothing(ledger)
+
+
+def test_p4_a_bucket_that_was_made_anew_forgets_all(written: Path, opened: Open) -> None:
+    ledger = opened()
+    ledger.record("place", "disk1", [entry(1)])
+    ledger.forget("another-id")
+    assert look(ledger, entry(1)) is None
+    assert (ledger.listed(), ledger.facts("complete:")) == ({}, {})
+    ledger.record("place", "disk1", [entry(1)])
+    ledger.close()
+    again = opened()
+    assert again.bucket == "another-id"
+    assert look(again, entry(1))
+    assert lies(again) == ["bucket: another-id"]
+
+
+@pytest.mark.parametrize(("refused", "bucket"), [("DELETE", "another-id"), ("INSERT", "")])
+def test_p4_what_could_not_be_deleted_of_the_life_before_is_not_believed(
+    written: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, refused: str, bucket: str
+) -> None:
+    """As on a full disk, which takes one statement and not the other."""
+    change = Ledger._change
+
+    def refuse(self: Ledger, statement: str, rows: Any) -> None:
+        if not statement.startswith(refused):
+            change(self, statement, rows)
+
+    ledger = opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_change", refuse)
+        ledger.forget("another-id")
+    assert knows_nothing(ledger)
+    ledger.close()
+    again = opened()
+    assert again.bucket == bucket
+    assert knows_nothing(again)
+
+
+def test_p4_without_the_id_of_the_bucket_nothing_is_known(written: Path, opened: Open) -> None:
+    with contextlib.closing(sqlite3.connect(written)) as db, db:
+        db.execute("UPDATE facts SET value = 'x' WHERE name = 'bucket'")
+    ledger = opened()
+    assert ledger.bucket == ""
+    assert not ledger.listed()
+
+
+def test_p4_a_ledger_that_was_rolled_back_says_what_was_true_then(written: Path, opened: Open, tmp_path: Path) -> None:
+    shutil.copy(written, tmp_path / "old")
+    ledger = opened()
+    ledger.record("place", "disk1", [entry(1000)])
+    ledger.close()
+    shutil.copy(tmp_path / "old", written)
+    again = opened()
+    assert look(again, entry(1000)) is None
+    assert lies(again) == []
+    assert not is_fresh(again, entry(1))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Damage
 
 
-@pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Path]:
-    """Return a directory that is in memory where there is a tmpfs: SQLite syncs whenever a ledger is closed."""
-    shm = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else tmp_path) as folder:
-        yield Path(folder)
-
-
-def test_p4_flipped_bits_never_make_the_ledger_say_what_was_not_written(written: Path, memory: Path) -> None:
-    """P4 The ledger is a hint: SQLite's own check does not notice half of these."""
-    whole, rng = written.read_bytes(), random.Random(1)
-    for number in range(600):
+def test_p4_flipped_bits_never_make_the_ledger_say_what_was_not_written(written: Path) -> None:
+    """Every byte range gets its flips. SQLite's own check does not notice half of them."""
+    whole, rng, healed = written.read_bytes(), random.Random(1), 0
+    shm = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else written.parent
+    folder = shm / f"cassbackup-test-{os.getpid()}"
+    step = len(whole) // 300
+    for start in range(0, len(whole), step):
         damaged = bytearray(whole)
-        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-        path = memory / f"flip{number}" / "ledger.sqlite"
-        path.parent.mkdir()
-        path.write_bytes(damaged)
-        ledger = Ledger(str(path), SCOPE)
-        assert lies(ledger) == [], f"flip {number}"
-        ledger.record([("place", entry(ROWS + 1))], RUN)
-        ledger.close()
-        shutil.rmtree(path.parent)
+        damaged[min(start + rng.randrange(step), len(whole) - 1)] ^= 1 << rng.randrange(8)
+        folder.mkdir()
+        try:
+            path = folder / "ledger.db"
+            path.write_bytes(damaged)
+            for _ in range(2):
+                ledger = Ledger(str(path), SCOPE)
+                assert lies(ledger) == [], f"flip in {start}"
+                ledger.record("place", "disk1", [entry(ROWS + 1)])
+                assert look(ledger, entry(ROWS + 1)), f"flip in {start}: nothing can be written any more"
+                assert not ledger.broken, f"flip in {start}"
+                ledger.close()
+            healed += (folder / "ledger.db.broken").exists()
+        finally:
+            shutil.rmtree(folder)
+    assert healed
 
 
-@pytest.mark.parametrize("table", ["stored", "listed", "facts"])
-@pytest.mark.parametrize("value", ["x'ff00'", "NULL", "5", "1.5", "char(0)"])
-def test_p4_a_value_of_another_type_is_not_there(written: Path, opened: Open, table: str, value: str) -> None:
-    column = {"stored": "found", "listed": "names", "facts": "value"}[table]
+@pytest.mark.parametrize("change", ["key = x'ff00'", "etag = 5", "crc32 = NULL", "confirmed = 'soon'", "run = 1.5"])
+def test_p4_a_row_that_was_changed_is_not_there(written: Path, opened: Open, change: str) -> None:
     with contextlib.closing(sqlite3.connect(written)) as db, db:
-        db.execute(f"UPDATE {table} SET {column} = {value}")
+        db.execute(f"UPDATE stored SET {change} WHERE bytes LIKE '%nb-7-%'")
+        db.execute("UPDATE listed SET marks = CAST(x'ff' AS TEXT) WHERE directory = ?", (directory(1),))
+        db.execute("UPDATE facts SET value = x'ff' WHERE name = 'complete:ks/table2'")
     ledger = opened()
     assert lies(ledger) == []
-    assert ledger.facts("upload:") == {} or table != "facts"
+    assert (look(ledger, entry(7)), ledger.fact("complete:ks/table2")) == (None, "")
+    assert directory(1) not in ledger.listed()
+    assert look(ledger, entry(8))
+    assert ledger.listed()[directory(2)] == ("", marks(2))
 
 
 def test_p4_a_row_moved_to_another_name_is_not_there(written: Path, opened: Open) -> None:
     with contextlib.closing(sqlite3.connect(written)) as db, db:
-        db.execute("UPDATE stored SET name = 'nb-9999-big-Data.db', stamp = ? WHERE name = ?",
-                   (str(entry(9999).stamp), entry(7).name))  # fmt: skip
-    assert opened().knows("place", entry(9999).name, entry(9999).stamp) is None
+        [(seven,)] = db.execute("SELECT bytes FROM stored WHERE bytes LIKE '%nb-7-%'").fetchall()
+        moved = seven.replace("nb-7-", "nb-9999-")
+        db.execute("UPDATE stored SET bytes = ? WHERE bytes = ?", (moved, seven))
+        db.execute("UPDATE listed SET directory = '/elsewhere' WHERE directory = ?", (directory(1),))
+    ledger = opened()
+    assert ledger.lookup("place", "nb-9999-big-Data.db", "disk1", entry(7).fingerprint) is None
+    assert "/elsewhere" not in ledger.listed()
 
 
 def zeroed(path: Path) -> None:
@@ -246,31 +392,58 @@ DAMAGES = [zeroed, truncated, emptied, garbled, half_zeroed, of_another_program]
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_p4_a_damaged_file_costs_the_memory_and_nothing_else(
-    written: Path, opened: Open, damage: Callable[[Path], None]
-) -> None:
-    damage(written)
-    ledger = opened()
-    assert lies(ledger) == []
-    ledger.remember("x", "y")
-    ledger.trim_listed(lambda _: listed(3))
-    ledger.trim_stored(lambda _: [str(entry(7).stamp)], 0.0)
-    ledger.close()
-    again = opened()
-    assert lies(again) == []
-
-
-@pytest.mark.parametrize("damage", [zeroed, garbled], ids=lambda damage: damage.__name__)
-def test_p4_a_file_that_is_no_database_is_moved_aside_and_a_new_one_begun(
     written: Path, opened: Open, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(written)
     ledger = opened()
-    ledger.remember("x", "y")
-    assert ledger.fact("x") == "y"
-    assert not ledger.broken
-    if damage is garbled:  # SQLite takes a file of zeros for a new one
-        assert list(written.parent.glob("ledger.sqlite.broken-*"))
+    assert lies(ledger) == []
+    fill(ledger)
+    fill(ledger)  # some damage is found by the first write only
+    assert (lies(ledger), ledger.broken) == ([], "")
+    assert look(ledger, entry(7))
+    assert ledger.listed()[directory(3)] == ("", marks(3))
+    ledger.close()
+    again = opened()
+    assert (lies(again), again.bucket, again.broken) == ([], "id-of-the-bucket", "")
+    assert look(again, entry(7))
+    if damage in (garbled, truncated, of_another_program):
+        assert written.with_name("ledger.db.broken").exists()
         assert "kept=" in caplog.text
+
+
+def test_p4_a_file_that_is_damaged_while_the_daemon_runs_is_replaced(written: Path, opened: Open) -> None:
+    ledger = opened()
+    garbled(written)
+    ledger._db.execute("PRAGMA shrink_memory")
+    fill(ledger, 400)
+    fill(ledger, 400)
+    assert (lies(ledger, 400), ledger.broken) == ([], "")
+    assert look(ledger, entry(7))
+
+
+def test_p4_a_disk_that_damages_every_file_keeps_nobody_for_ever(
+    path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = Ledger._connect
+
+    def damage(where: str) -> sqlite3.Connection:
+        if where != ":memory:":
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        return connect(where)
+
+    monkeypatch.setattr(Ledger, "_connect", staticmethod(damage))
+    ledger = opened()
+    fill(ledger)
+    assert lies(ledger) == []
+    assert "malformed" in ledger.broken
+
+
+def test_another_thread_may_not_use_it(written: Path, opened: Open) -> None:
+    ledger = opened()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(sqlite3.ProgrammingError):
+        pool.submit(ledger.listed).result()
+    assert ledger.listed()
+    assert not written.with_name("ledger.db.broken").exists()
 
 
 def test_p4_a_lost_wal_costs_rows_and_never_makes_one(path: Path, opened: Open, tmp_path: Path) -> None:
@@ -291,197 +464,47 @@ def test_p4_a_lost_wal_costs_rows_and_never_makes_one(path: Path, opened: Open, 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# It does not grow with the years
-
-
-def rows_in(path: Path) -> dict[str, int]:
-    """Return how many rows each table of a ledger's file has."""
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        return {table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("stored", "listed")}
-
-
-def test_a_tag_that_is_taken_again_for_years_takes_one_row(opened: Open, path: Path) -> None:
-    ledger = opened()
-    for day in range(100):
-        ledger.list("/d", f"20261121T{day:06d}.000000Z", listed(0) | {"manifest.json": entry(day).stamp})
-    ledger.trim_listed(lambda _: [*listed(0), "manifest.json"])
-    assert rows_in(path)["listed"] == 1
-    newest = {name: str(stamp) for name, stamp in (listed(0) | {"manifest.json": entry(99).stamp}).items()}
-    assert ledger.listed("/d") == {"20261121T000099.000000Z": newest}
-
-
-def test_names_that_their_directory_has_no_more_are_forgotten(opened: Open, path: Path) -> None:
-    ledger = opened()
-    fill(ledger)
-    gone, left = sorted(listed(4))[0], sorted(listed(4))[1:]
-    there = {directory(4): left, directory(5): [*listed(5), "another"]}
-    ledger.trim_listed(lambda folder: there.get(folder, []))
-    assert rows_in(path)["listed"] == 2
-    assert [sorted(names) for names in ledger.listed(directory(4)).values()] == [left], gone
-    assert [sorted(names) for names in ledger.listed(directory(5)).values()] == [sorted(listed(5))]
-
-
-def test_of_a_directory_that_cannot_be_read_nothing_is_forgotten(opened: Open, path: Path) -> None:
-    ledger = opened()
-    fill(ledger)
-    before = ledger.listed(directory(3))
-    ledger.trim_listed(lambda _: None)
-    assert ledger.listed(directory(3)) == before != {}
-    assert rows_in(path)["listed"] == ROWS // 10
-
-
-def test_what_is_listed_while_a_directory_is_looked_into_is_kept_and_nobody_waits(opened: Open) -> None:
-    """A million names take seconds, and the pinner asks this ledger."""
-    ledger, since = opened(), "20261121T202438.123456Z"
-    ledger.list("/d", since, listed(0))
-
-    def slow_look(_: str) -> list[str]:
-        lister = threading.Thread(target=ledger.list, args=("/d", since, listed(0) | listed(1)), daemon=True)
-        lister.start()
-        lister.join(100)
-        assert not lister.is_alive(), "the ledger is locked while a directory is looked into"
-        return []
-
-    ledger.trim_listed(slow_look)
-    assert ledger.listed("/d")[since].keys() == listed(0).keys() | listed(1).keys()
-
-
-def test_a_directory_with_the_flushes_of_a_year_takes_a_moment(opened: Open, path: Path) -> None:
-    """Each of them has a row; what one row costs must not grow with the directory."""
-    ledger = opened()
-    rows = [[f"nb-{flush}-big-{number}.db" for number in range(8)] for flush in range(8760)]
-    lines = ["\n".join(f"{name}\t{entry(1).stamp}" for name in names) for names in rows]
-    ledger._write("listed", [("/d", f"20261121T{flush:06}.000000Z", line) for flush, line in enumerate(lines)])
-    began = time.thread_time()
-    ledger.trim_listed(lambda _: [name for names in rows for name in names])
-    assert time.thread_time() - began < 4
-    assert rows_in(path)["listed"] == len(rows)
-
-
-@pytest.mark.parametrize("odd", [5, 2.5])
-def test_a_row_whose_directory_is_no_text_is_forgotten(opened: Open, path: Path, odd: object) -> None:
-    ledger = opened()
-    fill(ledger)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(
-            "DROP TABLE listed;"
-            "CREATE TABLE listed (directory, since, names, sum, PRIMARY KEY (directory, since)) WITHOUT ROWID;"
-        )
-        db.execute("INSERT INTO listed VALUES (?, 'since', 'names', 1)", (odd,))
-        db.commit()
-    ledger.trim_listed(lambda _: [])
-    assert rows_in(path)["listed"] == 0
-
-
-@pytest.mark.parametrize("raw", [b"nb-1-big-Data.db", "größe\t\n".encode(), b"\xff\xfe"])
-def test_names_of_any_bytes_survive_when_others_are_forgotten(opened: Open, raw: bytes) -> None:
-    ledger, name = opened(), os.fsdecode(raw)
-    ledger.list("/d", "20261121T202438.123456Z", {name: entry(1).stamp, "gone": entry(2).stamp})
-    ledger.trim_listed(lambda _: [name])
-    assert ledger.listed("/d") == {"20261121T202438.123456Z": {name: str(entry(1).stamp)}}
-
-
-def test_stamps_go_when_they_are_old_and_their_table_has_them_no_more(opened: Open, path: Path) -> None:
-    """Over many pages, and asked for each table's files once."""
-    ledger, asked = opened(), []
-    names = [(f"ks/{number // 1500}", entry(number)) for number in range(4500)]
-    ledger.record(names, RUN)
-    left = {str(entry(number).stamp) for number in range(0, 4500, 1000)}
-
-    def alive(place: str) -> set[str]:
-        asked.append(place)
-        return left
-
-    ledger.trim_stored(alive, time.time() - 60)
-    assert asked == []
-    assert rows_in(path)["stored"] == 4500, "confirmed a moment ago"
-    ledger.trim_stored(alive, time.time() + 60)
-    assert asked == ["ks/0", "ks/1", "ks/2"]
-    assert rows_in(path)["stored"] == len(left)
-    assert all(ledger.knows(place, one.name, one.stamp) for place, one in names if str(one.stamp) in left)
-
-
-def test_what_a_table_still_has_is_told_while_a_compaction_takes_other_files_away(tmp_path: Path) -> None:
-    home = tmp_path / "data" / "ks" / "t"
-    home.mkdir(parents=True)
-    for number in range(300):
-        (home / f"nb-{number}-big-Data.db").touch()
-    area, over = open_area(str(tmp_path / "data")), threading.Event()
-
-    def compact() -> None:
-        while not over.is_set():
-            for number in range(1000, 1100):
-                (home / f"nb-{number}-big-Data.db").touch()
-            for number in range(1000, 1100):
-                (home / f"nb-{number}-big-Data.db").unlink()
-
-    stays = {str(Stamp.of(area.id, (home / f"nb-{number}-big-Data.db").stat())) for number in range(300)}
-    compactor = threading.Thread(target=compact)
-    compactor.start()
-    try:
-        assert [looks for looks in range(300) if not stays <= live_stamps([area], "ks/t")] == []
-    finally:
-        over.set()
-        compactor.join()
-        area.close()
-
-
-def test_rows_of_another_bucket_are_forgotten(written: Path, opened: Open) -> None:
-    ledger = opened("s3://bucket/prefix node2")
-    ledger.trim_listed(lambda folder: [name for n in range(ROWS // 10) for name in listed(n) if folder == directory(n)])
-    ledger.trim_stored(lambda _: [str(entry(number).stamp) for number in range(ROWS)], 0.0)
-    assert rows_in(written) == {"stored": 0, "listed": 0}
-
-
-# ------------------------------------------------------------------------------------------------------------
 # No place to write
 
 
 def works_without_memory(ledger: Ledger) -> bool:
     """Call everything; nothing may raise."""
     fill(ledger, 20)
-    ledger.forget()
-    ledger.trim_listed(lambda _: [])
-    ledger.trim_stored(lambda _: [], 0.0)
-    return lies(ledger, 20) == [] and ledger.broken != ""
+    ledger.forget("x")
+    ledger.replace_listed("/d", "", LIFE, [1])
+    ledger.forget_directory("/d")
+    ledger.trim(0.0)
+    return lies(ledger, 20) == ["bucket: x"] and ledger.broken != ""
 
 
 @pytest.fixture
-def as_nobody() -> Iterator[Path]:
-    """Give up root's rights, if there are any, in a directory that may only be read."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        place.chmod(0o555)
-        user = os.geteuid()
-        if user == 0:
-            os.seteuid(65534)
-        try:
-            yield place
-        finally:
-            os.seteuid(user)
-            place.chmod(0o755)
-
-
-def test_p4_in_a_directory_that_cannot_be_written_it_is_done_without(as_nobody: Path) -> None:
-    ledger = Ledger(str(as_nobody / "ledger.sqlite"), SCOPE)
-    assert works_without_memory(ledger)
+def as_nobody(tmp_path: Path) -> Iterator[Path]:
+    """Give up root's rights, if there are any, beside a ledger in a directory that may only be read."""
+    place = tmp_path / "state"
+    place.mkdir()
+    ledger = Ledger(str(place / "ledger.db"), SCOPE)
+    fill(ledger)
     ledger.close()
-
-
-def test_p4_a_ledger_that_may_only_be_read_is_done_without(as_nobody: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        with contextlib.suppress(PermissionError):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    (place / "ledger.db").chmod(0o444)
+    place.chmod(0o555)
     user = os.geteuid()
-    if user == 65534:
-        os.seteuid(0)
-    as_nobody.chmod(0o755)
-    first = Ledger(str(as_nobody / "ledger.sqlite"), SCOPE)
-    fill(first, 20)
-    first.close()
-    (as_nobody / "ledger.sqlite").chmod(0o444)
-    as_nobody.chmod(0o555)
-    os.seteuid(user)
-    ledger = Ledger(str(as_nobody / "ledger.sqlite"), SCOPE)
-    ledger.remember("x", "y")
-    assert lies(ledger, 20) == []
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield place
+    finally:
+        os.seteuid(user)
+        place.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["ledger.db", "new.db"])
+def test_p4_in_a_directory_that_cannot_be_written_it_is_done_without(as_nobody: Path, name: str) -> None:
+    ledger = Ledger(str(as_nobody / name), SCOPE)
+    assert lies(ledger) == []
+    assert works_without_memory(ledger)
     ledger.close()
 
 
@@ -491,6 +514,12 @@ def on_a_small_disk(code: str) -> str:
         import sys; sys.path[:0] = {[str(Path(__file__).parent), *filter(None, sys.path)]!r}
         import os, test_ledger as t
         from cassbackup import Ledger
+
+        def fill_disk():
+            with open("/mnt/full", "wb", 0) as file:
+                try:
+                    while True: file.write(b"x" * 1024)
+                except OSError: pass
     """
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=300k none /mnt && exec "$0" -c "$1"', sys.executable,
@@ -504,17 +533,14 @@ def on_a_small_disk(code: str) -> str:
 
 def test_p4_a_disk_that_fills_up_costs_new_rows_only() -> None:
     said = on_a_small_disk("""
-        ledger = Ledger("/mnt/ledger.sqlite", t.SCOPE)
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
         t.fill(ledger, 20)
-        with open("/mnt/full", "wb", 0) as file:
-            try:
-                while True: file.write(b"x" * 1024)
-            except OSError: pass
+        fill_disk()
         for turn in range(20):
-            ledger.record([("place", t.entry(1000 * turn + n)) for n in range(50)], t.RUN)
+            ledger.record("place", "disk1", [t.entry(1000 * turn + n) for n in range(50)])
         assert ledger.broken, "not full"
         assert t.lies(ledger, 20) == []
-        assert ledger.knows("place", t.entry(7).name, t.entry(7).stamp)
+        assert t.look(ledger, t.entry(7))
         os.unlink("/mnt/full")
         ledger.remember("x", "y")
         assert (ledger.fact("x"), ledger.broken) == ("y", "")
@@ -525,11 +551,8 @@ def test_p4_a_disk_that_fills_up_costs_new_rows_only() -> None:
 
 def test_p4_a_disk_that_is_full_at_the_start_is_gone_on_with() -> None:
     said = on_a_small_disk("""
-        with open("/mnt/full", "wb", 0) as file:
-            try:
-                while True: file.write(b"x" * 1024)
-            except OSError: pass
-        ledger = Ledger("/mnt/ledger.sqlite", t.SCOPE)
+        fill_disk()
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
         assert t.works_without_memory(ledger)
         print("fine")
     """)
@@ -538,21 +561,18 @@ def test_p4_a_disk_that_is_full_at_the_start_is_gone_on_with() -> None:
 
 def test_p4_a_good_ledger_is_not_moved_aside_because_its_disk_is_full() -> None:
     said = on_a_small_disk("""
-        ledger = Ledger("/mnt/ledger.sqlite", t.SCOPE)
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
         t.fill(ledger, 20)
         ledger.close()
-        with open("/mnt/full", "wb", 0) as file:
-            try:
-                while True: file.write(b"x" * 1024)
-            except OSError: pass
-        ledger = Ledger("/mnt/ledger.sqlite", t.SCOPE)
-        ledger.record([("place", t.entry(1000 + n)) for n in range(500)], t.RUN)
+        fill_disk()
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
+        ledger.record("place", "disk1", [t.entry(1000 + n) for n in range(500)])
         assert ledger.broken, "not full"
         ledger.close()
         os.unlink("/mnt/full")
         assert [name for name in os.listdir("/mnt") if "broken" in name] == []
-        ledger = Ledger("/mnt/ledger.sqlite", t.SCOPE)
-        assert ledger.knows("place", t.entry(7).name, t.entry(7).stamp)
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
+        assert t.look(ledger, t.entry(7))
         print("fine")
     """)
     assert "fine" in said, said
@@ -561,6 +581,6 @@ def test_p4_a_good_ledger_is_not_moved_aside_because_its_disk_is_full() -> None:
 def test_quoted_names_are_what_stands_in_the_file(opened: Open, path: Path) -> None:
     """Whoever reads the file with sqlite3 sees one line for each row."""
     ledger = opened()
-    ledger.list("/d/a\nb", "since", {"x\ny": entry(1).stamp})
+    ledger.add_listed(LIFE, LIFE, {"/d/a\nb": {1}})
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT directory FROM listed").fetchall() == [(quote("/d/a\nb"),)]

@@ -1,4 +1,4 @@
-"""The README's restore drill, run as it stands there.
+"""The README: its restore drill run as it stands there, its length, its contents.
 
 Its commands are extracted from the fenced blocks marked `sh`. Only names of this world are put in for those of the
 README: the bucket, the moment, and a directory for /var/lib/cassandra. What stands on PATH for nodetool, cqlsh,
@@ -24,11 +24,11 @@ from scene import Scene
 from servers import FileBucket
 from tree import Copy, Node
 
-pytestmark = pytest.mark.slow
-
+README = REPOSITORY / "README.md"
 NODE_NAME = "db7-i-0abc"
 TOOLS = {
-    "sudo": 'shift 2\nexec "$@"',  # sudo -u cassandra ...
+    # sudo -u cassandra ..., which leaves nothing of the environment but what the stand-ins need
+    "sudo": 'shift 2\nexec env -i PATH="$PATH" HOME="$HOME" TAKEN="$TAKEN" CALLS="$CALLS" NO_GCE_CHECK=true "$@"',
     "systemctl": "",
     "cqlsh": 'test -s "$2"',
     "nodetool": """case $1 in
@@ -41,7 +41,7 @@ TOOLS = {
 
 def blocks(title: str) -> list[str]:
     """Return the blocks of shell commands below a heading of the README, down to the next heading."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
     section = re.split(r"^#+ ", text.partition(f"# {title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
     found: list[str] = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert found, f"the README has no commands below {title!r}"
@@ -106,7 +106,7 @@ def contents(root: Path) -> dict[str, Copy]:
     return {str(path.relative_to(root)): Copy.of(path.read_bytes()) for path in files if "backups" not in path.parts}
 
 
-def settle_clock() -> float:
+def next_second() -> float:
     """Return a whole second that lies after all that was done and before all that will be."""
     time.sleep(1.1)
     moment = time.time() // 1
@@ -114,6 +114,17 @@ def settle_clock() -> float:
     return moment
 
 
+def test_it_can_be_read_in_one_sitting_and_lists_what_it_contains() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 350
+    assert [line for line in lines if len(line) > 120] == []
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    contents = " ".join(lines).partition("**Contents:**")[2].partition("## ")[0]
+    assert re.findall(r"\[([^]]+)\]\(#", contents) == headings
+    assert re.findall(r"\(#([^)]+)\)", contents) == [name.lower().replace(" ", "-") for name in headings]
+
+
+@pytest.mark.slow
 def test_a_table_that_was_dropped_comes_back_as_the_readme_says(drill: Drill, node: Node) -> None:
     users = node.table("shop", "users")
     users.flush()
@@ -121,7 +132,7 @@ def test_a_table_that_was_dropped_comes_back_as_the_readme_says(drill: Drill, no
     users.flush()
     live = contents(users.directories()[0])
     back_up(drill, node)
-    drill.at = settle_clock()
+    drill.at = next_second()
     users.flush()
     users.drop()
     back_up(drill, node)
@@ -132,6 +143,7 @@ def test_a_table_that_was_dropped_comes_back_as_the_readme_says(drill: Drill, no
     assert f"cqlsh -f {staged}/schema.cql" in drill.calls()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("title", "same"),
     [
@@ -149,7 +161,7 @@ def test_a_lost_node_comes_back_as_the_readme_says(drill: Drill, node: Node, tit
     node.restart()
     live = contents(node.root / "data")
     back_up(drill, node)
-    drill.at = settle_clock()
+    drill.at = next_second()
     if same:  # the old disk is gone, and the new one is mounted at the same place
         shutil.rmtree(node.root)
         drill.cassandra.rmdir() if not os.listdir(drill.cassandra) else shutil.rmtree(drill.cassandra)

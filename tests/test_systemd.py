@@ -1,4 +1,4 @@
-"""What systemd is told, over a real datagram socket, and the credentials that it hands us."""
+"""What systemd is told, over a real datagram socket, and what its units run and skip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Daemon, Run, clean_environ
+from conftest import REPOSITORY, Daemon, Run
 from faultproxy import FaultProxy
 from scene import Scene, wait_for
 from servers import Bucket, FileBucket
@@ -68,8 +68,8 @@ def heard(scene: Scene, tmp_path: Path) -> Iterator[Manager]:
 
 
 def start(scene: Scene, node: Node) -> None:
-    """Start a daemon whose pinner gets on once a second, without waiting for it."""
-    scene.start(*node.data_dirs, args=("--reconcile", "1"))
+    """Start a daemon whose pinner says once a second that it lives."""
+    scene.start(*node.data_dirs, args=("--reconcile", "1s"))
 
 
 FREEZE = """
@@ -160,33 +160,54 @@ def test_a_manager_that_is_gone_is_no_reason_to_stop(scene: Scene, heard: Manage
     scene.assert_all_is_listed(node.history)
 
 
-def test_credentials_from_systemd_are_used_unless_they_are_empty_or_others_are_named(
-    script: Path, home: Path, tmp_path: Path
+UNITS = {unit.name.removeprefix("cassbackup."): unit for unit in (REPOSITORY / "debian").glob("*.service")}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(
+    ("settings", "runs"),
+    [
+        (None, False),
+        ("#BUCKET_NAME=s3://bucket\nREGION=x\n#CASSBACKUP_KEEP_LAST=\n", False),
+        ("export BUCKET_NAME=s3://bucket\nCASSBACKUP_KEEP_LAST=3\n", True),  # wrong, and the program says so
+        ("BUCKET_NAME=s3://bucket\n", None),
+        ("BUCKET_NAME=s3://bucket\nCASSBACKUP_KEEP_LAST=\n", None),
+        ("BUCKET_NAME=s3://bucket\nCASSBACKUP_KEEP_WITHIN=30d\n", True),
+    ],
+    ids=["absent", "commented", "exported", "no-policy", "empty-policy", "set"],
+)
+def test_a_unit_is_skipped_only_where_nothing_is_set(
+    unit: str, settings: str | None, runs: bool | None, tmp_path: Path
 ) -> None:
-    (tmp_path / "aws").write_text("[default]\naws_access_key_id = AKIAEXAMPLE\naws_secret_access_key = secret\n")
-    (tmp_path / "gcs.json").write_text("\n")
-    show = (
-        f"import os, sys; sys.path.insert(0, {str(script.parent)!r}); import cassbackup; cassbackup.main(['config']);"
-        " print(os.environ.get('AWS_SHARED_CREDENTIALS_FILE'), os.environ.get('GOOGLE_APPLICATION_CREDENTIALS'))"
-    )
+    """None is for prune alone, which needs a policy too."""
+    file = tmp_path / "default"
+    if settings is not None:
+        file.write_text(settings)
+    conditions = re.findall(r"^ExecCondition=/bin/sh -c '(.*)'$", UNITS[unit].read_text(), re.MULTILINE)
+    assert conditions
+    done = [
+        subprocess.run(
+            ["/bin/sh", "-c", condition.replace("/etc/default/cassbackup", str(file))],
+            env={"PATH": os.environ["PATH"]},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        for condition in conditions
+    ]
+    expected = "prune" not in unit if runs is None else runs
+    assert all(one.returncode == 0 for one in done) == expected
+    said = "".join(one.stdout for one in done)
+    assert expected or "BUCKET_NAME is not set" in said or "so nothing is deleted" in said
 
-    def named(**environ: str) -> str:
-        command = [sys.executable, "-c", show]
-        done = subprocess.run(command, env=clean_environ(home, environ), capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()[-1]
 
-    assert named(CREDENTIALS_DIRECTORY=str(tmp_path)) == f"{tmp_path / 'aws'} None"
-    assert named(CREDENTIALS_DIRECTORY=str(tmp_path), AWS_SHARED_CREDENTIALS_FILE="/mine") == "/mine None"
-    assert named() == "None None"
-
-
-@pytest.mark.parametrize("unit", sorted((REPOSITORY / "debian").glob("*.service")), ids=lambda unit: unit.name)
-def test_the_commands_of_the_units_are_understood(unit: Path, run_cassbackup: Run, tmp_path: Path) -> None:
-    """They get as far as the data or the bucket, which are not there."""
-    command = re.findall(r"^ExecStart=/usr/bin/cassbackup (.*)$", unit.read_text(), re.MULTILINE)[0]
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_commands_of_the_units_are_understood(unit: str, run_cassbackup: Run, tmp_path: Path) -> None:
+    """They get as far as the data, the bucket or nodetool, which are not there."""
+    command = re.findall(r"^ExecStart=/usr/bin/cassbackup (.*)$", UNITS[unit].read_text(), re.MULTILINE)[0]
     environ = {"BUCKET_NAME": f"file://{tmp_path}/none", "CASSBACKUP_PATHS": f"{tmp_path}/data"}
     environ |= {"CASSBACKUP_KEEP_LAST": "1", "CASSBACKUP_STATE_DIR": str(tmp_path / "state")}
     done = run_cassbackup(*command.split(), env=environ)
     assert done.returncode in {1, 2}
-    assert str(tmp_path) in done.stderr
+    assert str(tmp_path) in done.stderr or "nodetool cannot be run" in done.stderr
     assert "Traceback" not in done.stderr

@@ -74,7 +74,7 @@ class Drill:
         places = ["--state-dir", self.scene.state, "--bucket", self.scene.bucket.target, "--name", "node1"]
         paths = [word for path in self.node.data for word in ("--paths", path)]
         with self.score.timing("listed_s"):
-            more = ["--settle", "1", "--max-bandwidth", "0", *self.filters]
+            more = ["--max-bandwidth", "0", *self.filters]
             return self.scene.run("snapshot", *args, *tools, *places, *paths, *more, check=check, timeout=280)
 
     def restore(self, *args: object, into: Path, check: int | None = 0) -> CompletedProcess[str]:

@@ -1,8 +1,9 @@
-"""Whole nodes that are lost and come back, and nodes that live with a pin area beside them."""
+"""Whole nodes that are lost and come back, and nodes that live with pins beside them."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -196,7 +197,7 @@ def test_g_a_cluster_that_is_lost_comes_back_at_other_addresses(
     repaired = live(three_nodes[0], "three.t", "Statistics.db")
     assert all(body != repaired[name] for name, body in unrepaired.items())
     at = datetime.fromtimestamp(time.time() + 1, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    topology = scene.run("list", *bucket, "--topology", "--at", at, check=0).stdout
+    listed = json.loads(scene.run("list", *bucket, "--json", check=0).stdout)["nodes"]
     for node in three_nodes:
         node.kill()
         shutil.rmtree(node.home)
@@ -213,8 +214,8 @@ def test_g_a_cluster_that_is_lost_comes_back_at_other_addresses(
             told.append(scene.run("restore", *bucket, *options, check=0, within=where_none_runs()).stdout)
     successors += other_nodes(scene.at, told)
     fleet.nodes += successors
-    assert {f"initial_token: {node.setup.initial_token}" for node in successors} <= set(topology.splitlines())
-    assert len(re.findall("newest complete snapshot +daily@", topology)) == 3
+    assert [",".join(node["tokens"]) for node in listed] == [node.setup.initial_token for node in successors]
+    assert [node["snapshots"][-1]["tag"] for node in listed] == ["daily"] * 3
     for node in successors:
         node.start()
     until_all_see_all(successors)
@@ -237,7 +238,7 @@ def tags(node: Node) -> set[str]:
     return {words[0] for words in lines if len(words) > 7 and words[0] != "Snapshot"}
 
 
-def test_h_cassandra_restarts_beside_full_pin_areas_and_clears_its_own_snapshots_alone(
+def test_h_cassandra_restarts_beside_full_pin_directories_and_clears_its_own_snapshots_alone(
     new_node: Callable[..., Node], scene: Scene, rclone: Bucket, proxy: Callable[[Bucket], FaultProxy], score: Score
 ) -> None:
     node = new_node(data_directories=2, incremental_backups=True)

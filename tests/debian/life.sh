@@ -51,7 +51,7 @@ is_stored() { # is_stored TAG: its listing says complete
 }
 
 pins() { # pins [TAG]: how many files wait, wherever
-    find /var/lib/cassandra/.cassbackup /var/lib/cassandra/pins "$data/.cassbackup" -name .released~ -prune -o \
-        -type f -path "*${1:-}~*/*~*" -print 2>/dev/null | wc -l
+    find /var/lib/cassandra/.cassbackup /var/lib/cassandra/pins "$data/.cassbackup" -type f -path "*${1:-}~*/*~" \
+        -print 2>/dev/null | wc -l
 }
 no_pins() { [ "$(pins)" = 0 ]; }

@@ -1,0 +1,1224 @@
+"""The pinner alone, on real directories, real inotify and real links: what it pins, whose life that is, how it lets go.
+
+desk = start(*node.data_dirs)         # a Pinner at work
+node.snapshot("daily")
+desk.until_pinned(node)               # by its own hints; desk.scan() asks for a full scan instead
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pyinotify
+import pytest
+from storm import Storm
+from tree import Copy, History, Node, Table
+
+import cassbackup
+from cassbackup import (
+    Filters,
+    Fingerprint,
+    Forget,
+    GiveUp,
+    Gone,
+    LetGo,
+    ListTag,
+    PinDirectory,
+    Pinned,
+    Pinner,
+    PinnerFailed,
+    PinnerState,
+    ScanAll,
+    ScanTag,
+    Touched,
+    Unit,
+    mark_of,
+    open_pin_directory,
+)
+
+Start = Callable[..., "Desk"]
+Listed = dict[str, tuple[str, set[int]]]
+PATIENCE_S = 60.0
+
+
+class Desk:
+    """A pinner at work, what it has said, and what it holds. While `freeze` is entered it stands still."""
+
+    def __init__(self, *roots: Path, listed: Listed | None = None, pin_dir: str = "", **filters: Any) -> None:
+        self.disks = [open_pin_directory(str(root), pin_dir) for root in roots]
+        self.news: list[Any] = []
+        self._said = threading.Condition()
+        self._frozen, self._standing = threading.Lock(), threading.Event()
+        self.pinner = Pinner(self.disks, Filters(**filters), listed or {}, 600.0, self._hear)
+        self.pinner.start()
+
+    def _hear(self, message: object) -> None:
+        with self._said:
+            self.news.append(message)
+            self._said.notify_all()
+        if self._frozen.locked():
+            self._standing.set()
+        with self._frozen:
+            pass
+
+    @contextlib.contextmanager
+    def freeze(self) -> Iterator[None]:
+        """Have the pinner stand still: it waits for the end of something that it says."""
+        self._standing.clear()
+        with self._frozen:
+            asked = self.pinner.ask(ScanAll())
+            assert self._standing.wait(PATIENCE_S)
+            yield
+        with contextlib.suppress(cassbackup.Fault):  # it has ended
+            asked.result(PATIENCE_S)
+
+    def wait(self, predicate: Callable[[], object]) -> None:
+        """Wait until what was said makes something true."""
+        with self._said:
+            assert self._said.wait_for(lambda: bool(predicate()), PATIENCE_S), self.news[-3:]
+
+    def said(self, kind: type[Any]) -> list[Any]:
+        """Return the messages of a kind."""
+        return [message for message in self.news if isinstance(message, kind)]
+
+    @property
+    def state(self) -> PinnerState:
+        """Return what was last said of the pinner's state."""
+        last: PinnerState = self.said(PinnerState)[-1]
+        return last
+
+    def ask(self, request: object) -> Any:
+        """Ask for something and return the answer."""
+        return self.pinner.ask(request).result(PATIENCE_S)
+
+    def scan(self) -> Desk:
+        """Have everything scanned."""
+        self.ask(ScanAll())
+        return self
+
+    def units(self) -> dict[Unit, dict[tuple[str, str], Pinned]]:
+        """Return the pins of each unit."""
+        found: dict[Unit, dict[tuple[str, str], Pinned]] = {}
+        for disk in self.disks:
+            for relative, life in pin_directories(disk):
+                unit = cassbackup.unit_of(disk.root, relative, life)
+                found.setdefault(unit, {}).update(disk.read(relative, life).files)
+        return dict(sorted(found.items(), key=lambda item: item[0].life))
+
+    def lives(self, tag: str) -> list[Unit]:
+        """Return the lives of a tag that have pins, oldest first."""
+        return [unit for unit in self.units() if unit.tag == tag]
+
+    def copies(self) -> dict[str, list[Copy]]:
+        """Return the contents that are pinned of each path."""
+        found: dict[str, list[Copy]] = {}
+        for pins in self.units().values():
+            for path, pin in pins.items():
+                found.setdefault("/".join(path), []).append(Copy.of(Path(pin.pin).read_bytes()))
+        return found
+
+    def until_pinned(self, history: History) -> None:
+        """Wait until everything that ever was anywhere is pinned, without asking for a scan."""
+        wanted = {(path, copy) for _, path, copy in history.files()}
+        self.wait(lambda: {(path, copy) for path, copies in self.copies().items() for copy in copies} >= wanted)
+        self.assert_pinned(history)
+
+    def assert_pinned(self, history: History) -> None:
+        """Fail unless all that ever was anywhere, and nothing else, is pinned."""
+        copies = self.copies()
+        assert copies.keys() == {path for _, path, _ in history.files()}
+        for _, path, copy in history.files():
+            assert copy in copies[path], path
+
+    def let_go(self, unit: Unit, lost: bool = True, delete: frozenset[tuple[str, str]] = frozenset()) -> int:
+        """Have the pins of a unit let go, as after its listing; return what is left."""
+        files = {path: pin.fingerprint for path, pin in self.units().get(unit, {}).items()}
+        left: int = self.ask(LetGo(unit, files, lost, delete))
+        return left
+
+    def let_all_go(self) -> Listed:
+        """Have all pins let go; return what a ledger would remember."""
+        listed: Listed = {}
+        for unit, pins in self.units().items():
+            for (directory, name), pin in pins.items():
+                marks = listed.setdefault(directory, (unit.life, set()))[1]
+                marks.add(mark_of(name, pin.fingerprint))
+            assert self.let_go(unit) == 0
+        return listed
+
+    def end(self) -> None:
+        """Stop the pinner, and leave everything to the next one."""
+        if self.pinner.is_alive():
+            self.pinner.stop()
+            self.pinner.join(PATIENCE_S)
+            assert not self.said(PinnerFailed)
+        for fd in (self.pinner._inotify.fd, *(place.held for place in self.pinner._places.values())):
+            if fd >= 0:
+                os.close(fd)
+        self.pinner._inotify.fd, self.pinner._places = -1, {}
+        for disk in self.disks:
+            if disk.path:
+                disk.close()
+                disk.path = ""
+
+
+def pin_directories(disk: PinDirectory) -> list[tuple[str, str]]:
+    """Return (source directory, life) as `pending` does, without tidying up beside the pinner."""
+    found = []
+    for name in sorted(os.listdir(disk.path)) if disk.path else ():
+        quoted, _, life = name.rpartition("~")
+        if cassbackup.is_utc(life):
+            origin = Path(disk.path, name, "path")
+            found.append((os.fsdecode(origin.read_bytes()) if origin.exists() else cassbackup.unquote(quoted), life))
+    return found
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    desks = []
+
+    def begin(*roots: Path, **more: Any) -> Desk:
+        desks.append(Desk(*roots, **more))
+        return desks[-1].scan()
+
+    yield begin
+    for desk in desks:
+        desk.end()
+
+
+@pytest.fixture
+def users(node: Node) -> Table:
+    """A table with an SSTable, so that the data directory is not empty."""
+    table = node.table("ks1", "users")
+    table.flush()
+    return table
+
+
+def tag_of(table: Table, tag: str = "daily") -> Path:
+    """Return a table's snapshot in the first data directory."""
+    return table.directories()[0] / "snapshots" / tag
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What appears is pinned
+
+
+def test_every_file_is_pinned_by_hints_alone_p2(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    posts = node.table("ks2", "posts", indexes=["by_name"])
+    for _ in range(3):
+        users.flush()
+        posts.flush()
+    node.snapshot("daily")
+    node.snapshot("weekly")
+    desk.until_pinned(node.history)
+    assert desk.state.counts["found_by_rescan"] == 0
+    assert desk.state.tables == {f"{table.keyspace}/{table.directory}" for table in node.tables}
+
+
+def test_what_is_there_at_the_start_is_pinned(node: Node, users: Table, start: Start) -> None:
+    node.snapshot("daily")
+    start(*node.data_dirs).assert_pinned(node.history)
+
+
+def test_pinned_bytes_outlive_their_clearing(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    node.snapshot("daily")
+    desk.scan()
+    node.clear("daily")
+    users.compact()
+    desk.scan().assert_pinned(node.history)
+    (pin,) = {pin.links for pins in desk.units().values() for path, pin in pins.items() if "manifest" in path[1]}
+    assert pin == 1
+
+
+def test_one_snapshot_is_one_life_over_all_data_directories_and_indexes(tmp_path: Path, start: Start) -> None:
+    node = Node(tmp_path / "cassandra", data_dirs=3)
+    users = node.table("ks1", "users", indexes=["by_name"])
+    for _ in range(5):
+        users.flush()
+    desk = start(*node.data_dirs)
+    node.snapshot("daily")
+    desk.until_pinned(node.history)
+    assert len(desk.lives("daily")) == 1
+    assert [unit.kind for unit in desk.units()] == ["incremental", "snapshot"]
+
+
+def test_what_comes_while_a_directory_rests_is_pinned_after_its_rest(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    for _ in range(30):
+        users.flush()
+    desk.until_pinned(node.history)
+
+
+def test_directories_moved_in_and_renamed_are_seen(node: Node, users: Table, tmp_path: Path, start: Start) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    shutil.copytree(tag_of(users), tmp_path / "copy")
+    (tmp_path / "copy").rename(tag_of(users, "moved-in"))
+    tag_of(users).rename(tag_of(users, "renamed"))
+    desk.wait(lambda: {"moved-in", "renamed"} <= {news.unit.tag for news in desk.said(Touched)})
+    for tag in ("moved-in", "renamed"):
+        (unit,) = desk.lives(tag)
+        assert len(desk.units()[unit]) == 10
+
+
+def test_a_directory_made_again_is_watched_again(node: Node, users: Table, start: Start) -> None:
+    """We hold the old one open: its end gives no event of its own."""
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    node.clear("daily")
+    users.compact()
+    for _ in range(3):
+        node.snapshot("daily")
+        desk.wait(lambda: desk.said(Touched)[-1].unit.tag == "daily")
+        desk.wait(desk.pinner.idle.is_set)
+        users.flush()
+        desk.until_pinned(node.history)
+        node.clear("daily")
+
+
+def test_watches_of_cleared_snapshots_are_given_back(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    before = len(watches())
+    for number in range(20):
+        node.snapshot(f"tag{number}")
+        desk.scan()
+        node.clear()
+        desk.scan()
+    assert len(watches()) <= before + 1  # snapshots/ stays
+    gone = {news.directory for news in desk.said(Gone)}
+    assert gone == {str(tag_of(users, f"tag{number}")) for number in range(20)}
+
+
+def watches() -> list[int]:
+    """Return the inodes that this process watches."""
+    found: list[int] = []
+    for file in Path("/proc/self/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += (int(number, 16) for number in re.findall(r"^inotify .*?ino:([0-9a-f]+)", file.read_text(), re.M))
+    return found
+
+
+def test_the_pin_directory_itself_is_never_scanned(node: Node, users: Table, start: Start) -> None:
+    data = node.data_dirs[0]
+    for pin_dir in (data / ".cassbackup" / "backups", data / "pins"):
+        desk = start(data, pin_dir=str(pin_dir), include=re.compile("nb-"))
+        node.snapshot(pin_dir.name)
+        desk.scan()
+        ours = {os.stat(folder).st_ino for folder, _, _ in os.walk(desk.disks[0].path)}
+        assert not ours & set(watches())
+        assert not [path for path in desk.copies() if str(pin_dir) in path]
+        desk.end()
+
+
+def test_hints_may_get_lost_a_reconciliation_finds_what_changed(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    desk.pinner._inotify.read = lambda: iter(())  # type: ignore[method-assign]
+    users.flush()
+    node.snapshot("daily")
+    desk.scan().assert_pinned(node.history)
+    assert desk.state.counts["found_by_rescan"] == 26
+
+
+def test_reconciliation_leaves_unchanged_directories_alone(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    for when in (1e9, time.time() + 86400):  # also those of a time when the clock was ahead
+        for folder, _, _ in os.walk(node.data_dirs[0]):
+            os.utime(folder, (when, when))
+        desk.scan()
+        scans = {path: place.ready for path, place in desk.pinner._places.items()}
+        desk.scan()
+        assert scans == {path: place.ready for path, place in desk.pinner._places.items()}
+
+
+@contextlib.contextmanager
+def queue_of(events: int) -> Iterator[None]:
+    """Have the inotify queues that are made inside hold only so many events."""
+    setting = Path("/proc/sys/fs/inotify/max_queued_events")
+    before = setting.read_text()
+    try:
+        setting.write_text(str(events))
+    except OSError as error:
+        pytest.skip(f"{setting} cannot be set: {error}")
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
+def test_an_overflow_of_the_queue_has_everything_scanned(
+    node: Node, users: Table, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with queue_of(16):
+        desk = start(*node.data_dirs)
+    with desk.freeze():
+        for number in range(40):
+            node.table(f"ks{number}", "other").flush()
+            os.utime(node.data_dirs[0], (1e9, 1e9))  # no reconciliation would look there
+            (node.data_dirs[0] / "noise").mkdir()
+            (node.data_dirs[0] / "noise").rmdir()
+        users.flush()
+    desk.until_pinned(node.history)
+    assert "inotify lost events" in caplog.text
+
+
+def test_without_room_for_watches_directories_are_scanned_every_two_seconds(tmp_path: Path) -> None:
+    script = textwrap.dedent(f"""
+        import sys, logging, pathlib, test_pinner as t
+        logging.basicConfig()
+        node = t.Node(pathlib.Path({str(tmp_path)!r}))
+        tables = [node.table("ks1", f"t{{number}}") for number in range(20)]
+        tables[0].flush()
+        desk = t.Desk(*node.data_dirs).scan()
+        for table in tables:
+            table.flush()
+        node.snapshot("daily")
+        desk.until_pinned(node.history)
+        desk.end()
+    """)
+    few = 'echo 10 >/proc/sys/user/max_inotify_watches && exec "$@"'
+    if subprocess.run(["unshare", "-Ur", "sh", "-c", few, "sh", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs user namespaces with a writable max_inotify_watches")
+    paths = os.pathsep.join(sys.path)
+    command = ["unshare", "-Ur", "sh", "-c", few, "sh", sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("sysctl fs.inotify.max_user_watches") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kinds, names, filters
+
+
+def test_what_is_no_regular_file_is_named_once_and_never_hangs(
+    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    backups = users.directories()[0] / "backups"
+    os.mkfifo(backups / "nb-12-big-Data.db")
+    (backups / "nb-13-big-Data.db").symlink_to(users.sstables[0].path("Data.db"))
+    (backups / ".idx").symlink_to(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        at = os.getcwd()
+        os.chdir(backups)  # the path of a socket must be short
+        listener.bind("nb-16-big-Data.db")
+        os.chdir(at)
+    (backups / "nb-19-big-Data.db").mkdir()
+    desk = start(*node.data_dirs)
+    users.flush()
+    desk.scan().assert_pinned(node.history)
+    assert desk.state.counts["skipped"] == 4
+    for name in ("nb-12-big-Data.db", "nb-13-big-Data.db", ".idx", "nb-16-big-Data.db"):
+        assert caplog.text.count(f"skipped path={backups / name}\n") == 1
+
+
+def test_a_linked_keyspace_or_table_is_red_until_it_is_mended_or_left_out_p8(
+    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cassandra follows such links, to another disk."""
+    posts, home = node.table("ks2", "posts"), users.directories()[0]
+    posts.flush()
+    (node.data_dirs[0] / "ks2").rename(tmp_path / "ks2")
+    (node.data_dirs[0] / "ks2").symlink_to(tmp_path / "ks2")
+    home.rename(tmp_path / "home")
+    home.symlink_to(tmp_path / "home")
+    (node.data_dirs[0] / "dangling").symlink_to("/no/where")
+    desk = start(*node.data_dirs).scan()
+    assert set(desk.state.refused) == {str(home), str(node.data_dirs[0] / "ks2")}
+    assert caplog.text.count("symbolic link, nothing behind it is stored") == 2
+    assert desk.copies() == {}
+    home.unlink()
+    (tmp_path / "home").rename(home)
+    (node.data_dirs[0] / "ks2").unlink()
+    (tmp_path / "ks2").rename(node.data_dirs[0] / "ks2")
+    desk.scan().assert_pinned(node.history)
+    assert desk.state.refused == {}
+
+
+def test_a_directory_that_becomes_a_symlink_is_not_followed(
+    node: Node, users: Table, tmp_path: Path, start: Start
+) -> None:
+    desk = start(*node.data_dirs)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.db").write_bytes(b"not yours")
+    backups = users.directories()[0] / "backups"
+    backups.rename(tmp_path / "aside")
+    backups.symlink_to(outside)
+    assert not [path for path in desk.scan().copies() if "secret" in path]
+    assert list(desk.state.refused) == [str(backups)]
+
+
+NAMES = [
+    b"new\nline-Data.db",
+    b"\x01\x1b[31m\x7f.db",
+    b"\xff\xfe not utf-8.db",
+    "ünïcödé ∀ 漢.db".encode(),
+    b"%41 percent.db",
+    b"A percent.db",
+    b"#" + b"a" * 40,
+    b"#" + b"a" * 40 + b".name",
+    b"path",
+    b"lost",
+    b"-leading dash",
+    b"trailing space ",
+    b"~",
+    b"...",
+    b"x" * 255,
+    b"x" * 254,
+    b"\xff" * 255,
+    "漢".encode() * 85,
+]
+
+
+def test_every_name_that_a_file_system_can_hold_is_pinned_recovered_and_let_go(
+    node: Node, users: Table, start: Start
+) -> None:
+    users.sstables[0].path("Data.db")
+    home = os.fsencode(users.directories()[0])
+    long = b"/snapshots/" + b"t" * 48 + b"\xff" * 48  # with its table's, more than a name in the pin directory may be
+    folders = [home + b"/backups", home + b"/snapshots/tag \xff\n~%", home + long, home + b"/backups/#idx"]
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
+        for name in NAMES:
+            Path(os.fsdecode(os.path.join(folder, name))).write_bytes(folder + name)
+    wanted = {os.fsdecode(folder + b"/" + name): Copy.of(folder + name) for folder in folders for name in NAMES}
+    wanted.update({path: copy for _, path, copy in node.history.files()})
+    desk = start(*node.data_dirs)
+    assert desk.copies() == {path: [copy] for path, copy in wanted.items()}
+    ours = [name for _, folders, names in os.walk(desk.disks[0].path) for name in (*folders, *names)]
+    assert not [name for name in ours if name.endswith(".db") or name == "snapshots"]
+    desk.end()
+    desk = start(*node.data_dirs)
+    assert desk.copies() == {path: [copy] for path, copy in wanted.items()}, "nothing is pinned twice"
+    desk.let_all_go()
+    assert sorted(os.listdir(desk.disks[0].path)) == ["id", "lock"]
+
+
+def test_filters_leave_out_what_they_say_and_those_that_fit_nothing_are_named(node: Node, start: Start) -> None:
+    for keyspace, name in (("ks1", "users"), ("ks1", "cache"), ("ks2", "users"), ("system", "local")):
+        node.table(keyspace, name).flush()
+    node.snapshot("daily")
+    node.snapshot("scratch-1")
+    keyspaces, tables = ("ks*", "shop,metrics"), ("ks1.cache", "users")
+    more = {"exclude_keyspaces": ("ks2", "ks9"), "exclude_tables": tables, "exclude_tags": ("scratch-*", "none")}
+    desk = start(*node.data_dirs, keyspaces=keyspaces, **more)
+    assert {(unit.keyspace, unit.table[:6], unit.tag) for unit in desk.units()} == {
+        ("ks1", "users-", "daily"),
+        ("ks1", "users-", ""),
+    }
+    assert desk.state.unmatched == ("--keyspace shop,metrics", "--exclude-keyspace ks9", "--exclude-table users")
+
+
+def test_only_one_tag_is_pinned_where_only_that_is_asked_for(node: Node, users: Table, start: Start) -> None:
+    node.snapshot("daily")
+    node.snapshot("weekly")
+    assert {unit.tag for unit in start(*node.data_dirs, only_tag="daily").units()} == {"daily"}
+
+
+def test_archived_files_are_pinned_however_they_come(tmp_path: Path, start: Start) -> None:
+    logs = tmp_path / "logs"
+    (logs / "deeper").mkdir(parents=True)
+    desk = start(logs, include=re.compile(r"CommitLog-.*\.log$"), exclude=re.compile("CommitLog-9"))
+    assert desk.state.absent == {}, "an empty archive is nothing to worry about"
+    (tmp_path / "moved").write_bytes(b"moved")
+    (tmp_path / "moved").rename(logs / "CommitLog-1.log")
+    (tmp_path / "linked").write_bytes(b"linked")
+    os.link(tmp_path / "linked", logs / "deeper" / "CommitLog-2.log")
+    (logs / "CommitLog-3.log").write_bytes(b"written")
+    (logs / "CommitLog-9.log").write_bytes(b"excluded")
+    (logs / "notes.txt").write_bytes(b"no")
+    desk.wait(lambda: sum(news.files for news in desk.said(Touched)) >= 3)
+    wanted = {"CommitLog-1.log": b"moved", "deeper/CommitLog-2.log": b"linked", "CommitLog-3.log": b"written"}
+    assert desk.copies() == {str(logs / name): [Copy.of(body)] for name, body in wanted.items()}
+    assert {unit.tag for unit in desk.units()} == {str(logs), str(logs / "deeper")}
+    desk.let_all_go()
+    with (logs / "CommitLog-3.log").open("ab") as file:
+        file.write(b", and again")
+    desk.wait(lambda: sum(news.files for news in desk.said(Touched)) > 3)
+    assert desk.copies() == {str(logs / "CommitLog-3.log"): [Copy.of(b"written, and again")]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which life of a tag
+
+
+def retake(node: Node, tag: str = "daily") -> None:
+    """Clear a tag and take it again, of the same SSTables: only manifest.json and schema.cql are new."""
+    node.clear(tag)
+    node.snapshot(tag)
+
+
+def test_a_tag_that_is_taken_again_is_another_life(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    for _ in range(3):
+        retake(node)
+        desk.scan()
+    first, second, third = (desk.units()[unit] for unit in desk.lives("daily"))
+    assert first.keys() == second.keys() == third.keys()
+    manifests = {pins[str(tag_of(users)), "manifest.json"].fingerprint for pins in (first, second, third)}
+    assert len(manifests) == 3
+
+
+def test_a_scan_that_falls_into_a_clear_ends_no_life(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    node.snapshot("daily")
+    desk.scan()
+    with desk.freeze():
+        for name in sorted(os.listdir(tag_of(users)))[:5]:
+            (tag_of(users) / name).unlink()
+        (tag_of(users) / "late").write_bytes(b"of the same snapshot")
+    (life,) = desk.scan().lives("daily")
+    assert len(desk.units()[life]) == 11
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_tag_taken_again_is_another_life_in_all_data_directories_p1(tmp_path: Path, start: Start, first: int) -> None:
+    """Whichever of its directories is scanned first: two manifest.json must never be in one listing."""
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    users = node.table("ks1", "users", indexes=["by_name"])
+    for _ in range(6):
+        users.flush()
+    roots = node.data_dirs if first == 0 else node.data_dirs[::-1]
+    desk = start(*roots)
+    for _ in range(4):
+        with desk.freeze():
+            retake(node)
+        desk.scan()
+        for unit in desk.lives("daily"):
+            assert sum(name == "manifest.json" for _, name in desk.units()[unit]) == 1
+    assert len(desk.lives("daily")) == 4
+    assert len({len(desk.units()[unit]) for unit in desk.lives("daily")}) == 1
+
+
+def test_a_directory_joins_no_life_of_which_another_directory_is_gone(tmp_path: Path, start: Start) -> None:
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    users = node.table("ks1", "users")
+    users.flush()
+    one, two = (home / "snapshots" / "daily" for home in users.directories())
+    desk = start(*node.data_dirs)
+    one.mkdir(parents=True)
+    (one / "old").write_bytes(b"old")
+    desk.scan()
+    with desk.freeze():  # cleared and taken again: the first thing that is seen of it is in the other directory
+        shutil.rmtree(one)
+        two.mkdir(parents=True)
+        (two / "new").write_bytes(b"new")
+        one.mkdir()
+        desk.pinner._dirty.clear()
+    desk.scan()
+    (one / "newer").write_bytes(b"newer")
+    old, new = desk.scan().lives("daily")
+    assert set(desk.units()[old]) == {(str(one), "old")}
+    assert set(desk.units()[new]) == {(str(two), "new"), (str(one), "newer")}
+
+
+def test_after_a_restart_a_life_goes_on_if_all_of_it_is_there(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    node.snapshot("daily")
+    (life,) = desk.scan().lives("daily")
+    desk.end()
+    (tag_of(users) / "late").write_bytes(b"while nobody looked")
+    desk = start(*node.data_dirs)
+    assert desk.lives("daily") == [life]
+    assert len(desk.units()[life]) == 11
+    recovered = [news for news in desk.said(Touched) if not news.files]
+    assert {news.unit for news in recovered} == set(desk.units())
+    assert desk.news.index(recovered[-1]) < next(n for n, one in enumerate(desk.news) if getattr(one, "scanned", 0))
+
+
+def test_after_a_restart_a_life_has_ended_if_some_of_it_is_not_there(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    node.snapshot("daily")
+    (old,) = desk.scan().lives("daily")
+    pins = desk.units()[old]
+    desk.end()
+    (tag_of(users) / "manifest.json").unlink()
+    (tag_of(users) / "late").write_bytes(b"of another snapshot")
+    desk = start(*node.data_dirs)
+    assert desk.lives("daily")[0] == old
+    assert desk.units()[old].keys() == pins.keys(), "what is sealed stays pinned"
+    assert len(desk.units()[desk.lives("daily")[1]]) == 10
+    assert not desk.ask(ScanTag(old))
+
+
+def test_after_a_restart_all_data_directories_have_a_say_in_whether_a_life_goes_on_p1(
+    tmp_path: Path, start: Start
+) -> None:
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    users = node.table("ks1", "users")
+    users.flush()
+    one, two = (home / "snapshots" / "daily" for home in users.directories())
+    for folder, name in ((one, "manifest.json"), (two, "nb-1-big-Data.db")):
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(b"old")
+    desk = start(*node.data_dirs)
+    desk.end()
+    shutil.rmtree(two)  # and the tag is taken again
+    (one / "new").write_bytes(b"new")
+    desk = start(*node.data_dirs)
+    old, new = desk.lives("daily")
+    assert set(desk.units()[old]) == {(str(one), "manifest.json"), (str(two), "nb-1-big-Data.db")}
+    assert set(desk.units()[new]) == {(str(one), "manifest.json"), (str(one), "new")}
+
+
+def test_what_is_listed_is_not_pinned_again(node: Node, users: Table, start: Start) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    listed = desk.let_all_go()
+    for folder, _, _ in os.walk(node.data_dirs[0]):
+        os.utime(folder)
+    assert desk.scan().units() == {}
+    desk.end()
+    toc = users.sstables[0].path("TOC.txt")
+    with toc.open("a") as file:
+        file.write("SAI+aa+GroupComplete.db\n")  # Cassandra builds an index: the snapshot's TOC.txt grows too
+    desk = start(*node.data_dirs, listed=listed)
+    assert desk.units() == {}
+    assert not desk.said(Gone)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_comes_late_joins_the_listed_life_and_brings_its_manifest(
+    tmp_path: Path, start: Start, restart: bool
+) -> None:
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    users = node.table("ks1", "users", indexes=["by_name"])
+    users.flush()
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    (life,) = desk.lives("daily")
+    listed = desk.let_all_go()
+    if restart:
+        desk.end()
+        desk = start(*node.data_dirs, listed=listed)
+    (index,) = (folder for home in users.directories() for folder in home.glob("snapshots/daily/.by_name"))
+    (index / "late").write_bytes(b"late")
+    assert desk.scan().lives("daily") == [life]
+    assert {name for _, name in desk.units()[life]} == {"late", "manifest.json"}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_tag_taken_again_after_its_listing_is_another_life(
+    node: Node, users: Table, start: Start, restart: bool
+) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    (old,) = desk.lives("daily")
+    listed = desk.let_all_go()
+    if restart:
+        desk.end()
+        retake(node)
+        desk = start(*node.data_dirs, listed=listed)
+    else:
+        with desk.freeze():
+            retake(node)
+        desk.scan()
+    (new,) = desk.lives("daily")
+    assert new.life > old.life
+    assert len(desk.units()[new]) == 10
+
+
+def test_a_name_replaced_in_backups_begins_another_life_and_pins_nothing_twice(
+    node: Node, users: Table, start: Start
+) -> None:
+    """The generations came again: after TRUNCATE, a restart and an emptied backups/."""
+    desk = start(*node.data_dirs)
+    folder = users.directories()[0] / "backups"
+    data = folder / "nb-1-big-Data.db"
+    data.unlink()
+    data.write_bytes(b"other bytes")
+    old, new = desk.scan().units().values()
+    assert len(old) == 8
+    assert set(new) == {(str(folder), data.name)}
+    users.flush()
+    assert len(desk.scan().units()) == 2
+    desk.let_all_go()
+    assert desk.scan().units() == {}
+
+
+def test_backups_forget_what_was_deleted_there(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    desk.let_all_go()
+    backups = users.directories()[0] / "backups"
+    place = desk.pinner._places[str(backups)]
+    assert len(place.listed) == 8
+    for file in backups.iterdir():
+        file.unlink()
+    desk.scan()
+    assert place.listed == set()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Letting go
+
+
+def test_a_pin_that_changed_or_came_meanwhile_stays(node: Node, users: Table, start: Start) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    (unit,) = desk.lives("daily")
+    files = {path: pin.fingerprint for path, pin in desk.units()[unit].items()}
+    with (tag_of(users) / "schema.cql").open("a") as file:
+        file.write("-- more")
+    (tag_of(users) / "late").write_bytes(b"late")
+    desk.scan()
+    assert desk.ask(LetGo(unit, files, lost=True)) == 2
+    assert {name for _, name in desk.units()[unit]} == {"schema.cql", "late"}
+    assert desk.let_go(unit) == 0
+    assert desk.scan().lives("daily") == []
+
+
+def test_manifest_json_and_its_directory_go_last(tmp_path: Path, start: Start) -> None:
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    users = node.table("ks1", "users", indexes=["by_name"])
+    for _ in range(4):
+        users.flush()
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    (unit,) = desk.lives("daily")
+    seen = Deletions(desk)
+    assert desk.let_go(unit) == 0
+    order = seen.read()
+    assert len(order) == 4 * 8 * 2 + 2
+    assert order[-1] == "manifest.json~"
+
+
+class Deletions:
+    """The order in which pins are unlinked."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._calls = pyinotify.INotifyWrapper.create()
+        self._fd = self._calls.inotify_init()
+        for disk in desk.disks:
+            for relative, life in pin_directories(disk):
+                self._calls.inotify_add_watch(self._fd, disk.directory(relative, life), pyinotify.IN_DELETE)
+
+    def read(self) -> list[str]:
+        events, found = os.read(self._fd, 1 << 20), []
+        os.close(self._fd)
+        while events:
+            length = int.from_bytes(events[12:16], sys.byteorder)
+            found.append(events[16 : 16 + length].rstrip(b"\0").decode())
+            events = events[16 + length :]
+        return [name for name in found if name.endswith("~")]
+
+
+def test_pinning_comes_before_letting_go(node: Node, users: Table, start: Start) -> None:
+    folder = tag_of(users, "large")
+    folder.mkdir(parents=True)
+    for number in range(1000):
+        (folder / f"nb-{number}-big-Data.db").touch()
+    desk = start(*node.data_dirs)
+    (unit,) = desk.lives("large")
+    files = {path: pin.fingerprint for path, pin in desk.units()[unit].items()}
+    with desk.freeze():
+        future: Future[int] = desk.pinner.ask(LetGo(unit, files, lost=True))
+        node.snapshot("daily")
+        desk.news.clear()
+        threading.Thread(target=future.result).start()
+        done = len(desk.news)
+    assert future.result(PATIENCE_S) == 0
+    desk.wait(lambda: any(news.unit.tag == "daily" for news in desk.said(Touched)))
+    assert done == 0
+
+
+def test_deleting_sources_stays_in_backups_and_needs_the_very_file(node: Node, users: Table, start: Start) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    backups = users.directories()[0] / "backups"
+    replaced = backups / "nb-1-big-Statistics.db"
+    replaced.rename(backups / "aside")
+    replaced.write_bytes(b"another file")
+    (incremental,) = (unit for unit in desk.units() if unit.kind == "incremental")
+    for unit, pins in desk.units().items():
+        desk.let_go(unit, delete=frozenset(pins))
+    assert incremental not in desk.units()
+    assert replaced.read_bytes() == b"another file"
+    assert sorted(file.name for file in backups.iterdir()) == ["aside", "nb-1-big-Statistics.db"]
+    assert len(os.listdir(tag_of(users))) == 10
+    assert desk.scan().state.counts["deleted"] == 7
+
+
+def test_only_bytes_that_nobody_else_holds_are_given_up_and_a_restart_knows_it(
+    node: Node, users: Table, start: Start
+) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    (unit,) = desk.lives("daily")
+    node.clear("daily")
+    pins, disk = desk.units()[unit], desk.disks[0]
+    names = tuple(name for _, name in pins)
+    relative = str(tag_of(users).relative_to(node.data_dirs[0]))
+    given_up = desk.ask(GiveUp(disk, relative, unit.life, names))
+    assert sorted(given_up) == ["manifest.json", "schema.cql"], "the others are still live SSTables"
+    assert len(desk.units()[unit]) == 8
+    lost = Path(disk.directory(relative, unit.life), "lost")
+    desk.end()
+    lost.write_text(lost.read_text() + "\nnb-1-big-Data.db")  # as after a kill amid giving up
+    desk = start(*node.data_dirs)
+    found = desk.disks[0].read(relative, unit.life)
+    assert {name for _, name in found.lost} == set(given_up)
+    assert desk.let_go(unit, lost=False) == 1
+    assert unit in desk.units(), "pending until it is listed as lost"
+    assert desk.let_go(unit, lost=True) == 0
+    assert unit not in desk.units()
+
+
+def test_what_was_given_up_and_is_still_there_is_pinned_again(node: Node, users: Table, start: Start) -> None:
+    folder = users.directories()[0] / "backups"
+    desk = start(*node.data_dirs)
+    (unit,) = desk.units()
+    relative = str(folder.relative_to(node.data_dirs[0]))
+    alone = folder / "alone"
+    alone.write_bytes(b"alone")
+    desk.scan()
+    alone.unlink()
+    assert desk.ask(GiveUp(desk.disks[0], relative, unit.life, ("alone", "nb-1-big-Data.db"))) == ("alone",)
+    alone.write_bytes(b"it came again")
+    assert Copy.of(b"it came again") in desk.scan().copies()[str(alone)]
+
+
+def test_everything_is_pinned_again_when_nothing_is_listed_any_more(node: Node, users: Table, start: Start) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    desk.let_all_go()
+    assert desk.scan().units() == {}
+    desk.ask(Forget())
+    desk.scan().assert_pinned(node.history)
+
+
+def test_a_kill_at_any_unlink_leaves_what_the_next_start_ends(node: Node, users: Table, start: Start) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    (unit,) = desk.lives("daily")
+    pins = desk.units()[unit]
+    desk.end()
+    listed = {str(tag_of(users)): (unit.life, {mark_of(name, pin.fingerprint) for (_, name), pin in pins.items()})}
+    for path in list(pins)[:4]:
+        os.unlink(pins[path].pin)  # listed, and half let go
+    desk = start(*node.data_dirs, listed=listed)
+    assert desk.lives("daily") == [unit]
+    assert len(desk.units()[unit]) == 6
+    assert desk.let_go(unit) == 0
+    assert desk.scan().lives("daily") == []
+    (tag_of(users) / "late").touch()
+    assert desk.scan().lives("daily") == [unit]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the loop asks, and what it is told
+
+
+def test_a_fresh_scan_of_a_tag_tells_whether_anything_can_have_been_missed(tmp_path: Path, start: Start) -> None:
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    users = node.table("ks1", "users")
+    for _ in range(6):
+        users.flush()
+    desk = start(*node.data_dirs)
+    node.snapshot("daily")
+    desk.scan()
+    (unit,) = desk.lives("daily")
+    one, two = (home / "snapshots" / "daily" for home in users.directories())
+    (two / "late").touch()
+    assert desk.ask(ScanTag(unit))
+    assert (str(two), "late") in desk.units()[unit], "what the scan finds is pinned"
+    shutil.rmtree(two)
+    assert not desk.ask(ScanTag(unit)), "there was something, and there is no more"
+    shutil.rmtree(one)
+    node.snapshot("daily")
+    assert not desk.ask(ScanTag(unit)), "it is another life"
+    assert desk.ask(ScanTag(desk.lives("daily")[-1]))
+    node.data_dirs[1].rename(tmp_path / "away")
+    assert not desk.ask(ScanTag(desk.lives("daily")[-1])), "a disk is away"
+
+
+def test_a_tag_is_told_with_its_manifests_and_the_tables_that_lack_one(node: Node, start: Start) -> None:
+    users, posts, empty = (node.table("ks1", name) for name in ("users", "posts", "empty"))
+    other = node.table("ks2", "other")
+    for table in (users, posts, other):
+        table.flush()
+    desk = start(*node.data_dirs)
+    node.snapshot("daily", [users, empty])
+    found = desk.ask(ListTag("daily"))
+    manifest = tag_of(users) / "manifest.json"
+    assert found.manifests[str(tag_of(users)), "manifest.json"] == Fingerprint.of(manifest.stat())
+    assert len(found.manifests) == 2
+    assert found.bare == (f"ks1/{posts.directory}", f"ks2/{other.directory}")
+    assert desk.ask(ListTag("daily", ("ks1",))).bare == (f"ks1/{posts.directory}",)
+
+
+def test_it_is_idle_only_while_nothing_waits_to_be_pinned(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    desk.wait(desk.pinner.idle.is_set)
+    with desk._frozen:
+        node.snapshot("daily")
+        desk.wait(lambda: desk.said(Touched)[-1].unit.tag == "daily")
+        assert not desk.pinner.idle.is_set()
+    desk.wait(desk.pinner.idle.is_set)
+
+
+def test_requests_that_nobody_waits_for_any_more_are_passed_over(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    with desk.freeze():
+        assert desk.pinner.ask(ScanAll()).cancel()
+    desk.scan()
+
+
+def test_after_its_end_requests_fail(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    desk.end()
+    with pytest.raises(cassbackup.Fault, match="ended"):
+        desk.ask(ScanAll())
+
+
+def test_an_error_that_nobody_foresaw_is_told(
+    node: Node, users: Table, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = start(*node.data_dirs)
+    with desk.freeze():
+        desk.pinner._sort = lambda *_: 1 / 0  # type: ignore[assignment,method-assign]
+        users.flush()
+        asked = [desk.pinner.ask(request) for request in (ListTag("daily"), ScanAll())]
+    desk.wait(lambda: desk.said(PinnerFailed))
+    for one in asked:
+        with pytest.raises(cassbackup.Fault, match="ended"):
+            one.result(PATIENCE_S)
+    assert "Traceback" in caplog.text
+    desk.news = [news for news in desk.news if not isinstance(news, PinnerFailed)]
+
+
+def test_a_sign_of_life_comes_every_five_seconds(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    desk.wait(desk.pinner.idle.is_set)
+    said = len(desk.said(PinnerState))
+    desk.wait(lambda: len(desk.said(PinnerState)) > said)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Disks
+
+
+def test_a_data_directory_that_goes_is_red_and_comes_back_by_itself(
+    tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    for _ in range(8):
+        node.table("ks1", f"t{len(node.tables)}").flush()
+    desk = start(*node.data_dirs)
+    desk.let_all_go()
+    away, here = tmp_path / "away", node.data_dirs[1]
+    here.rename(away)
+    assert desk.scan().state.absent == {str(here): "No such file or directory"}
+    here.mkdir()
+    assert desk.scan().state.absent == {str(here): "it is empty"}
+    here.rmdir()
+    away.rename(here)
+    for table in node.tables:
+        table.flush()
+    node.snapshot("daily")
+    assert desk.scan().state.absent == {}
+    assert not desk.said(Gone), "nothing is gone with its disk"
+    wanted = [path for _, path, _ in node.history.files() if "nb-1-" not in path or "snapshots" in path]
+    assert desk.copies().keys() == set(wanted), "what was listed before is listed still"
+    assert caplog.text.count("data directory is absent") == 1
+
+
+def test_a_data_directory_that_is_mounted_late_is_taken_up_when_it_comes(
+    node: Node, users: Table, tmp_path: Path, start: Start
+) -> None:
+    data = node.data_dirs[0]
+    desk = start(data)
+    pins = desk.units()
+    desk.end()
+    data.rename(tmp_path / "unmounted")
+    data.mkdir()
+    desk = start(data)
+    assert desk.disks[0].path == ""
+    assert desk.state.absent == {str(data): "it is empty"}
+    data.rmdir()
+    (tmp_path / "unmounted").rename(data)
+    node.snapshot("daily")
+    desk.scan().assert_pinned(node.history)
+    assert desk.units().keys() >= pins.keys()
+    assert desk.state.absent == {}
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Return a function that mounts a tmpfs."""
+    mounted = []
+
+    def do(path: Path, options: str = "size=1m") -> None:
+        command = ["mount", "-t", "tmpfs", "-o", options, "cassbackup-test", str(path)]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("needs the right to mount")
+        mounted.append(path)
+
+    yield do
+    for path in mounted:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_another_file_system_at_its_path_is_not_the_data_directory(
+    node: Node, users: Table, start: Start, mount: Callable[..., None]
+) -> None:
+    desk = start(*node.data_dirs)
+    mount(node.data_dirs[0])
+    (node.data_dirs[0] / "ks1" / "users" / "backups").mkdir(parents=True)
+    (node.data_dirs[0] / "ks1" / "users" / "backups" / "nb-1-big-Data.db").touch()
+    assert "another file system" in desk.scan().state.absent[str(node.data_dirs[0])]
+    desk.assert_pinned(node.history)
+
+
+def test_what_cannot_be_linked_now_is_named_and_tried_again(
+    tmp_path: Path, start: Start, mount: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a tmpfs each link takes an inode."""
+    (tmp_path / "cassandra").mkdir()
+    mount(tmp_path / "cassandra", "size=10m,nr_inodes=60")
+    node = Node(tmp_path / "cassandra")
+    users = node.table("ks1", "users")
+    users.flush()
+    desk = start(*node.data_dirs)
+    ballast = node.root / "ballast"
+    ballast.mkdir()
+    with contextlib.suppress(OSError):
+        for number in range(100):
+            (ballast / f"{number}").touch()
+    for name in ("0", "1", "2", "3"):
+        (ballast / name).unlink()
+    folder = users.directories()[0] / "backups"
+    for name in ("a", "b"):
+        (folder / name).touch()
+        desk.scan()
+    ballast.joinpath("4").rename(folder / "c")
+    for _ in range(2):
+        desk.scan()
+    assert str(folder / "c") not in desk.copies()
+    assert list(desk.state.refused) == [str(folder)]
+    assert caplog.text.count(f"cannot pin path={folder / 'c'} error=No space left on device") == 1
+    (unit,) = desk.units()
+    shutil.rmtree(ballast)
+    assert str(folder / "c") in desk.scan().copies()
+    assert desk.state.refused == {}
+    assert set(desk.units()) == {unit}
+
+
+def test_where_no_link_is_possible_the_cure_is_told(node: Node, users: Table) -> None:
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(node.root).st_dev:
+        pytest.skip("/dev/shm is no other file system")
+    with pytest.raises(cassbackup.Usage, match=r"Invalid cross-device link.*--pin-dir"):
+        open_pin_directory(str(node.data_dirs[0]), f"/dev/shm/cassbackup-test-{os.getpid()}")
+    shutil.rmtree(f"/dev/shm/cassbackup-test-{os.getpid()}")
+
+
+def test_the_pins_are_beside_the_data_or_inside_and_stay_where_they_are(node: Node, users: Table) -> None:
+    data = node.data_dirs[0]
+    blocker = node.root / ".cassbackup"
+    blocker.write_text("nothing can be made here")
+    disk = open_pin_directory(str(data))
+    assert disk.path == str(data / ".cassbackup" / "backups")
+    disk.close()
+    blocker.unlink()
+    again = open_pin_directory(str(data))
+    assert (again.path, again.id) == (disk.path, disk.id)
+    again.close()
+    shutil.rmtree(data / ".cassbackup")
+    disk = open_pin_directory(str(data))
+    assert disk.path == str(blocker / "data")
+    disk.close()
+    link = node.root / "link"
+    link.symlink_to(data)
+    disk = open_pin_directory(str(link))
+    assert (disk.path, disk.root) == (str(blocker / "data"), str(link))
+    disk.close()
+
+
+def test_a_pin_directory_of_somebody_else_or_behind_a_link_is_not_used(
+    node: Node, users: Table, tmp_path: Path, start: Start
+) -> None:
+    data = node.data_dirs[0]
+    (tmp_path / "trap").mkdir()
+    (node.root / ".cassbackup").symlink_to(tmp_path / "trap")
+    inside = data / ".cassbackup" / "backups"
+    inside.mkdir(parents=True)
+    if os.geteuid():
+        pytest.skip("needs root to give a directory away")
+    os.chown(inside, 4711, 4711)
+    desk = start(data)
+    (why,) = desk.state.absent.values()
+    assert "a symbolic link leads there" in why
+    assert "it belongs to user 4711" in why
+    assert not list((tmp_path / "trap").rglob("lock"))
+    os.chown(inside, 0, 0)
+    desk.scan().assert_pinned(node.history)
+
+
+def test_two_daemons_never_share_a_pin_directory(node: Node, users: Table, start: Start) -> None:
+    start(*node.data_dirs)
+    with pytest.raises(cassbackup.Busy, match=f"pid {os.getpid()}"):
+        open_pin_directory(str(node.data_dirs[0]))
+
+
+def test_the_proof_of_a_link_needs_one_file_that_may_be_linked(node: Node, users: Table, tmp_path: Path) -> None:
+    """A file may have 65,000 links, or be another's; and what a killed process left must not be in the way."""
+    (tmp_path / "probe~").touch()
+    os.mkfifo(node.data_dirs[0] / "first")
+    cassbackup._prove_link(str(node.data_dirs[0]), str(tmp_path))
+    assert not (tmp_path / "probe~").exists()
+
+
+def test_marks_are_the_same_for_ever() -> None:
+    """The ledger keeps them."""
+    fingerprint = Fingerprint(17, 4096, 1_700_000_000_000_000_000)
+    assert mark_of("nb-1-big-Data.db", fingerprint) == 1161500001170743927
+    assert mark_of("nb-1-big-TOC.txt", fingerprint) == mark_of("nb-1-big-TOC.txt", Fingerprint(17, 1, 2))
+    assert mark_of("nb-1-big-Data.db", fingerprint) != mark_of("nb-1-big-Data.db", Fingerprint(17, 1, 2))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Storms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(60, 80), (400, 8)])
+def test_a_snapshot_that_is_cleared_a_second_after_its_last_link_is_complete(
+    tmp_path: Path, start: Start, shape: tuple[int, int]
+) -> None:
+    storm = Storm(tmp_path / "data", tables=shape[0], components=shape[1])
+    storm.seed()
+    desk = start(storm.root)
+    storm.snapshot("daily", clear_after_ms=1000)
+    desk.scan().assert_pinned(storm.history)
+    assert len(desk.units()) == shape[0]
+
+
+@pytest.mark.slow
+def test_storms_lose_nothing_p2(tmp_path: Path, start: Start) -> None:
+    storm = Storm(tmp_path / "data", tables=60, components=8, indexes=2)
+    storm.seed()
+    with queue_of(64):
+        desk = start(storm.root)
+    storm.backups()
+    for number in range(10):
+        storm = storm.wave()
+        storm.snapshot(f"run{number}")
+        storm.backups()
+    wanted = sum(1 for _ in storm.history.files())
+    desk.wait(lambda: sum(news.files for news in desk.said(Touched)) >= wanted)
+    desk.assert_pinned(storm.history)
