@@ -656,9 +656,11 @@ def hex32(crc: int) -> str:
 
 PART_BYTES: Final = 8 * MIB  # what is larger travels in parts; S3 takes parts from 5 MiB on
 PART_THREADS: Final = 4  # of one large file
-SEATS: Final = 6  # so many bodies of more than 1 MiB are in memory at once, of parts and of other objects
+SEATS: Final = 5  # so many bodies of more than 1 MiB are in memory at once, of parts and of other objects
 PART_PATIENCE_S: Final = 30.0  # a part is tried again for so long: to begin anew is to read the whole file anew
 CONNECT_S, ANSWER_S = 10.0, 60.0  # nothing waits longer for a connection, for an answer
+
+Piece = bytes | bytearray | memoryview
 
 
 class Source(Protocol):
@@ -668,7 +670,7 @@ class Source(Protocol):
     def size(self) -> int:
         """Return how many bytes there are."""
 
-    def read(self, start: int, end: int) -> bytes | bytearray:
+    def read(self, start: int, end: int) -> Piece:
         """Return exactly these bytes. Raises Changed, OSError."""
 
 
@@ -849,13 +851,17 @@ class Patient(Store):
         return insist(lambda: self._store.put(key, source), self._patience_s)
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        return self._stream(lambda at: self._store.get(key, at, end), start, lambda at, piece: at + len(piece))
+        def begin(at: int) -> Iterator[bytes]:
+            return self._store.get(key, at, end)
+
+        return self._stream(begin, start, lambda at, piece: at + len(piece))
 
     def head(self, key: str) -> ObjectInfo | None:
         return insist(lambda: self._store.head(key), self._patience_s)
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        return self._stream(lambda at: self._store.list(prefix, at), after, lambda _, info: info.key)
+        begin = functools.partial(self._store.list, prefix)
+        return self._stream(begin, after, lambda _, info: info.key)
 
     def prefixes(self, prefix: str) -> Iterator[str]:
         yield from insist(lambda: [*self._store.prefixes(prefix)], self._patience_s)
@@ -1035,7 +1041,8 @@ class FileStore(Store):
     def _names(self, folder: str) -> Sequence[str]:
         """Return what is in a directory in the order of keys; a directory ends in /."""
         names: Sequence[str] = ()
-        with contextlib.suppress(Missing), self._faults(), os.scandir(os.path.join(self._root, folder)) as entries:
+        path = os.path.join(self._root, folder)
+        with contextlib.suppress(Missing), self._faults(), os.scandir(path) as entries:
             names = sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
         if not names:
             self._check_mounted()
@@ -1127,7 +1134,7 @@ def _base64_crc(crc: int) -> str:
     return _base64(crc.to_bytes(4, "big"))
 
 
-def _md5(data: bytes | bytearray) -> Any:
+def _md5(data: Piece) -> Any:
     return hashlib.md5(data, usedforsecurity=False)
 
 
@@ -1138,8 +1145,10 @@ def class_of(options: StoreOptions, key: str, size: int) -> str:
     as if it were that (Amazon S3 User Guide, "Understanding and managing Amazon S3 storage classes").
     """
     node, _, path = key.partition("/")
-    is_ours = node.endswith((".listings", ".pending-delete")) or path.rpartition("/")[2].startswith((MANIFEST, SCHEMA))
-    return options.storage_class if path and not is_ours and size >= 128 * KIB else ""
+    is_ours = not path or node.endswith((".listings", ".pending-delete"))
+    if is_ours or size < 128 * KIB or path.rpartition("/")[2].startswith((MANIFEST, SCHEMA)):
+        return ""
+    return options.storage_class
 
 
 def unanswered(url: str, error: BaseException) -> Fault:
@@ -1177,15 +1186,19 @@ class Wire:
         from urllib.request import getproxies, proxy_bypass
 
         address, proxies = urllib.parse.urlsplit(origin), getproxies()
-        self._origin, self._host, self._port = origin, str(address.hostname), address.port
+        self._origin = origin
+        self._host, self._port = str(address.hostname), address.port
         self._context = tls_context(bundle) if address.scheme == "https" else None
         self._idle = deque[http.client.HTTPConnection]()  # the last used is taken first, so few are kept
-        self._proxy, self._to_proxy = None, dict[str, str]()
-        if (found := proxies.get(address.scheme) or proxies.get("all")) and not proxy_bypass(self._host):
-            self._proxy = urllib.parse.urlsplit(found if "://" in found else f"http://{found}")
-        if self._proxy and self._proxy.username:
-            who = urllib.parse.unquote(f"{self._proxy.username}:{self._proxy.password or ''}")
-            self._to_proxy = {"proxy-authorization": f"Basic {_base64(who.encode())}"}
+        self._proxy = None
+        self._to_proxy: dict[str, str] = {}
+        found = proxies.get(address.scheme) or proxies.get("all")
+        if found and not proxy_bypass(self._host):
+            proxy = urllib.parse.urlsplit(found if "://" in found else f"http://{found}")
+            self._proxy = proxy
+            if proxy.username:
+                who = urllib.parse.unquote(f"{proxy.username}:{proxy.password}")
+                self._to_proxy["proxy-authorization"] = "Basic " + _base64(who.encode())
 
     @contextlib.contextmanager
     def ask(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Iterator[Any]:
@@ -1271,8 +1284,8 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^(408|409|5(?!01))", Unreachable, ""),
     ("^404", Denied, "is this the right kind of server? Check --endpoint-url and the keys"),
     ("^40[13]", Denied, "check the keys and the policy, or the service account and its roles (README)"),
-    ("(?i)^(501|405)|if-none-match|checksum|content-md5", _Unknown, ""),
-    ("", Denied, ""),
+    ("(?i)^(501|405)|if-none-match|checksum|content-md5", _Unknown, "check {}"),
+    ("", Denied, "check {}"),
 )
 
 
@@ -1281,16 +1294,19 @@ class _Remote(Store):
 
     _wire: Wire
     _client: Any
-    _put_body: Callable[[str, bytes | bytearray], ObjectInfo]
+    _put_body: Callable[[str, Piece], ObjectInfo]
     _put_large: Callable[[str, Source], ObjectInfo]
     _target: Callable[[str], str]  # of GET
-    _authorize: Callable[[str, str, dict[str, str], bytes | bytearray], None]  # adds headers
+    _authorize: Callable[[str, str, dict[str, str], Piece], None]  # adds headers
     _faults: Callable[..., contextlib.AbstractContextManager[None]]  # translates what the SDK raises
 
     def __init__(self, url: str, prefix: str, options: StoreOptions) -> None:
         self.url = url
         self._prefix, self._options = prefix, options
         self._rate = RateLimit(options.max_bandwidth)
+        sent = [f"--storage-class {options.storage_class}"] if options.storage_class else []
+        sent += [f"--sse {options.sse}"] if options.sse else []
+        self._sent = " and ".join(sent) or "--endpoint-url, and its scheme"
         self._date = ("", 0.0)  # of the last reply, and time.monotonic() then
         self._refuses: bool | None = None  # does the server refuse to overwrite? The first put finds out
         self._seats = queue.SimpleQueue[None]()
@@ -1300,8 +1316,8 @@ class _Remote(Store):
     def put(self, key: str, source: Source) -> ObjectInfo:
         # A large file that is there must not be sent in vain; and who overwrites is not given the chance.
         is_large = source.size > PART_BYTES
-        if (is_large or not self._refuses) and self.head(key):
-            raise Conflict(f"{quote(key)} is taken")
+        if is_large or not self._refuses:
+            self._check_free(key)
         if is_large:
             return self._put_large(key, source)
         with self._seated(source.size):
@@ -1317,7 +1333,11 @@ class _Remote(Store):
             return replace(there, crc32=info.crc32)
         return info
 
-    def _find_out(self, key: str, body: bytes | bytearray) -> None:
+    def _check_free(self, key: str) -> None:
+        if self.head(key):
+            raise Conflict(f"{quote(key)} is taken")
+
+    def _find_out(self, key: str, body: Piece) -> None:
         """Put the same bytes once more, which does no harm: a server that takes them would overwrite others, too."""
         try:
             self._put_body(key, body)
@@ -1355,12 +1375,13 @@ class _Remote(Store):
 
     def now(self) -> float:
         date, then = self._date
-        return parsedate_to_datetime(date).timestamp() + time.monotonic() - then if date else time.time()
+        if not date:
+            return time.time()
+        return parsedate_to_datetime(date).timestamp() + time.monotonic() - then
 
     def _note(self, reply: Any, *_: Any, **__: Any) -> None:
         """Take the time from a reply."""
-        if date := reply.headers.get("date"):
-            self._date = (date, time.monotonic())
+        self._date = (reply.headers.get("date"), time.monotonic())
 
     @contextlib.contextmanager
     def _seated(self, size: int) -> Iterator[None]:
@@ -1397,21 +1418,19 @@ class _Remote(Store):
     def _refusal(self, key: str, reply: Any, body: bytes, is_object: bool = False) -> Fault:
         """Return the fault that a reply stands for, in XML as S3 tells it or in JSON as GCS does."""
         text = body.decode("utf-8", "replace")
-        found = re.search(r'"message":\s*"([^"]*)"', text)
-        message = _tag(text, "Message") or (found[1] if found else text[:200])
+        message = _tag(text, "Message")
+        if not message:
+            found = re.search(r'"message":\s*"([^"]*)"', text)
+            message = found[1] if found else text[:200]
         return self._fault(key, reply.status, _tag(text, "Code"), message, is_object)
 
     def _fault(self, key: str, status: int, code: str, message: str, is_object: bool = False) -> Fault:
-        what = f"{self.url}: {status} {code} for {quote(key) or 'the bucket'} ({message})"
         text = f"{status} {code} {message.replace(key, '')}"
         if status == 404 and is_object:  # of anything else it may as well be an ingress that speaks
             text += " NoSuchKey"
         kind, hint = next((kind, hint) for pattern, kind, hint in _ANSWERS if re.search(pattern, text))
-        if issubclass(kind, Denied) and not hint:
-            sent = {"--storage-class": self._options.storage_class, "--sse": self._options.sse}
-            named = [f"{name} {value}" for name, value in sent.items() if value]
-            hint = "check " + " and ".join(named or ["--endpoint-url, and its scheme"])
-        return kind(what, hint)
+        what = f"{self.url}: {status} {code} for {quote(key) or 'the bucket'} ({message})"
+        return kind(what, hint.format(self._sent))
 
 
 # ---- s3://
@@ -1433,15 +1452,19 @@ def sign(method: str, target: str, headers: dict[str, str], who: Any, region: st
     if who.token:
         headers["x-amz-security-token"] = who.token
     path, _, query = target.partition("?")
-    names, moment = sorted(headers), headers["x-amz-date"]
+    names = sorted(headers)
     signed = ";".join(names)
-    lines = [method, path, query, *[f"{name}:{headers[name]}" for name in names], ""]
-    digest = hashlib.sha256("\n".join([*lines, signed, headers["x-amz-content-sha256"]]).encode()).hexdigest()
-    scope = f"{moment[:8]}/{region}/s3/aws4_request"
+    lines = [method, path, query]
+    lines += [f"{name}:{headers[name]}" for name in names]
+    lines += ["", signed, headers["x-amz-content-sha256"]]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    moment = headers["x-amz-date"]
+    day = moment[:8]
+    scope = f"{day}/{region}/s3/aws4_request"
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{digest}"
-    signature = hmac.digest(_signing_key(who.secret_key, moment[:8], region), text.encode(), "sha256").hex()
-    credential = f"AWS4-HMAC-SHA256 Credential={who.access_key}/{scope}"
-    headers["authorization"] = f"{credential}, SignedHeaders={signed}, Signature={signature}"
+    signature = hmac.digest(_signing_key(who.secret_key, day, region), text.encode(), "sha256").hex()
+    words = (f"Credential={who.access_key}/{scope}", f"SignedHeaders={signed}", f"Signature={signature}")
+    headers["authorization"] = "AWS4-HMAC-SHA256 " + ", ".join(words)
 
 
 class S3Store(_Remote):
@@ -1452,13 +1475,12 @@ class S3Store(_Remote):
         self._bucket = bucket
         self._lacks = frozenset[str]()  # what the server does not know: if-none-match, checksum, uploads
         self._echoes = False  # it repeats a CRC-32, so it knows them
-        self._kept: dict[str, str] = {}
-        if options.sse:
-            self._kept["x-amz-server-side-encryption"] = options.sse
-        if options.sse == "aws:kms":
-            self._kept["x-amz-server-side-encryption-bucket-key-enabled"] = "true"  # one KMS call for many objects
-            if options.kms_key:
-                self._kept["x-amz-server-side-encryption-aws-kms-key-id"] = options.kms_key
+        encryption = {
+            "": options.sse,
+            "-bucket-key-enabled": "true" if options.sse == "aws:kms" else "",  # one KMS call for many objects
+            "-aws-kms-key-id": options.kms_key if options.sse == "aws:kms" else "",
+        }
+        self._kept = {f"x-amz-server-side-encryption{name}": value for name, value in encryption.items() if value}
         self._connect(options.region)
 
     def _connect(self, region: str) -> None:
@@ -1538,15 +1560,15 @@ class S3Store(_Remote):
     def _target(self, key: str) -> str:
         return self._base + urllib.parse.quote(self._prefix + key)
 
-    def _authorize(self, method: str, target: str, headers: dict[str, str], body: bytes | bytearray) -> None:
+    def _authorize(self, method: str, target: str, headers: dict[str, str], body: Piece) -> None:
         headers["host"] = self._host
         headers["x-amz-date"] = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        headers["x-amz-content-sha256"] = "UNSIGNED-PAYLOAD" if self._is_secure else hashlib.sha256(body).hexdigest()
+        headers["x-amz-content-sha256"] = "UNSIGNED-PAYLOAD"
+        if not self._is_secure:
+            headers["x-amz-content-sha256"] = hashlib.sha256(body).hexdigest()
         sign(method, target, headers, self._credentials(), self._region)
 
-    def _send(
-        self, key: str, query: str, headers: Mapping[str, str], body: bytes | bytearray, crc32: int
-    ) -> Mapping[str, str]:
+    def _send(self, key: str, query: str, headers: Mapping[str, str], body: Piece, crc32: int) -> Mapping[str, str]:
         """PUT a body with what the server checks it by; return the headers of the reply."""
         headers = dict(headers)
         if "checksum" not in self._lacks:
@@ -1559,10 +1581,10 @@ class S3Store(_Remote):
         told: Mapping[str, str] = reply.headers
         if reply.status != 200 or not told.get("etag"):
             region = told.get("x-amz-bucket-region") or _tag(text.decode("latin-1"), "Region")
-            if region and region != self._region:
-                self._connect(region)
-                raise Unreachable(f"bucket {self._bucket} is in {region}, not in {self._region}", "going there")
-            raise self._refusal(key, reply, text)
+            if region in ("", self._region):
+                raise self._refusal(key, reply, text)
+            self._connect(region)
+            raise Unreachable(f"bucket {self._bucket} is in {region}", "set REGION; the next try goes there")
         if told.get("x-amz-checksum-crc32"):
             self._echoes = True
         elif "checksum" not in self._lacks:
@@ -1585,7 +1607,7 @@ class S3Store(_Remote):
         log.warning("store refuses a header, it is left out store=%s header=%s", self.url, header)
         return self.put(key, source)
 
-    def _put_body(self, key: str, body: bytes | bytearray) -> ObjectInfo:
+    def _put_body(self, key: str, body: Piece) -> ObjectInfo:
         crc32 = zlib.crc32(body)
         headers = {**self._kept, "x-amz-meta-crc32": hex32(crc32)}
         if kind := class_of(self._options, key, len(body)):
@@ -1606,36 +1628,51 @@ class S3Store(_Remote):
         step = max(PART_BYTES, -(-source.size // (9000 * MIB)) * MIB)
         upload, held = self._find_upload(key, source.size, step)
         upload = upload or self._begin(key, source.size)
-        send = functools.partial(self._send_part, key, upload, source, step, held)
-        pool = ThreadPoolExecutor(PART_THREADS, "part")
         try:
-            futures = [pool.submit(send, number) for number in range(1, -(-source.size // step) + 1)]
-            return self._complete(key, upload, [future.result() for future in futures])
+            return self._complete(key, upload, self._send_parts(key, upload, source, step, held))
         except (Changed, Conflict):  # nobody will go on with it
             with contextlib.suppress(Fault):
                 self._call("abort_multipart_upload", key, UploadId=upload)
             raise
+        except Missing as fault:
+            raise Unreachable(fault.what, "the upload is gone, and begins anew") from fault
+
+    def _send_parts(
+        self, key: str, upload: str, source: Source, step: int, held: Mapping[int, Any]
+    ) -> list[tuple[int, int, str]]:
+        """Send all parts; return CRC-32, size and ETag of each."""
+        send = functools.partial(self._send_part, key, upload, source, step, held)
+        pool = ThreadPoolExecutor(PART_THREADS, "part")
+        try:
+            futures = [pool.submit(send, start) for start in range(0, source.size, step)]
+            return [future.result() for future in futures]
         finally:
-            pool.shutdown(cancel_futures=True)  # those that have begun still read the source
+            pool.shutdown(cancel_futures=True)  # waits for those that have begun: they read the source
 
     def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, dict[str, Any]]]:
         """Return the newest upload of this key whose parts are as long as ours would be, and its parts by number."""
-        uploads = [one for one in self._uploads(key) if one["Key"] == self._prefix + key]
-        for upload in sorted(uploads, key=lambda one: one["Initiated"], reverse=True):
-            which: dict[str, str] = {"Bucket": self._bucket, "Key": self._prefix + key, "UploadId": upload["UploadId"]}
-            with self._faults(key):
-                pages = self._sdk().get_paginator("list_parts").paginate(**which)
-                held = {part["PartNumber"]: part for page in pages for part in page.get("Parts", ())}
-            if all(part["Size"] == min(step, size - (number - 1) * step) for number, part in held.items()):
+        uploads = sorted(self._uploads(key), key=lambda upload: upload["Initiated"])
+        for upload in reversed(uploads):
+            which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            if which["Key"] != self._prefix + key:
+                continue
+            held, fits = {}, True
+            for part in self._paged("list_parts", "Parts", key, **which):
+                number = part["PartNumber"]
+                held[number] = part
+                fits = fits and part["Size"] == min(step, size - (number - 1) * step)
+            if fits:
                 return which["UploadId"], held
         return "", {}
 
+    def _paged(self, operation: str, items: str, key: str, **more: str) -> Iterator[Any]:
+        with self._faults(key):
+            for page in self._sdk().get_paginator(operation).paginate(Bucket=self._bucket, **more):
+                yield from page.get(items, ())
+
     def _uploads(self, prefix: str) -> Iterator[dict[str, Any]]:
         try:
-            with self._faults(prefix):
-                pages = self._sdk().get_paginator("list_multipart_uploads")
-                for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
-                    yield from page.get("Uploads", ())
+            yield from self._paged("list_multipart_uploads", "Uploads", prefix, Prefix=self._prefix + prefix)
         except Missing:  # rclone's way to say that there are none
             return
         except _Unknown:
@@ -1649,45 +1686,49 @@ class S3Store(_Remote):
             more["StorageClass"] = kind
         reply = self._call("create_multipart_upload", key, **more)
         if "UploadId" not in reply:
-            raise Unreachable(f"{self.url}: 200, but no UploadId", "is there a proxy or a portal between?")
+            raise self._no_answer("UploadId")
         self._check_encryption(reply.get("ServerSideEncryption"))
         return str(reply["UploadId"])
 
     def _send_part(
-        self, key: str, upload: str, source: Source, step: int, held: Mapping[int, Any], number: int
+        self, key: str, upload: str, source: Source, step: int, held: Mapping[int, Any], start: int
     ) -> tuple[int, int, str]:
-        """Return CRC-32, size and ETag of a part."""
+        number = start // step + 1
+        query = f"?partNumber={number}&uploadId={urllib.parse.quote(upload, safe='')}"
         with self._seated(step):
-            body = source.read((number - 1) * step, min(number * step, source.size))
-            crc32, there = zlib.crc32(body), held.get(number)
-            if there:  # a server without CRC-32 tells the MD5
-                known = there.get("ChecksumCRC32") or there["ETag"].strip('"')
-                if known in (_base64_crc(crc32), _md5(body).hexdigest()):
+            body = source.read(start, min(start + step, source.size))
+            crc32 = zlib.crc32(body)
+            if there := held.get(number):
+                # A server that knows no CRC-32 has the MD5 as ETag.
+                told = there.get("ChecksumCRC32") or there["ETag"].strip('"')
+                if told in (_base64_crc(crc32), _md5(body).hexdigest()):
                     return crc32, len(body), there["ETag"]
-            query = f"?partNumber={number}&uploadId={urllib.parse.quote(upload, safe='')}"
 
             def send() -> Mapping[str, str]:
                 self._rate.take(len(body))
                 return self._send(key, query, {}, body, crc32)
 
-            return crc32, len(body), insist(send, PART_PATIENCE_S)["etag"]
+            reply = insist(send, PART_PATIENCE_S)
+        return crc32, len(body), reply["etag"]
 
     def _complete(self, key: str, upload: str, sent: Sequence[tuple[int, int, str]]) -> ObjectInfo:
-        crc32, parts, more = 0, [], {}
+        crc32 = total = 0
+        parts: list[dict[str, Any]] = []
         for number, (crc, size, etag) in enumerate(sent, 1):
-            crc32 = crc32_combine(crc32, crc, size)
-            parts.append({"PartNumber": number, "ETag": etag})
-            if "checksum" not in self._lacks:
-                parts[-1]["ChecksumCRC32"] = _base64_crc(crc)
-                more["ChecksumCRC32"] = _base64_crc(crc32)
-        if not self._refuses and self.head(key):
-            raise Conflict(f"{quote(key)} is taken")
+            crc32, total = crc32_combine(crc32, crc, size), total + size
+            parts.append({"PartNumber": number, "ETag": etag, "ChecksumCRC32": _base64_crc(crc)})
+        more = {"ChecksumCRC32": _base64_crc(crc32)}
+        if "checksum" in self._lacks:
+            for part in [*parts, more]:
+                del part["ChecksumCRC32"]
+        if not self._refuses:
+            self._check_free(key)
         with contextlib.suppress(Missing):  # perhaps the reply to an earlier try was lost, and the upload has ended
             self._call("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts}, **more)
         info = self.head(key)
         if info is None:
             raise Unreachable(f"{self.url}: the upload of {quote(key)} is gone", "it begins anew")
-        if info.size != sum(size for _, size, _ in sent) or info.crc32 not in ("", hex32(crc32)):
+        if info.size != total or info.crc32 not in ("", hex32(crc32)):
             raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the server or the way to it is broken")
         return replace(info, crc32=hex32(crc32))
 
@@ -1699,8 +1740,11 @@ class S3Store(_Remote):
         except Missing:
             return None
         if not told.get("ETag") and "x-amz-request-id" not in told["ResponseMetadata"]["HTTPHeaders"]:
-            raise Unreachable(f"{self.url}: 200, but no ETag", "is there a proxy or a portal between?")
-        crc32 = next((value for name, value in told["Metadata"].items() if name.lower() == "crc32"), "")
+            raise self._no_answer("ETag")
+        crc32 = ""
+        for name, value in told["Metadata"].items():
+            if name.lower() == "crc32":
+                crc32 = value
         if "-" not in told.get("ChecksumCRC32", "-"):  # -N is a composite
             crc32 = base64.b64decode(told["ChecksumCRC32"]).hex()  # the server's own, better than what we said
         return self._info({**told, "Key": self._prefix + key, "Size": told["ContentLength"]}, crc32)
@@ -1708,22 +1752,25 @@ class S3Store(_Remote):
     def _info(self, told: Mapping[str, Any], crc32: str = "") -> ObjectInfo:
         key = told["Key"].removeprefix(self._prefix)
         modified = told["LastModified"].timestamp() if "LastModified" in told else self.now()
-        archived = str(told.get("ArchiveStatus") or told.get("StorageClass") or "")
-        is_thawed = 'ongoing-request="false"' in told.get("Restore", "")
-        if is_thawed or not re.fullmatch("GLACIER|(DEEP_)?ARCHIVE(_ACCESS)?", archived):
+        archived = str(told.get("ArchiveStatus") or told.get("StorageClass"))
+        if 'ongoing-request="false"' in told.get("Restore", ""):
+            archived = ""  # there is a thawed copy
+        if not re.fullmatch("GLACIER|(DEEP_)?ARCHIVE(_ACCESS)?", archived):
             archived = ""
-        return ObjectInfo(key, told["Size"], told.get("ETag", "").strip('"'), modified, crc32, archived)
+        etag = told.get("ETag", "").strip('"')
+        return ObjectInfo(key, told["Size"], etag, modified, crc32, archived)
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         more = {"StartAfter": self._prefix + after} if after else {}
-        found = (self._info(item) for page in self._pages(prefix, **more) for item in page.get("Contents", ()))
-        return self._in_order(found, after)
+        pages = self._pages(prefix, **more)
+        infos = (self._info(item) for page in pages for item in page.get("Contents", ()))
+        return self._in_order(infos, after)
 
     def _pages(self, prefix: str, **more: str) -> Iterator[dict[str, Any]]:
         while True:
             page = self._call("list_objects_v2", "", Prefix=self._prefix + prefix, **more)
             if "Name" not in page:
-                raise Unreachable(f"{self.url}: a list without a name", "is there a proxy or a portal between?")
+                raise self._no_answer("Name")
             yield page
             if not page.get("IsTruncated"):
                 return
@@ -1758,6 +1805,9 @@ class S3Store(_Remote):
                 self._call("abort_multipart_upload", key, UploadId=upload["UploadId"])
         return len(old)
 
+    def _no_answer(self, what: str) -> Unreachable:
+        return Unreachable(f"{self.url}: 200, but no {what}", "is there a proxy or a portal between?")
+
     def _call(self, operation: str, key: str, **more: Any) -> Any:
         if key:
             more["Key"] = self._prefix + key
@@ -1772,8 +1822,10 @@ class S3Store(_Remote):
         try:
             yield
         except aws.ClientError as error:
-            told, status = error.response["Error"], error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
-            message = f"{told.get('Message', '')} {told.get('Region') or told.get('Endpoint') or ''}".strip()
+            told = error.response["Error"]
+            status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+            where = told.get("Region") or told.get("Endpoint") or ""
+            message = f"{told.get('Message', '')} {where}".strip()
             raise self._fault(key, status, str(told.get("Code", "")), message, is_object) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
             if isinstance(error, aws.HTTPClientError | aws.ConnectionError):
@@ -1793,11 +1845,13 @@ class _Stream:
 
     def read(self, size: int) -> bytes:
         """Return the next bytes."""
-        piece = bytes(self._source.read(self._at, min(self._at + size, self._source.size)))
+        end = min(self._at + size, self._source.size)
+        piece = bytes(self._source.read(self._at, end))
         self._take(len(piece))
-        self.crc32 = zlib.crc32(piece[max(0, self._summed - self._at) :], self.crc32)
-        self._at += len(piece)
-        self._summed = max(self._summed, self._at)
+        new = max(0, self._summed - self._at)  # what is read again is summed already
+        self.crc32 = zlib.crc32(piece[new:], self.crc32)
+        self._at = end
+        self._summed = max(self._summed, end)
         return piece
 
     def tell(self) -> int:
@@ -1839,25 +1893,28 @@ class GCSStore(_Remote):
     def _target(self, key: str) -> str:
         return f"/download/storage/v1/b/{self._bucket.name}/o/{urllib.parse.quote(self._prefix + key, '')}?alt=media"
 
-    def _authorize(self, method: str, target: str, headers: dict[str, str], body: bytes | bytearray) -> None:
+    def _authorize(self, method: str, target: str, headers: dict[str, str], body: Piece) -> None:
         self._credentials.before_request(self._request, method, self._origin + target, headers)
 
-    def _put_body(self, key: str, body: bytes | bytearray) -> ObjectInfo:
-        crc32, kms = hex32(zlib.crc32(body)), urllib.parse.quote(self._options.kms_key, "")
+    def _put_body(self, key: str, body: Piece) -> ObjectInfo:
+        crc32 = hex32(zlib.crc32(body))
         about = {
             "name": self._prefix + key,
             "metadata": {"crc32": crc32},
             "crc32c": _base64_crc(self._crc32c(bytes(body))),  # GCS refuses what is not as it says
-            "storageClass": class_of(self._options, key, len(body)),
         }
-        about = {name: value for name, value in about.items() if value}
+        if kind := class_of(self._options, key, len(body)):
+            about["storageClass"] = kind
         edge = f"{random.getrandbits(128):032x}"
         head = f"--{edge}\r\nContent-Type: application/json\r\n\r\n{json.dumps(about)}\r\n"
         head += f"--{edge}\r\nContent-Type: application/octet-stream\r\n\r\n"
         sent = (head.encode(), body, f"\r\n--{edge}--\r\n".encode())
-        headers = {"content-type": f"multipart/related; boundary={edge}", "content-length": str(sum(map(len, sent)))}
-        target = f"/upload/storage/v1/b/{self._bucket.name}/o?uploadType=multipart&ifGenerationMatch=0"
-        target += f"&kmsKeyName={kms}" if kms else ""
+        size = sum(len(piece) for piece in sent)
+        headers = {"content-type": f"multipart/related; boundary={edge}", "content-length": str(size)}
+        query = {"uploadType": "multipart", "ifGenerationMatch": "0"}
+        if self._options.kms_key:
+            query["kmsKeyName"] = self._options.kms_key
+        target = f"/upload/storage/v1/b/{self._bucket.name}/o?{urllib.parse.urlencode(query)}"
         with self._ask("POST", target, headers, sent) as reply:
             text = reply.read()
             told = json.loads(text) if reply.status == 200 else {}
@@ -1869,16 +1926,19 @@ class GCSStore(_Remote):
         """Send a file in one resumable session, in order. GCS refuses its end if its CRC-32C is another."""
         from google.cloud.storage.retry import DEFAULT_RETRY
 
-        blob, stream = self._blob(key, source.size), _Stream(source, self._rate.take)
-        how = {"if_generation_match": 0, "checksum": "crc32c", "timeout": self._limits["timeout"]}
-        with self._seated(PART_BYTES), self._faults(key):
-            blob.upload_from_file(stream, size=source.size, retry=DEFAULT_RETRY.with_timeout(PART_PATIENCE_S), **how)
-        return replace(self._info(blob), crc32=hex32(stream.crc32))
-
-    def _blob(self, key: str, size: int = 0) -> Any:
+        stream = _Stream(source, self._rate.take)
         blob = self._bucket.blob(self._prefix + key, PART_BYTES, kms_key_name=self._options.kms_key or None)
-        blob.storage_class = class_of(self._options, key, size) or None
-        return blob
+        blob.storage_class = class_of(self._options, key, source.size) or None
+        how = {
+            "size": source.size,
+            "if_generation_match": 0,
+            "checksum": "crc32c",
+            "timeout": (CONNECT_S, ANSWER_S),
+            "retry": DEFAULT_RETRY.with_timeout(PART_PATIENCE_S),
+        }
+        with self._seated(PART_BYTES), self._faults(key):
+            blob.upload_from_file(stream, **how)
+        return replace(self._info(blob), crc32=hex32(stream.crc32))
 
     def head(self, key: str) -> ObjectInfo | None:
         with self._faults(key):
@@ -1886,7 +1946,8 @@ class GCSStore(_Remote):
         return self._info(blob) if blob else None
 
     def _info(self, blob: Any) -> ObjectInfo:
-        key, crc32 = blob.name.removeprefix(self._prefix), (blob.metadata or {}).get("crc32", "")
+        key = blob.name.removeprefix(self._prefix)
+        crc32 = (blob.metadata or {}).get("crc32", "")
         modified = blob.updated.timestamp() if blob.updated else self.now()
         return ObjectInfo(key, int(blob.size), str(blob.generation), modified, crc32)
 
@@ -1954,8 +2015,10 @@ def open_store(url: str, options: StoreOptions, new: bool = True) -> Store:
         raise Usage(f"bucket {url} is of no known kind", "write s3://bucket, gs://bucket or file:///directory")
     if options.endpoint_url and not re.match("https?://", options.endpoint_url):
         raise Usage(f"endpoint {options.endpoint_url} has no scheme", f"write http://{options.endpoint_url}")
-    prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
-    return S3Store(bucket, prefix, options) if scheme == "s3" else GCSStore(bucket, prefix, options)
+    if prefix := prefix.strip("/"):
+        prefix += "/"
+    kind = S3Store if scheme == "s3" else GCSStore
+    return kind(bucket, prefix, options)
 
 
 # ======================================================================================================
@@ -2356,10 +2419,10 @@ class Ledger:
         _, key, etag, crc32, run, confirmed = rows[0]
         return Remembered(key, etag, crc32, run == self._run and self._now() < confirmed + CONFIRMED_S)
 
-    def record(self, place: str, disk: str, entries: Iterable[Known]) -> None:
-        """Remember files: a Stored as confirmed by this process just now, a Known as what somebody said."""
+    def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> None:
+        """Remember files and their disks: a Stored as this process has it from the store, a Known as hearsay."""
         rows = []
-        for entry in entries:
+        for disk, entry in entries:
             run = self._run if isinstance(entry, Stored) else ""
             bytes_of = _name_bytes(place, entry.name, disk, entry.fingerprint)
             rows.append((bytes_of, entry.key, entry.etag, entry.crc32, run, self._now()))
@@ -4329,6 +4392,7 @@ class Storing:
     bucket: str  # the life of the bucket in which it began
     files: dict[FilePath, Known] = field(default_factory=dict)
     failed: dict[FilePath, Exception] = field(default_factory=dict)
+    changed: Changed | None = None  # a file changed while it was read, as TOC.txt does when an index is built
 
 
 def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
@@ -4741,11 +4805,7 @@ class Backup:
         return ""
 
     def _record(self, waiting: Waiting, unit: Unit, entries: Iterable[Known]) -> None:
-        by_disk: dict[str, list[Known]] = {}
-        for entry in entries:
-            by_disk.setdefault(self._disk_of(waiting, entry.directory), []).append(entry)
-        for disk, some in by_disk.items():
-            self.ledger.record(unit.place, disk, some)
+        self.ledger.record(unit.place, [(self._disk_of(waiting, entry.directory), entry) for entry in entries])
 
     def _remember_listed(self, unit: Unit, files: Mapping[FilePath, Known]) -> None:
         marks: dict[str, set[int]] = {}
@@ -4764,6 +4824,8 @@ class Backup:
         batches = _batches_of(unsent)
         # Sixteen senders share the batches: enough to keep every worker busy, few enough for little memory.
         await asyncio.gather(*(self._send_batches(storing, batches) for _ in range(16)))
+        if storing.changed:
+            raise storing.changed  # judged without this file, a unit could pass for complete
         if not unsent:
             return storing
         by_path = {pin.path: pin for pin in pins}
@@ -4771,7 +4833,7 @@ class Backup:
         for path, entry in (await self._workers.run("put", unit.urgent, _check_digests, *args)).items():
             if entry:
                 storing.files[path] = entry
-                self.ledger.record(unit.place, by_path[path].disk, [entry])
+                self.ledger.record(unit.place, [(by_path[path].disk, entry)])
                 continue
             self.counts["digest_mismatch"] += 1
             hint = "the disk may be failing: run nodetool verify; a scrubbed SSTable may have a stale digest"
@@ -4846,19 +4908,20 @@ class Backup:
         if storing.bucket != self.bucket:
             raise Changed("the bucket was made anew while files were sent", "they are sent again")
         unanswered = []
-        stored: dict[str, list[Stored]] = {}
+        stored = []
         for pin, result in zip(pins, results, strict=True):
             if isinstance(result, Stored):
                 storing.files[pin.path] = result
-                stored.setdefault(pin.disk, []).append(result)
+                stored.append((pin.disk, result))
                 self.sent.update(files=1, bytes=pin.fingerprint.size)
             elif isinstance(result, Unreachable):
                 unanswered.append((pin, result))
-            elif not isinstance(result, Changed):
+            elif isinstance(result, Changed):
+                storing.changed = result
+            else:
                 storing.failed[pin.path] = result
         # At once, for a crash: what we forget is sent a second time.
-        for disk, entries in stored.items():
-            self.ledger.record(storing.unit.place, disk, entries)
+        self.ledger.record(storing.unit.place, stored)
         return unanswered
 
     async def view(self, good_for_s: float = _VIEW_S) -> BucketView:
@@ -4896,9 +4959,8 @@ class Backup:
             named = replace(draft, listed=self.clock())
             job = functools.partial(publish, self.store, view, named, pins, asked)
             listing = await self._workers.once("list", unit.urgent, job)
-            for entry in listing.files:
-                if entry.key not in asked and entry.path in pins:
-                    self.ledger.record(unit.place, pins[entry.path].disk, [entry])
+            confirmed = [entry for entry in listing.files if entry.key not in asked and entry.path in pins]
+            self.ledger.record(unit.place, [(pins[entry.path].disk, entry) for entry in confirmed])
             return listing
 
         listing = await self._workers.retry("publish", attempt)
@@ -7209,9 +7271,14 @@ class Verification:
                 self._note(key, ("gone", "is gone, and prune did not delete it"), [info], False)
 
     def _note(self, key: str, found: tuple[str, str], users: Sequence[ListingInfo], on_disk: bool) -> None:
-        spoils = sorted({str(info.unit) for info in users})
-        told = {"key": key, "found": found[0], "what": found[1], "spoils": spoils, "on_disk": on_disk}
-        self._findings.append(told)
+        finding = {
+            "key": key,
+            "found": found[0],
+            "what": found[1],
+            "spoils": sorted({label(info.unit) for info in users}),
+            "on_disk": on_disk,
+        }
+        self._findings.append(finding)
 
     def _select(self, infos: Sequence[ListingInfo]) -> list[ListingInfo]:
         """Return the listings of a table that are meant; the latest are the newest snapshot, and what came since."""
@@ -7267,8 +7334,11 @@ class Verification:
         It is written even where nothing is bad: it tells when the node was verified.
         """
         at = utc(self._store.now())
-        objects = [one for one in self._findings if one["found"] in ("good", "absent", "size", "checksum")]
-        marks = [{"key": one["key"], "found": one["found"], "at": at} for one in objects]
+        marks = []
+        for one in self._findings:
+            if one["found"] in ("good", "absent", "size", "checksum"):
+                mark = {"key": one["key"], "found": one["found"], "at": at}
+                marks.append(mark)
         return put_dated(self._store, f"{self._node}.listings/bad", {"keys": marks})
 
     def document(self) -> dict[str, Any]:
@@ -7673,8 +7743,15 @@ class Pruning:
             elif one.counts:
                 why = "no --keep option keeps it"
             if why:
-                told = {"table": unit.place, "tag": unit.tag, "life": unit.life}
-                self.snapshots.append({**told, "taken": utc(one.taken), "stays": stays, "why": why})
+                told = {
+                    "table": unit.place,
+                    "tag": unit.tag,
+                    "life": unit.life,
+                    "taken": utc(one.taken),
+                    "stays": stays,
+                    "why": why,
+                }
+                self.snapshots.append(told)
             self.tags.add(unit.tag)
         # Of two, one at most goes, the last good one stays; so no more than half of those of a node go either.
         if counted >= 3:
@@ -7761,9 +7838,16 @@ class Pruning:
 
     def document(self) -> dict[str, Any]:
         """Return what goes and what stays, as --json prints it."""
-        going = {"listings": self.listings.count, "objects": self.objects.count, "bytes": self.size}
-        done = {"deleted": self.deleted, "refused": self.refused, "doubts": self.doubts}
-        return {"node": self.node, "snapshots": self.snapshots, **going, **done}
+        return {
+            "node": self.node,
+            "snapshots": self.snapshots,
+            "listings": self.listings.count,
+            "objects": self.objects.count,
+            "bytes": self.size,
+            "deleted": self.deleted,
+            "refused": self.refused,
+            "doubts": self.doubts,
+        }
 
 
 def _prune_text(node: Mapping[str, Any], confirmed: bool) -> str:
@@ -7796,8 +7880,9 @@ def _plan_node(bucket: Bucket, node: str, options: PruneOptions) -> Pruning:
 
 def prune(bucket: Bucket, options: PruneOptions) -> Answer:
     """Delete what is not kept; without --confirm, only say what would go. Exit 1: a doubt, or something stayed."""
-    keeps = (options.keep_last, options.keep_within, options.keep_daily, options.keep_weekly, options.keep_monthly)
-    asked = (any(keeps), options.tag != "", options.retire != "")
+    counts = (options.keep_last, options.keep_daily, options.keep_weekly, options.keep_monthly)
+    keeps = any(counts) or options.keep_within > 0
+    asked = [keeps, options.tag != "", options.retire != ""]
     if asked.count(True) != 1:
         hint = "pass --keep-last (at least 1), -within, -daily, -weekly or -monthly; or else --tag, or --retire"
         raise Usage("say what to keep", hint)
@@ -7810,8 +7895,9 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
     # All are planned before anything is deleted: any doubt about one node, and nothing goes of any.
     plans = [_plan_node(bucket, name, options) for name in names]
     if options.tag and not any(plan.snapshots for plan in plans):
-        tags = sorted(set[str]().union(*(plan.tags for plan in plans)))
-        raise Missing(f"no snapshot is called {options.tag!r}", f"there are {quote(', '.join(tags[-20:]))}")
+        tags = {tag for plan in plans for tag in plan.tags}
+        there = quote(", ".join(sorted(tags)[-20:]))
+        raise Missing(f"no snapshot is called {options.tag!r}", f"there are {there}")
     doubts = [doubt for plan in plans for doubt in plan.doubts]
     confirmed = options.confirm and not options.dry_run and not doubts
     for plan in plans if confirmed else ():
@@ -8427,7 +8513,7 @@ def _place_in_ring(nodetool: Nodetool, ring: str) -> dict[str, Any]:
     return place
 
 
-def _describe_schema(cqlsh: str) -> str:
+def describe_schema(cqlsh: str) -> str:
     """Return what cqlsh tells of the schema, "" where it does not."""
     said = ""
     for words in ("DESCRIBE SCHEMA WITH INTERNALS", "DESCRIBE SCHEMA"):  # table ids, dropped columns: only since 4.0
@@ -8451,7 +8537,7 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
         "tag": quote(tag),
         "taken": min(key.split("/")[-2] for key in keys),  # the oldest life
         "listings": sorted(set(keys)),
-        "schema": _describe_schema(cqlsh),
+        "schema": describe_schema(cqlsh),
         "ring": ring,
     }
     put_dated(bucket.store, f"{prefix}/tags/{component(tag, '%2F')}", record)
@@ -8459,20 +8545,22 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
 
 def _is_listed_by_daemon(options: SnapshotOptions, tag: str) -> bool:
     """Wait until the daemon has listed the tag. False: no daemon runs, or it has ended. Raises Fault."""
-    said = time.monotonic()
+    said, is_idle = time.monotonic(), False
     while True:
         try:
             reply = ask_daemon(options.state_dir, {"do": "wait", "tag": tag, "keyspaces": options.keyspaces}, 60.0)
+            waiting = reply["waiting"]
+            if reply["done"]:
+                return True
+            if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
+                raise Fault(tell(f"{len(waiting)} tables are not listed complete", waiting), reply["last_error"])
             status = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
         except Missing:
             return False
-        if reply["done"]:
-            return True
-        if status["quiet"] and not status["pending"]["units"]:  # nothing more will come of it
-            raise Fault(tell(f"{len(reply['waiting'])} tables are not listed complete", reply["waiting"]))
+        is_idle = status["quiet"] and not any(place in one for place in status["oldest"] for one in waiting)
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            log.info("waiting for the daemon tag=%s left=%d", tag, len(reply["waiting"]))
+            log.info("waiting for the daemon tag=%s left=%d", tag, len(waiting))
         time.sleep(0.2)
 
 
@@ -8972,13 +9060,6 @@ def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
     return found, [*problems, *misspelt(found)]
 
 
-def _me() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a user without a name, as in a container
-        return f"user {os.geteuid()}"
-
-
 def load_settings(path: str) -> tuple[dict[str, str], list[Problem]]:
     """Read the settings file. Only the usual one may be absent."""
     where = path or SETTINGS
@@ -8988,7 +9069,9 @@ def load_settings(path: str) -> tuple[dict[str, str], list[Problem]]:
     except FileNotFoundError:
         return {}, [Problem(f"{path} is not there", VARIABLES["BUCKET_NAME"])] if path else []
     except OSError as error:
-        return {}, [Problem(f"{where} cannot be read by {_me()} ({error.strerror})", VARIABLES["BUCKET_NAME"])]
+        return {}, [
+            Problem(f"{where} cannot be read by user {os.geteuid()} ({error.strerror})", VARIABLES["BUCKET_NAME"])
+        ]
     return found, [Problem(f"{where}: {text}", near) for text, near in problems]
 
 
@@ -9109,14 +9192,14 @@ class Line(logging.Formatter):
         return f"{moment} {record.levelname.lower()} {text}"
 
 
-def set_up_log(verbose: bool, environ: Mapping[str, str]) -> None:
+def set_up_log(environ: Mapping[str, str]) -> None:
     """Log to stderr."""
     info = os.fstat(sys.stderr.fileno())
     handler = logging.StreamHandler()
     handler.setFormatter(Line(environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"))
     log.handlers = [handler]
     log.propagate = False
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a log that cannot be written must not stop a backup
 
 
@@ -9144,7 +9227,7 @@ def use_key_files(bucket: str, environ: MutableMapping[str, str]) -> None:
             except PermissionError:
                 if variable not in environ:
                     hint = f"run this as root or cassandra, or set {variable}"
-                    raise Usage(f"{path} cannot be read by {_me()}", hint) from None
+                    raise Usage(f"{path} cannot be read by user {os.geteuid()}", hint) from None
             except OSError:
                 continue
 
@@ -9212,8 +9295,10 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
         return DONE
     name = name or "watch"
     command, flags = COMMANDS[name], parse(name, ["--help"] if words == ["help"] else words)
-    set_up_log("verbose" in flags, environ)
+    set_up_log(environ)
     values = settle(name, flags, environ)
+    if values["verbose"]:
+        log.setLevel(logging.DEBUG)
     values["state_dir"] = values["state_dir"] or default_state_dir(environ)
     if name != "status":
         use_key_files(values["bucket"], environ)

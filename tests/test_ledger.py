@@ -43,6 +43,10 @@ def marks(number: int) -> set[int]:
     return {mark_of(entry(n).name, entry(n).fingerprint) for n in range(number, number + 3)}
 
 
+def on_disk(*entries: Known) -> list[tuple[str, Known]]:
+    return [("disk1", one) for one in entries]
+
+
 def look(ledger: Ledger, one: Known, place: str = "place", disk: str = "disk1") -> tuple[str, str, str] | None:
     found = ledger.lookup(place, one.name, disk, one.fingerprint)
     return found[:3] if found else None
@@ -57,7 +61,7 @@ def fill(ledger: Ledger, rows: int = ROWS) -> None:
     """Write rows of every kind."""
     if not ledger.bucket:
         ledger.forget("id-of-the-bucket")
-    ledger.record("place", "disk1", [entry(number) for number in range(rows)])
+    ledger.record("place", on_disk(*[entry(number) for number in range(rows)]))
     for number in range(rows // 10):
         ledger.add_listed("", LIFE, {directory(number): marks(number)})
         ledger.remember(f"complete:ks/table{number}", f"taken {number}")
@@ -127,7 +131,7 @@ def test_what_was_written_is_known_after_a_restart(written: Path, opened: Open) 
 
 def test_other_bytes_of_that_name_or_on_another_disk_are_not_known(opened: Open) -> None:
     ledger, one = opened(), entry(7)
-    ledger.record("place", "disk1", [one])
+    ledger.record("place", on_disk(one))
     assert not look(ledger, one, place="elsewhere")
     assert not look(ledger, one, disk="disk2")
     for change in ({"inode": 8}, {"size": 1}, {"mtime_ns": 1}):
@@ -139,7 +143,7 @@ def test_other_bytes_of_that_name_or_on_another_disk_are_not_known(opened: Open)
 def test_names_of_any_bytes_are_remembered(opened: Open, raw: bytes) -> None:
     name, ledger = os.fsdecode(raw), opened()
     odd = entry(1, name)
-    ledger.record(name, "disk1", [odd])
+    ledger.record(name, on_disk(odd))
     ledger.add_listed(LIFE, LIFE, {f"/d/{name}": {1, 1 << 63}})
     ledger.remember(f"complete:{name}", name)
     assert look(ledger, odd, place=name)
@@ -210,7 +214,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_only_what_this_process_stored_within_twelve_hours_is_fresh(opened: Open, clock: Callable[..., None]) -> None:
     """P1: the rest is asked for again."""
     ledger = opened()
-    ledger.record("place", "disk1", [entry(1), entry(2, kind=Known)])
+    ledger.record("place", on_disk(entry(1), entry(2, kind=Known)))
     assert is_fresh(ledger, entry(1))
     assert not is_fresh(ledger, entry(2)), "a listing said so, not the store"
     clock(CONFIRMED_S - 60)
@@ -222,7 +226,7 @@ def test_only_what_this_process_stored_within_twelve_hours_is_fresh(opened: Open
 
 def test_p1_a_clock_that_goes_back_makes_no_old_word_fresh(opened: Open, clock: Callable[..., None]) -> None:
     ledger = opened()
-    ledger.record("place", "disk1", [entry(1)])
+    ledger.record("place", on_disk(entry(1)))
     clock(CONFIRMED_S + 60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "time", lambda: 0.0)
@@ -249,11 +253,11 @@ def test_p4_a_ledger_of_another_bucket_or_node_says_nothing(written: Path, opene
 
 def test_p4_a_bucket_that_was_made_anew_forgets_all(written: Path, opened: Open) -> None:
     ledger = opened()
-    ledger.record("place", "disk1", [entry(1)])
+    ledger.record("place", on_disk(entry(1)))
     ledger.forget("another-id")
     assert look(ledger, entry(1)) is None
     assert (ledger.listed(), ledger.facts("complete:")) == ({}, {})
-    ledger.record("place", "disk1", [entry(1)])
+    ledger.record("place", on_disk(entry(1)))
     ledger.close()
     again = opened()
     assert again.bucket == "another-id"
@@ -294,7 +298,7 @@ def test_p4_without_the_id_of_the_bucket_nothing_is_known(written: Path, opened:
 def test_p4_a_ledger_that_was_rolled_back_says_what_was_true_then(written: Path, opened: Open, tmp_path: Path) -> None:
     shutil.copy(written, tmp_path / "old")
     ledger = opened()
-    ledger.record("place", "disk1", [entry(1000)])
+    ledger.record("place", on_disk(entry(1000)))
     ledger.close()
     shutil.copy(tmp_path / "old", written)
     again = opened()
@@ -312,7 +316,7 @@ def test_p4_flipped_bits_never_make_the_ledger_say_what_was_not_written(written:
     whole, rng, healed = written.read_bytes(), random.Random(1), 0
     shm = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else written.parent
     folder = shm / f"cassbackup-test-{os.getpid()}"
-    step = len(whole) // 300
+    step = len(whole) // 200
     for start in range(0, len(whole), step):
         damaged = bytearray(whole)
         damaged[min(start + rng.randrange(step), len(whole) - 1)] ^= 1 << rng.randrange(8)
@@ -323,7 +327,7 @@ def test_p4_flipped_bits_never_make_the_ledger_say_what_was_not_written(written:
             for _ in range(2):
                 ledger = Ledger(str(path), SCOPE)
                 assert lies(ledger) == [], f"flip in {start}"
-                ledger.record("place", "disk1", [entry(ROWS + 1)])
+                ledger.record("place", on_disk(entry(ROWS + 1)))
                 assert look(ledger, entry(ROWS + 1)), f"flip in {start}: nothing can be written any more"
                 assert not ledger.broken, f"flip in {start}"
                 ledger.close()
@@ -537,7 +541,7 @@ def test_p4_a_disk_that_fills_up_costs_new_rows_only() -> None:
         t.fill(ledger, 20)
         fill_disk()
         for turn in range(20):
-            ledger.record("place", "disk1", [t.entry(1000 * turn + n) for n in range(50)])
+            ledger.record("place", t.on_disk(*[t.entry(1000 * turn + n) for n in range(50)]))
         assert ledger.broken, "not full"
         assert t.lies(ledger, 20) == []
         assert t.look(ledger, t.entry(7))
@@ -566,7 +570,7 @@ def test_p4_a_good_ledger_is_not_moved_aside_because_its_disk_is_full() -> None:
         ledger.close()
         fill_disk()
         ledger = Ledger("/mnt/ledger.db", t.SCOPE)
-        ledger.record("place", "disk1", [t.entry(1000 + n) for n in range(500)])
+        ledger.record("place", t.on_disk(*[t.entry(1000 + n) for n in range(500)]))
         assert ledger.broken, "not full"
         ledger.close()
         os.unlink("/mnt/full")
