@@ -926,22 +926,17 @@ class FileStore(Store):
 
     def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
         """Store one file, stopping three times to wait for the others of its group. The fourth time it is stored."""
-        path, crc32 = self._path(key), 0
+        path = self._path(key)
         temporary = os.path.join(self._unfinished, f"{os.getpid()}-{random.getrandbits(64):016x}")
         with self._faults():
-            file = open(temporary, "xb", buffering=0)  # noqa: SIM115 - the next line closes it, and unlinks it, too
-        with file, self._removing(temporary):
-            for start in range(0, source.size, MIB):
-                piece = memoryview(source.read(start, min(start + MIB, source.size)))
-                crc32 = zlib.crc32(piece, crc32)
-                self._rate.take(len(piece))
-                with self._faults():
-                    while piece:
-                        piece = piece[file.write(piece) :]
+            file = open(temporary, "xb", buffering=0)  # noqa: SIM115 - it is closed at the end, as it is unlinked
+        try:
+            crc32 = self._copy(source, file)
             with self._faults():
                 info = os.fstat(file.fileno())
+                etag = f"{info.st_mtime_ns:x}"
                 with contextlib.suppress(OSError):  # a file system without attributes: who must know reads the file
-                    os.setxattr(temporary, "user.crc32", f"{hex32(crc32)} {info.st_mtime_ns:x}".encode())
+                    os.setxattr(temporary, "user.crc32", f"{crc32} {etag}".encode())
                 # So the kernel begins to write, and nobody waits for it yet.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 yield None
@@ -953,16 +948,23 @@ class FileStore(Store):
                 for folder in folders - synced:
                     self._sync_folder(folder)
             synced |= folders
-            yield ObjectInfo(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime, hex32(crc32))
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _removing(path: str) -> Iterator[None]:
-        try:
-            yield
+            yield ObjectInfo(key, info.st_size, etag, info.st_mtime, crc32)
         finally:
+            file.close()
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                os.unlink(temporary)
+
+    def _copy(self, source: Source, file: Any) -> str:
+        """Write all bytes; return their CRC-32."""
+        crc32 = 0
+        for start in range(0, source.size, MIB):
+            piece = memoryview(source.read(start, min(start + MIB, source.size)))
+            crc32 = zlib.crc32(piece, crc32)
+            self._rate.take(len(piece))
+            with self._faults():
+                while piece:
+                    piece = piece[file.write(piece) :]
+        return hex32(crc32)
 
     def _link(self, temporary: str, path: str) -> set[str]:
         """Make a durable file visible; return the directories that must be durable, or its name is not."""
@@ -1192,7 +1194,7 @@ class Wire:
         self._idle = deque[http.client.HTTPConnection]()  # the last used is taken first, so few are kept
         self._proxy = None
         self._to_proxy: dict[str, str] = {}
-        found = proxies.get(address.scheme) or proxies.get("all")
+        found = proxies.get(address.scheme, proxies.get("all"))
         if found and not proxy_bypass(self._host):
             proxy = urllib.parse.urlsplit(found if "://" in found else f"http://{found}")
             self._proxy = proxy
@@ -1285,7 +1287,6 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^404", Denied, "is this the right kind of server? Check --endpoint-url and the keys"),
     ("^40[13]", Denied, "check the keys and the policy, or the service account and its roles (README)"),
     ("(?i)^(501|405)|if-none-match|checksum|content-md5", _Unknown, "check {}"),
-    ("", Denied, "check {}"),
 )
 
 
@@ -1428,9 +1429,11 @@ class _Remote(Store):
         text = f"{status} {code} {message.replace(key, '')}"
         if status == 404 and is_object:  # of anything else it may as well be an ingress that speaks
             text += " NoSuchKey"
-        kind, hint = next((kind, hint) for pattern, kind, hint in _ANSWERS if re.search(pattern, text))
         what = f"{self.url}: {status} {code} for {quote(key) or 'the bucket'} ({message})"
-        return kind(what, hint.format(self._sent))
+        for pattern, kind, hint in _ANSWERS:
+            if re.search(pattern, text):
+                return kind(what, hint.format(self._sent))
+        return Denied(what, f"check {self._sent}")
 
 
 # ---- s3://
@@ -1462,9 +1465,10 @@ def sign(method: str, target: str, headers: dict[str, str], who: Any, region: st
     day = moment[:8]
     scope = f"{day}/{region}/s3/aws4_request"
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{digest}"
-    signature = hmac.digest(_signing_key(who.secret_key, day, region), text.encode(), "sha256").hex()
-    words = (f"Credential={who.access_key}/{scope}", f"SignedHeaders={signed}", f"Signature={signature}")
-    headers["authorization"] = "AWS4-HMAC-SHA256 " + ", ".join(words)
+    key = _signing_key(who.secret_key, day, region)
+    signature = hmac.digest(key, text.encode(), "sha256").hex()
+    credential = f"AWS4-HMAC-SHA256 Credential={who.access_key}/{scope}"
+    headers["authorization"] = f"{credential}, SignedHeaders={signed}, Signature={signature}"
 
 
 class S3Store(_Remote):
@@ -1700,7 +1704,7 @@ class S3Store(_Remote):
             crc32 = zlib.crc32(body)
             if there := held.get(number):
                 # A server that knows no CRC-32 has the MD5 as ETag.
-                told = there.get("ChecksumCRC32") or there["ETag"].strip('"')
+                told = there.get("ChecksumCRC32", there["ETag"].strip('"'))
                 if told in (_base64_crc(crc32), _md5(body).hexdigest()):
                     return crc32, len(body), there["ETag"]
 
@@ -1709,13 +1713,14 @@ class S3Store(_Remote):
                 return self._send(key, query, {}, body, crc32)
 
             reply = insist(send, PART_PATIENCE_S)
-        return crc32, len(body), reply["etag"]
+            return crc32, len(body), reply["etag"]
 
     def _complete(self, key: str, upload: str, sent: Sequence[tuple[int, int, str]]) -> ObjectInfo:
         crc32 = total = 0
         parts: list[dict[str, Any]] = []
         for number, (crc, size, etag) in enumerate(sent, 1):
-            crc32, total = crc32_combine(crc32, crc, size), total + size
+            crc32 = crc32_combine(crc32, crc, size)
+            total += size
             parts.append({"PartNumber": number, "ETag": etag, "ChecksumCRC32": _base64_crc(crc)})
         more = {"ChecksumCRC32": _base64_crc(crc32)}
         if "checksum" in self._lacks:
@@ -1909,8 +1914,10 @@ class GCSStore(_Remote):
         head = f"--{edge}\r\nContent-Type: application/json\r\n\r\n{json.dumps(about)}\r\n"
         head += f"--{edge}\r\nContent-Type: application/octet-stream\r\n\r\n"
         sent = (head.encode(), body, f"\r\n--{edge}--\r\n".encode())
-        size = sum(len(piece) for piece in sent)
-        headers = {"content-type": f"multipart/related; boundary={edge}", "content-length": str(size)}
+        headers = {
+            "content-type": f"multipart/related; boundary={edge}",
+            "content-length": str(sum(len(piece) for piece in sent)),
+        }
         query = {"uploadType": "multipart", "ifGenerationMatch": "0"}
         if self._options.kms_key:
             query["kmsKeyName"] = self._options.kms_key
@@ -1953,8 +1960,9 @@ class GCSStore(_Remote):
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         more = {"start_offset": self._prefix + after} if after else {}
+        whole = self._prefix + prefix
         with self._faults(""):
-            blobs = self._client.list_blobs(self._bucket, prefix=self._prefix + prefix, **more, **self._limits)
+            blobs = self._client.list_blobs(self._bucket, prefix=whole, **more, **self._limits)
             yield from self._in_order(map(self._info, blobs), after)
 
     def prefixes(self, prefix: str) -> Iterator[str]:
@@ -2046,25 +2054,31 @@ def _ask_metadata(url: str, headers: dict[str, str], method: str = "GET") -> str
         headers = {**headers, "Accept-Encoding": "identity"}
         reply = session.request(method, url, headers=headers, timeout=2, allow_redirects=False, stream=True)
         text = reply.raw.read(4096).decode("ascii", "replace").strip()
-    # Anybody may listen at that address, but for this header.
-    is_meant = reply.status_code == 200 and reply.headers.get("Metadata-Flavor") == headers.get("Metadata-Flavor")
-    return text if is_meant and re.fullmatch(r"[A-Za-z0-9+/=_.:-]{1,1000}", text) else ""
+    if reply.headers.get("Metadata-Flavor") != headers.get("Metadata-Flavor"):
+        return ""  # anybody may listen at that address
+    if reply.status_code != 200 or not re.fullmatch(r"[A-Za-z0-9+/=_.:-]{1,1000}", text):
+        return ""
+    return text
 
 
 def _ask_aws(endpoint: str) -> Cloud | None:
-    base = f"{endpoint or 'http://169.254.169.254'}".rstrip("/") + "/latest/"
+    base = (endpoint or "http://169.254.169.254").rstrip("/") + "/latest/"
     token = _ask_metadata(base + "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "300"}, "PUT")
     headers = {"X-aws-ec2-metadata-token": token}
     instance = _ask_metadata(base + "meta-data/instance-id", headers) if token else ""
-    return Cloud("s3", instance, _ask_metadata(base + "meta-data/placement/region", headers)) if instance else None
+    if not instance:
+        return None
+    return Cloud("s3", instance, _ask_metadata(base + "meta-data/placement/region", headers))
 
 
 def _ask_gce(host: str) -> Cloud | None:
     base = f"http://{host or '169.254.169.254'}/computeMetadata/v1/instance/"
     headers = {"Metadata-Flavor": "Google"}
     instance = _ask_metadata(base + "id", headers)
-    zone = _ask_metadata(base + "zone", headers) if instance else ""  # projects/123/zones/europe-west1-b
-    return Cloud("gs", instance, zone.rpartition("/")[2].rpartition("-")[0]) if instance else None
+    if not instance:
+        return None
+    zone = _ask_metadata(base + "zone", headers)  # projects/123/zones/europe-west1-b
+    return Cloud("gs", instance, zone.rpartition("/")[2].rpartition("-")[0])
 
 
 _CLOUDS: Final = (  # as DMI calls its maker, how to ask, the SDKs' own switch and address
@@ -3800,9 +3814,11 @@ def _find_place(store: Store, pin: Pinned, key: str, moment: str) -> ObjectInfo:
         if not info:
             with contextlib.suppress(Conflict):
                 return store.put(candidate, source)
-        # Some servers, and file systems without attributes, know no CRC-32 and can only give us the bytes.
-        elif info.size == source.size and crc32 == (info.crc32 or crc32_of(store.get(candidate))):
-            return replace(info, crc32=crc32)
+        elif info.size == source.size:
+            # Some servers, and file systems without attributes, know no CRC-32 and can only give us the bytes.
+            there = info.crc32 or crc32_of(store.get(candidate))
+            if there == crc32:
+                return replace(info, crc32=crc32)
     raise Conflict(f"{quote(key)} is taken, whatever is added to it", "nobody but cassbackup should write there")
 
 
@@ -3856,10 +3872,10 @@ def check_digest(store: Store, data: Pinned, digest: Pinned, stored: Known, mome
 # ======================================================================================================
 
 PinMap = Mapping[FilePath, Pinned]
+ReadFile = Callable[[FilePath], bytes]
+_INDEX_IN_TAG = re.compile(r"/snapshots/[^/]+/(\.[^/]+)\Z")
 
 # ---- is it complete: pure functions
-
-_INDEX_IN_TAG = re.compile(r"/snapshots/[^/]+/(\.[^/]+)\Z")
 
 
 def manifest_files(body: bytes) -> list[str] | None:
@@ -3883,7 +3899,7 @@ def sstable_in(name: str) -> str:
     return f"{folder}{slash}{split[0]}" if split else ""
 
 
-def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: Callable[[FilePath], bytes]) -> list[str]:
+def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) -> list[str]:
     """Return the components that an SSTable's own TOC.txt names and that are not there."""
     toc = f"{sstable}-TOC.txt"
     if toc not in names:
@@ -3900,9 +3916,7 @@ class Verdict(NamedTuple):
     strays: frozenset[FilePath] = frozenset()
 
 
-def judge_snapshot(
-    files: Collection[FilePath], manifests: Sequence[bytes], scanned: bool, read: Callable[[FilePath], bytes]
-) -> Verdict:
+def judge_snapshot(files: Collection[FilePath], manifests: Sequence[bytes], scanned: bool, read: ReadFile) -> Verdict:
     """Tell whether a table's snapshot is complete.
 
     Cassandra writes manifest.json after the last link of a table, and it names every Data.db (TableSnapshot,
@@ -3937,7 +3951,7 @@ class Lacking(NamedTuple):
     there: frozenset[FilePath]
 
 
-def judge_incrementals(files: Collection[FilePath], read: Callable[[FilePath], bytes]) -> dict[str, Lacking]:
+def judge_incrementals(files: Collection[FilePath], read: ReadFile) -> dict[str, Lacking]:
     """Return the SSTables among these files that lack components, by directory and name of the SSTable."""
     names = {os.path.join(*path): path for path in files}
     lacking = {}
@@ -3996,21 +4010,22 @@ class BucketView:
     bad: frozenset[str]
     verified: float  # when verify --repair last looked, in seconds since 1970; 0: never
     doomed: frozenset[str]  # what no listing may name: what is bad, and what prune deletes, or has just deleted
-    sources: tuple[ObjectInfo, ...]  # from which all this was read
+    sources: Sequence[ObjectInfo]  # from which all this was read
 
 
 def view_bucket(store: Store, node: str, before: BucketView | None) -> BucketView:
     """Read who owns the node's name, what prune is about to delete, and what is marked bad."""
     began = store.now()
-    marks = tuple(store.list(f"{node}.listings/bad/"))
-    sources = (*marks, *store.list(f"{node}.pending-delete/"), *store.list(f"{node}.listings/owner."))
+    sources: list[ObjectInfo] = []
+    for folder in ("pending-delete/", "listings/owner.", "listings/bad/"):
+        sources += store.list(f"{node}.{folder}")
     if before and before.sources == sources:  # each is written once, and may be long
         return replace(before, read=began)
     bad = doomed = read_bad_keys(store, node)
     for info, document in read_documents(store, f"{node}.pending-delete/"):
         doomed |= pending_keys(node, info.key, document)
     owner = str(newest_document(store, f"{node}.listings/owner.").get("id", ""))
-    verified = max((info.modified for info in marks), default=0.0)
+    verified = max((info.modified for info in sources if "/bad/" in info.key), default=0.0)
     return BucketView(began, owner, bad, verified, doomed, sources)
 
 
@@ -4052,7 +4067,9 @@ def _is_there(store: Store, entry: Known, info: ObjectInfo | None) -> bool:
     # Another ETag under a key that is written once: an operator has copied the bucket, or encrypted it anew. The
     # checksum decides, which a LIST does not tell.
     head = store.head(entry.key)
-    return head is not None and entry.crc32 == (head.crc32 or crc32_of(store.get(entry.key)))
+    if not head:
+        return False
+    return entry.crc32 == (head.crc32 or crc32_of(store.get(entry.key)))
 
 
 def confirm(
@@ -4080,6 +4097,13 @@ def confirm(
 # ---- what is listed already
 
 
+def _is_file_of(node: str, key: str) -> bool:
+    parts = key.split("/")
+    if parts[0] != node or len(parts) < 2 or not key.isprintable():
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in parts)
+
+
 def check_listing(node: str, key: str, body: bytes) -> Listing[Known]:
     """Read a listing. Raises Corrupt unless it says what its key says, and names only objects of this node."""
     try:
@@ -4089,9 +4113,7 @@ def check_listing(node: str, key: str, body: bytes) -> Listing[Known]:
     if listing_key(listing) != key or listing.node != node:
         raise Corrupt(f"{quote(key)} does not say what its name says", "it was moved here or damaged")
     for entry in listing.files:
-        parts = entry.key.split("/")
-        fits = (entry.key + entry.etag).isprintable() and all(0 < len(part.encode()) < 256 for part in parts)
-        if not fits or parts[0] != node or len(parts) < 2 or "." in parts or ".." in parts:
+        if not _is_file_of(node, entry.key) or not entry.etag.isprintable():
             raise Corrupt(f"{quote(key)} names the object {quote(entry.key)}", "that is no file of this node")
     return listing
 
@@ -4137,19 +4159,20 @@ def listed_snapshot(store: Store, node: str, view: BucketView, unit: Unit, pins:
     """
     folders = by_folder(_listing_keys(store, unit_prefix(node, replace(unit, life=""))))
     life = manifest_time(pins.values()) or unit.life
+    own = unit_prefix(node, unit)
     ours = {(path, pin.fingerprint) for path, pin in pins.items()}
     covered = False
-    newest = [folder.split("/")[-2] for folder in sorted(folders, reverse=True)[:3]]
-    for candidate in dict.fromkeys([unit.life, life, *newest]):
-        keys = folders.get(unit_prefix(node, replace(unit, life=candidate)), ())
-        listing = add_up(_read_listings(store, node, keys))
+    # What a process of no memory was the first to list has another name than these two.
+    for folder in dict.fromkeys([own, unit_prefix(node, replace(unit, life=life)), *sorted(folders)[-3:]]):
+        listing = add_up(_read_listings(store, node, folders.get(folder, ())))
         if not listing:
             continue
         theirs = {(entry.path, entry.fingerprint) for entry in listing.files}
+        same_manifest = any(path[1] == MANIFEST for path, _ in ours & theirs)
         stored, gone = confirm(store, listing.files, view.doomed)
-        if candidate == unit.life or any(path[1] == MANIFEST for path, _ in ours & theirs):
+        if folder == own or same_manifest:
             listing = replace(listing, files=tuple(stored), complete=listing.complete and not gone)
-            return Before(candidate, listing, False)
+            return Before(listing.unit.life, listing, False)
         if listing.complete and ours <= theirs and not gone:
             covered = True
     return Before(life, None, covered)
@@ -4162,40 +4185,45 @@ def listed_incrementals(
     prefix = unit_prefix(node, unit)
     # A file is listed after it was written.
     oldest = min((pin.fingerprint.mtime_ns for pin in pins.values()), default=0)
-    listings = _read_listings(store, node, _listing_keys(store, prefix, prefix + utc(max(0, oldest) / 1e9)))
+    after = utc(max(0, oldest) / 1e9)
+    listings = _read_listings(store, node, _listing_keys(store, prefix, prefix + after))
     found = {}
     for listing in listings:
         for entry in listing.files:
             if entry.path in pins and pins[entry.path].fingerprint == entry.fingerprint:
                 found[entry.path] = entry
-    return listings, confirm(store, list(found.values()), view.doomed)[0]
+    stored, _ = confirm(store, found.values(), view.doomed)
+    return listings, stored
 
 
 def newest_snapshot(store: Store, node: str, unit: Unit) -> list[Listing[Known]]:
     """Return the newest complete snapshot of a table: a list of one, or of none."""
     keys = _listing_keys(store, table_prefix(node, unit.keyspace, unit.table) + "snapshots/")
     complete = [key for key in keys if "-complete-" in os.path.basename(key)]
-    return _read_listings(store, node, sorted(complete, key=os.path.basename)[-1:])  # a name begins with its UTC
+    complete.sort(key=os.path.basename)  # it begins with the UTC
+    return _read_listings(store, node, complete[-1:])
 
 
 # ---- the commit
 
 
 def publish(
-    store: Store, view: BucketView, draft: Listing[Known], pins: PinMap, asked: Collection[str]
+    store: Store, view: BucketView, draft: Listing[Known], pins: PinMap, asked: Collection[str], moment: str
 ) -> Listing[Stored]:
-    """Confirm every key, store again what is gone, write the listing. `draft.listed` is a UTC never used before.
+    """Confirm every key, store again what is gone, write the listing.
 
-    The caller repeats it from a new view where the store does not answer. Prune marks a key a day before it deletes
-    it: who reads the marks, asks for the keys and writes the listing within an hour names no key that then goes.
+    Prune marks a key a day before it deletes it: who reads the marks, asks for the keys and writes the listing within
+    an hour names no key that then goes. Where the store does not answer, the caller repeats all of it, with a new
+    view and a new `draft.listed`. `moment`, of which no key was made before, stays: a large file that took more than
+    an hour is there at the second try.
     """
     stored, gone = confirm(store, draft.files, view.doomed, asked)
     missing = list(draft.missing)
     for entry in gone:
         pin = pins.get(entry.path)
         if pin and pin.fingerprint == entry.fingerprint:
-            key = f"{object_key(draft.node, pin.path)}@{draft.listed}"
-            stored.append(send_one(store, pin, key, draft.listed))
+            key = f"{object_key(draft.node, pin.path)}@{moment}"
+            stored.append(send_one(store, pin, key, moment))
         else:
             log.error("gone from the store and from this node, not listed path=%s", quote("/".join(entry.path)))
             missing.append(entry.name)
@@ -4948,7 +4976,7 @@ class Backup:
 
     async def _publish(self, draft: Listing[Known], pins: PinMap, storing: Storing) -> Listing[Stored]:
         """Write a listing and remember it."""
-        unit = draft.unit
+        unit, moment = draft.unit, self.clock()
 
         async def attempt() -> Listing[Stored]:
             view = await self.view()
@@ -4957,7 +4985,7 @@ class Backup:
             # Asked at each try: tries may go on for days, and an old word is no word.
             asked = self._fresh_keys(unit, draft.files, pins)
             named = replace(draft, listed=self.clock())
-            job = functools.partial(publish, self.store, view, named, pins, asked)
+            job = functools.partial(publish, self.store, view, named, pins, asked, moment)
             listing = await self._workers.once("list", unit.urgent, job)
             confirmed = [entry for entry in listing.files if entry.key not in asked and entry.path in pins]
             self.ledger.record(unit.place, [(pins[entry.path].disk, entry) for entry in confirmed])
@@ -8171,7 +8199,7 @@ div {{overflow-x: auto}} text {{font-size: 12px; fill: var(--ink)}}
 <rect class="ok" width="14" height="14"/><text x="22" y="11">up to 15 min of flushed writes would have been lost</text>
 <rect class="late" y="18" width="14" height="14"/><text x="22" y="29">up to 26 h</text>
 <rect class="old" y="36" width="14" height="14"/><text x="22" y="47">more than 26 h</text>
-<rect class="none" y="54" width="14" height="14"/><text x="22" y="65">all of it: no complete snapshot yet</text>
+<rect class="none" y="54" width="14" height="14"/><text x="22" y="65">everything: no complete snapshot yet</text>
 </g></svg></div></body></html>
 """
 _TEXT: Final = '<text class="{}" x="{}" y="{}">{}</text>\n'
@@ -8290,7 +8318,7 @@ class History:
 def loss_text(loss: float) -> str:
     """Return a loss for people, rounded up."""
     if loss == math.inf:
-        return "all of it"
+        return "everything"
     for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
         if loss >= 2 * seconds:
             return f"{math.ceil(loss / seconds)} {unit}"
@@ -8337,7 +8365,7 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
             lanes.append((f"{name} {table_id_of(place)[0]}", history.lane(place, begin, now)))
     lanes.sort(key=lambda lane: (-lane[1][-1], lane[0]))
     late = sum(worst[-1] > _GREEN_S for _, worst in lanes)
-    title = f"If a node died now, {loss_text(lanes[0][1][-1])} of flushed writes would be lost ({lanes[0][0]})"
+    title = f"If a node died now, the worst loss would be {loss_text(lanes[0][1][-1])} ({lanes[0][0]})"
     about = (
         f"{late} of {len(lanes)} tables are late, on {len(names)} nodes of {bucket.store.url}, {moment_text(utc(now))}"
     )

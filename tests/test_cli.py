@@ -206,7 +206,7 @@ def test_every_option_reaches_its_command() -> None:
         # snapshot hands the filters on to a process of its own; doctor has no tags to compare.
         handed_on = {option.key for option in cassbackup._FILTERS if name in ("snapshot", "doctor")}
         assert given - fields - elsewhere - store - handed_on == set(), name
-        ours = {"store", "problems", "origins", "program", "all_nodes"}
+        ours = {"store", "environ", "problems", "origins", "program", "all_nodes"}
         assert fields - given - ours == set(), name
 
 
@@ -357,7 +357,9 @@ def run_as_nobody(command: list[str], home: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit, env=env, cwd="/")
 
 
-@pytest.mark.parametrize(("locked", "said"), [("settings", "cannot be read by nobody"), ("state", "state directory")])
+@pytest.mark.parametrize(
+    ("locked", "said"), [("settings", "cannot be read by user 65534"), ("state", "state directory")]
+)
 def test_what_may_not_be_read_or_written_is_named_with_exit_2(
     script: Path, tmp_path: Path, home: Path, locked: str, said: str
 ) -> None:

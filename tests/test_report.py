@@ -106,7 +106,7 @@ def test_two_minutes_after_the_first_snapshot_two_minutes_would_be_lost(past: Pa
     past.beats(3 * MINUTE, 3 * MINUTE)
     assert past.loss() == about(2 * MINUTE)
     answer = past.report()
-    assert "2 min of flushed writes would be lost" in answer.text or "3 min of" in answer.text
+    assert "the worst loss would be " in answer.text
     assert "0 of 1 tables are late" in answer.text
 
 
@@ -171,7 +171,7 @@ def test_a_table_without_a_complete_snapshot_would_be_lost(past: Past) -> None:
     assert past.loss() == math.inf
     past.flushes(HOUR, 10 * MINUTE, place="ks1/logs-1")
     assert past.loss(place="ks1/logs-1") == math.inf
-    assert "all of it" in past.report().text
+    assert "everything" in past.report().text
 
 
 def test_a_table_that_was_truncated_has_nothing_older_to_lose_and_a_dropped_one_nothing_at_all(past: Past) -> None:
@@ -203,7 +203,7 @@ def test_a_heartbeat_that_is_none_of_ours_spoils_no_picture(past: Past, body: by
         (7199, "120 min"),
         (7200, "2 h"),
         (2 * DAY, "2 d"),
-        (math.inf, "all of it"),
+        (math.inf, "everything"),
     ],
 )
 def test_durations_are_told_as_people_tell_them(seconds: float, text: str) -> None:
@@ -238,7 +238,7 @@ def test_all_nodes_stand_on_one_page_and_the_worst_tables_first(past: Past) -> N
     past.snapshot(40 * HOUR - MINUTE, node="node2")
     answer = past.report()
     page = past.out.read_text(encoding="utf-8")
-    assert lanes(page) == [("node1 ks1/logs", "all of it"), ("node2 ks1/users", "40 h"), ("node1 ks1/users", "0 s")]
+    assert lanes(page) == [("node1 ks1/logs", "everything"), ("node2 ks1/users", "40 h"), ("node1 ks1/users", "0 s")]
     assert "2 of 3 tables are late, on 2 nodes" in answer.text
     assert f"The picture is in {past.out}" in answer.text
     assert [one["loss_s"] for one in answer.document["tables"]] == [None, about(40 * HOUR), 0]
