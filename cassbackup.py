@@ -5414,27 +5414,39 @@ class Daemon:
     # The bucket: whose it is, and whether it is what it was
 
     async def _connect(self) -> None:
-        """Find out who we are, open the store, make the node's name ours. Nothing is stored before that."""
-        try:
-            identity = await self._workers.retry("identify", self._identify)
-            store = await self._loop.run_in_executor(None, self._open_store, identity)
-            if self._scope(identity) != self._scope(self._known):
-                self._backup.ledger.close()
-                self._backup.ledger = Ledger(self._ledger_path, self._scope(identity))
-                await asyncio.wrap_future(self._pinner.ask(Forget()))
-            self._backup.store, self._backup.node = store, identity.node
-            await self._workers.retry("claim", self._claim)
-        except Usage as fault:
-            self._give_up(fault, MISUSED)
-            return
-        except Fault as fault:
-            self._give_up(fault, FAILED)
-            return
+        """Make the node's name ours, however long that takes. Nothing is stored before, but everything is pinned."""
+        pause = 2.0
+        while not self._backup.connected.is_set():
+            try:
+                await self._find_bucket()
+                self._workers.note("connect", None)
+                self._backup.connected.set()
+            except Usage as fault:
+                self._give_up(fault, MISUSED)
+                return
+            except (Fault, OSError) as error:
+                # A right that is missing may come: a role of a new machine, a bucket that is made after its nodes.
+                self._workers.note("connect", error if isinstance(error, Fault) else Fault(str(error)))
+                if self._options.once:
+                    self._give_up(error, FAILED)
+                    return
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 60.0)
+
+    async def _find_bucket(self) -> None:
+        """Find out who we are, open the store, and claim the node's name in it."""
+        identity = await self._workers.retry("identify", self._identify)
+        store = await self._loop.run_in_executor(None, self._open_store, identity)
+        if self._scope(identity) != self._scope(self._known):
+            self._backup.ledger.close()
+            self._backup.ledger = Ledger(self._ledger_path, self._scope(identity))
+            await asyncio.wrap_future(self._pinner.ask(Forget()))
+        self._backup.store, self._backup.node = store, identity.node
+        await self._workers.retry("claim", self._claim)
         for path in self._memories:
             with contextlib.suppress(OSError):  # on a full disk nothing can be written, and much must be stored
                 save_identity(path, identity)
         log.info("storing node=%s bucket=%s", identity.node, identity.url)
-        self._backup.connected.set()
 
     async def _identify(self) -> Identity:
         options = self._options

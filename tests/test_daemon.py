@@ -139,6 +139,24 @@ def test_a_daemon_started_while_the_store_is_away_pins_before_any_answer_and_lis
     scene.assert_all_is_listed(node.history)
 
 
+@pytest.mark.slow
+def test_a_bucket_that_refuses_is_red_and_costs_nothing_once_the_right_has_come(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    between.on("", "", s3_error(403, "AccessDenied"), count=None)
+    scene.start(*node.data_dirs)
+    node.snapshot("daily")
+    scene.until_found(8 + 10)
+    node.clear()
+    users.compact()
+    wait_for(lambda: "AccessDenied" in " ".join(scene.page()["behind"]))
+    between.heal()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
 def test_a_daemon_whose_name_was_taken_over_meanwhile_ends_with_exit_2_and_stores_nothing(
     scene: Scene, node: Node
 ) -> None:
