@@ -6679,6 +6679,20 @@ class Reader(NamedTuple):
         return 0.0
 
 
+def nearest_schema(reader: Reader, snapshots: Iterable[Snapshot], before: float) -> Known | None:
+    """Return the schema.cql of a snapshot near a moment at which a table had no base: it was truncated, or is young.
+
+    Only a few are looked into: the snapshots of system tables never have one.
+    """
+    nearest = sorted(snapshots, key=lambda one: (abs(seconds_of(one.unit.life) - before), one.unit.life))
+    for snapshot in nearest[:3]:
+        listing, _ = reader.read(snapshot.listings)
+        schema = schema_in(listing) if listing else None
+        if schema:
+            return schema
+    return None
+
+
 def choose_table(reader: Reader, threads: int, before: float, folder: str) -> Selection:
     """Choose what a table was at a moment; only the listings that this takes are read."""
     infos = list(listings_of(reader.store, reader.node, folder=folder))
@@ -6700,6 +6714,9 @@ def choose_table(reader: Reader, threads: int, before: float, folder: str) -> Se
             batches.append(listing)
     units = {one.unit.place: one.unit for one in infos}.values()
     tables = [choose_at(unit.keyspace, unit.table, base, batches, before) for unit in units]
+    if not base.listing:
+        schema = nearest_schema(reader, snapshots_of(infos), before)
+        tables = [replace(one, schema=schema) for one in tables]
     return tables, damaged
 
 
