@@ -5223,9 +5223,12 @@ def _ask_once(state_dir: str, request: Mapping[str, Any], timeout_s: float) -> d
             asker.connect(_socket_path(state_dir, fd))
             asker.sendall(json.dumps(request).encode() + b"\n")
             with asker.makefile("rb") as reply:
-                document = json.loads(reply.readline() or b"{}")
+                line = reply.readline()
     finally:
         os.close(fd)
+    if not line:
+        raise ConnectionResetError("the daemon ended before it answered")
+    document = json.loads(line)
     if "error" in document:
         kind = Denied if document.get("denied") else Fault
         raise kind(str(document["error"]), str(document.get("hint", "")))
@@ -5238,7 +5241,7 @@ def ask_daemon(state_dir: str, request: Mapping[str, Any], timeout_s: float) -> 
     while True:
         try:
             return _ask_once(state_dir, request, timeout_s)
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, ConnectionError):
             holder = _holder(state_dir)
         except OSError as error:
             raise Fault(f"the daemon of {quote(state_dir)} does not answer ({error})", "look into its log") from None
