@@ -109,8 +109,7 @@ def test_i_a_flipped_byte_in_a_live_file_is_noticed_when_it_is_stored(
     told = re.findall("Data.db is not what its Digest.crc32 says path=([^ ]*)", drill.scene.daemon.log())
     assert told
     assert set(told) <= {f"{data.parent}/{place}/{data.name}" for place in ("backups", "snapshots/tag")}
-    done = drill.scene.run("verify", "--tag", "tag", "--deep", *drill.bucket, check=3)
-    assert f"{data.name} has CRC-32 " in done.stdout
+    drill.scene.run("verify", "--tag", "tag", "--deep", *drill.bucket, check=0)  # what was read is what is stored
 
 
 # ------------------------------------------------------------------------------------------------------------
