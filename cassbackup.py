@@ -7032,6 +7032,8 @@ def check_target(top: str, placed: Sequence[Placed]) -> None:
             info = os.lstat(path)
             if name.startswith(".cassbackup-"):
                 os.unlink(path)  # of a run that was killed; perhaps another name of a file that it finished
+            elif path == os.path.join(top, SCHEMA):
+                continue  # what --schema-only has written there, to be loaded before the tables come
             elif not stat.S_ISREG(info.st_mode) or info.st_size != planned.get(path):
                 hint = "use an empty directory, or repeat the restore that began there (--at its moment)"
                 raise Usage(f"{quote(path)} is not of this restore", hint)
