@@ -1510,6 +1510,7 @@ class S3Store(_Remote):
             how[name] = "when_required"
         try:
             core = botocore.session.get_session()
+            core.get_component("credential_provider")  # made now: later two threads might make it at once
             keys = (options.access_key or None, options.secret_key or None)
             self._session = boto3.session.Session(*keys, region_name=region or None, botocore_session=core)
             bundle = options.ca_file or core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
