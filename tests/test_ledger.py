@@ -391,7 +391,12 @@ def of_another_program(path: Path) -> None:
         db.execute("CREATE TABLE stored (a, b)")
 
 
-DAMAGES = [zeroed, truncated, emptied, garbled, half_zeroed, of_another_program]
+def misspelt(path: Path) -> None:
+    """A bit of a column's name has flipped, and it is no text any more."""
+    path.write_bytes(path.read_bytes().replace(b"confirmed", b"\xe3onfirmed"))
+
+
+DAMAGES = [zeroed, truncated, emptied, garbled, half_zeroed, of_another_program, misspelt]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -410,7 +415,7 @@ def test_p4_a_damaged_file_costs_the_memory_and_nothing_else(
     again = opened()
     assert (lies(again), again.bucket, again.broken) == ([], "id-of-the-bucket", "")
     assert look(again, entry(7))
-    if damage in (garbled, truncated, of_another_program):
+    if damage in (garbled, truncated, of_another_program, misspelt):
         assert written.with_name("ledger.db.broken").exists()
         assert "kept=" in caplog.text
 
