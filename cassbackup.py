@@ -2516,7 +2516,7 @@ _EVENT: Final = struct.Struct("iIII")  # struct inotify_event: wd, mask, cookie,
 _NEVER_SCANNED: Final = (".cassbackup", "lost+found")  # ours; and fsck's, where the data directory is a mount
 _EMPTY: Final = "it is empty"
 _ASIDE = re.compile(r"path|#[0-9a-f]{40}\.name|.*\.tmp")  # what may go from a pin directory that has no pins
-_STEP: Final = 200  # unlinks at a time; then the pinner sees whether there is something to pin
+_STEP: Final = 200  # unlinks at a time; then what is to be pinned comes first
 _SOON_S: Final = 0.05  # a scan that is due so soon means: not idle
 _UNWATCHED_S: Final = 2.0  # how often directories are scanned that inotify has no room for
 _STATE_S: Final = 5.0  # how often the pinner gives a sign of life
@@ -3005,15 +3005,16 @@ class Inotify:
             del self._places[place.wd]
             self._calls.inotify_rm_watch(self.fd, place.wd)
 
-    def read(self) -> Iterator[Place | None]:
-        """Yield the directories that may have changed; None where events were lost, and any may have."""
+    def read(self) -> Iterator[Place]:
+        """Yield the directories that may have changed."""
         events, at = os.read(self.fd, 256 * KIB), 0
         while at < len(events):
             wd, mask, _, length = _EVENT.unpack_from(events, at)
             at += _EVENT.size + length
             place = self._places.get(wd)
             if mask & self._names.IN_Q_OVERFLOW:
-                yield None
+                log.warning("inotify lost events, scanning everything hint=raise fs.inotify.max_queued_events")
+                yield from list(self._places.values())
             elif place and mask & self._names.IN_IGNORED:
                 # The end of a one-shot, or of the directory. Where we armed again between the event and this end, we
                 # armed the old watch, and it has died just now. So this is a hint like any other.
@@ -3063,8 +3064,11 @@ class Pinner(threading.Thread):
         self._inotify = Inotify()
         self._wake_read, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
+        self._poll = select.poll()
+        for fd in (self._wake_read, self._inotify.fd):
+            if fd >= 0:
+                self._poll.register(fd, select.POLLIN)
         self._requests: deque[tuple[object, Future[Any]]] = deque()
-        self._steps: deque[tuple[Iterator[object], Future[Any]]] = deque()  # for when there is nothing to pin
         self._stopping = self._over = False
         self._places: dict[str, Place] = {}
         self._tables: set[Place] = set()  # of these, tables' own directories
@@ -3104,11 +3108,10 @@ class Pinner(threading.Thread):
             os.write(self._wake, b"x")
 
     def _turn_away(self) -> None:
-        for waiting in (self._steps, self._requests):
-            while waiting:
-                future = waiting.popleft()[1]
-                if not future.done():
-                    future.set_exception(Fault("the pinner has ended"))
+        while self._requests:
+            future = self._requests.popleft()[1]
+            if not future.done():
+                future.set_exception(Fault("the pinner has ended"))
 
     # The thread
 
@@ -3119,7 +3122,6 @@ class Pinner(threading.Thread):
                 self._is_there(disk)  # what is known of all of them, before the first is scanned
             for disk in self._disks:
                 self._place(disk, "")
-            self._reconcile()
             self._work()
         except Exception as error:
             log.exception("pinner failed")
@@ -3128,81 +3130,56 @@ class Pinner(threading.Thread):
         self._turn_away()
 
     def _work(self) -> None:
-        poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
-        if self._inotify.fd >= 0:
-            poll.register(self._inotify.fd, select.POLLIN)
-        due = time.monotonic() + self._interval()
+        due = 0.0
         while not self._stopping:
-            for fd, _ in poll.poll(1000 * self._wait_s(due)):
-                if fd == self._wake_read:
-                    os.read(fd, 64 * KIB)
-                else:
-                    self._take_hints()
-            while self._requests:
-                self._take_request(*self._requests[0])
-                self._requests.popleft()  # an error above leaves it to _turn_away
-            ready = [place for place in self._dirty if place.ready <= time.monotonic()]
-            for place in ready:
-                self._scan(place)
-            if self._steps and not ready:
-                self._take_step(*self._steps[0])
             if time.monotonic() >= due:
                 self._reconcile()
-                due = time.monotonic() + self._interval()
-            self._report_if_late()
+                unwatched = any(place.wd < 0 for place in self._places.values())
+                due = time.monotonic() + (min(_UNWATCHED_S, self._reconcile_s) if unwatched else self._reconcile_s)
+            self._pin_new(due)
+            while self._requests:
+                request, future = self._requests[0]
+                if future.set_running_or_notify_cancel():
+                    self._take_request(request, future)
+                self._requests.popleft()  # an error above leaves it to _turn_away
 
-    def _interval(self) -> float:
-        unwatched = any(place.wd < 0 for place in self._places.values())
-        return min(_UNWATCHED_S, self._reconcile_s) if unwatched else self._reconcile_s
-
-    def _wait_s(self, due: float) -> float:
-        """Return for how long there is nothing to do but to wait for events, and say so if that is long enough."""
+    def _pin_new(self, until: float) -> None:
+        """Wait for events, until a moment (monotonic) at the latest, and pin what they point at."""
         now = time.monotonic()
-        next_scan = min((place.ready for place in self._dirty), default=math.inf) - now
+        next_scan = min((place.ready for place in self._dirty), default=math.inf)
         # Before the poll: said after it, the jobs would stand still until the next event.
-        if next_scan > _SOON_S and not self.idle.is_set():
+        if next_scan > now + _SOON_S and not self.idle.is_set():
             self.idle.set()
             self._report()
-        return 0.0 if self._steps else max(0.0, min(next_scan, due - now, _STATE_S))
-
-    def _take_hints(self) -> None:
-        for place in self._inotify.read():
-            if place:
-                self._dirty[place] = None
+        wait_s = max(0.0, min(next_scan, until, self._reported + _STATE_S) - now)
+        for fd, _ in self._poll.poll(1000 * wait_s):
+            if fd == self._wake_read:
+                os.read(fd, 64 * KIB)
             else:
-                log.warning("inotify lost events, scanning everything hint=raise fs.inotify.max_queued_events")
-                self._dirty.update(dict.fromkeys(self._places.values()))
+                self._dirty.update(dict.fromkeys(self._inotify.read()))
+        for place in [place for place in self._dirty if place.ready <= time.monotonic()]:
+            self._scan(place)
+        self._report_if_late()
 
     def _take_request(self, request: object, future: Future[Any]) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        match request:
-            case LetGo():
-                self._steps.append((self._let_go(request), future))
-            case GiveUp():
-                self._steps.append((self._give_up(request), future))
-            case ScanTag(unit):
-                future.set_result(self._scan_tag(unit))
-            case ListTag(tag, keyspaces):
-                future.set_result(self._list_tag(tag, keyspaces))
-            case ScanAll():
-                self._reconcile()
-                future.set_result(None)
-            case Forget():
-                self._forget()
-                future.set_result(None)
-
-    def _take_step(self, steps: Iterator[object], future: Future[Any]) -> None:
+        answer: object = None
         try:
-            answer = next(steps)
+            match request:
+                case ScanAll():
+                    self._reconcile()
+                case ScanTag(unit):
+                    answer = self._scan_tag(unit)
+                case ListTag(tag, keyspaces):
+                    answer = self._list_tag(tag, keyspaces)
+                case LetGo():
+                    answer = self._let_go(request)
+                case GiveUp():
+                    answer = self._give_up(request)
+                case Forget():
+                    self._forget()
+            future.set_result(answer)
         except OSError as error:
-            self._steps.popleft()
             future.set_exception(error)
-        else:
-            if answer is not None:
-                self._steps.popleft()
-                future.set_result(answer)
 
     def _report_if_late(self) -> None:
         if time.monotonic() >= self._reported + _STATE_S:
@@ -3304,7 +3281,6 @@ class Pinner(threading.Thread):
             return False
         if self._absent.pop(disk.root, None):
             log.warning("data directory is there path=%s", quote(disk.root))
-            self._dirty.update((place, None) for place in self._places.values() if place.disk is disk)
         if disk not in self._opened:
             self._opened.add(disk)
             self._recover(disk)
@@ -3386,8 +3362,7 @@ class Pinner(threading.Thread):
         else:
             self._scan_folders(place, fd)
         if self._counts["refused"] == refused:
-            if self._refused.pop(place.path, None):
-                self._named = {path for path in self._named if not path.startswith(place.path)}
+            self._refused.pop(place.path, None)
             # The kernel's clock for mtimes ticks coarsely: what changed just now may change again without a trace.
             if abs(time.time_ns() - info.st_mtime_ns) > 2e9:
                 place.mtime_ns = info.st_mtime_ns
@@ -3440,9 +3415,10 @@ class Pinner(threading.Thread):
 
     @staticmethod
     def _mark(entry: os.DirEntry[str]) -> int:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             return mark_of(entry.name, Fingerprint.of(entry.stat(follow_symlinks=False)))
-        return 0
+        except FileNotFoundError:  # found, and vanished before it is pinned
+            return 0
 
     # Which life
 
@@ -3554,7 +3530,6 @@ class Pinner(threading.Thread):
 
     def _refuse(self, place: Place, path: str, error: OSError) -> None:
         """Name what cannot be pinned now. It is tried again at each reconciliation: the hint is used up."""
-        place.mtime_ns = 0
         self._counts["refused"] += 1
         self._refused.setdefault(place.path, time.time())
         if path not in self._named:
@@ -3608,8 +3583,7 @@ class Pinner(threading.Thread):
                     return True
         return False
 
-    def _let_go(self, request: LetGo) -> Iterator[int | None]:
-        """Yield between steps, and the answer in the end."""
+    def _let_go(self, request: LetGo) -> int:
         names: dict[str, list[str]] = {}
         for directory, name in request.files:
             names.setdefault(directory, []).append(name)
@@ -3624,11 +3598,11 @@ class Pinner(threading.Thread):
                 with contextlib.suppress(FileNotFoundError):
                     self._unlink_listed(request, (source, name), f"{pins}/{_pin_name(name)}")
                 if number % _STEP == 0:
-                    yield None
+                    self._pin_new(0.0)
             if request.lost:
                 disk.write_lost(relative, request.unit.life, ())
             left += self._tidy(disk, relative, request.unit.life)
-        yield left
+        return left
 
     def _unlink_listed(self, request: LetGo, path: FilePath, pin: str) -> None:
         info, fingerprint = os.lstat(pin), request.files[path]
@@ -3680,8 +3654,7 @@ class Pinner(threading.Thread):
                 self._lives.pop(place.group, None)
         return 0
 
-    def _give_up(self, request: GiveUp) -> Iterator[tuple[str, ...] | None]:
-        """Yield between steps, and the answer in the end."""
+    def _give_up(self, request: GiveUp) -> tuple[str, ...]:
         disk, relative, life = request.disk, request.relative, request.life
         pins, alone = disk.directory(relative, life), []
         for name in request.names:
@@ -3697,8 +3670,8 @@ class Pinner(threading.Thread):
                 place.pinned.pop(name, None)
                 self._dirty[place] = None
             if number % _STEP == 0:
-                yield None
-        yield tuple(alone)
+                self._pin_new(0.0)
+        return tuple(alone)
 
     def _forget(self) -> None:
         self._listed.clear()

@@ -110,6 +110,10 @@ class Desk:
         self.ask(ScanAll())
         return self
 
+    def lose_hints(self) -> None:
+        """Have it learn nothing from inotify any more."""
+        self.pinner._inotify.read = lambda: iter(())  # type: ignore[method-assign]
+
     def units(self) -> dict[Unit, dict[tuple[str, str], Pinned]]:
         """Return the pins of each unit."""
         found: dict[Unit, dict[tuple[str, str], Pinned]] = {}
@@ -292,20 +296,24 @@ def test_a_directory_made_again_is_watched_again(node: Node, users: Table, start
         node.clear("daily")
 
 
-def test_watches_of_cleared_and_replaced_snapshots_are_given_back(
+def test_watches_and_descriptors_of_what_is_gone_are_given_back(
     node: Node, users: Table, tmp_path: Path, start: Start
 ) -> None:
     desk = start(*node.data_dirs)
-    before = len(watches())
+    before, files_before = len(watches()), len(os.listdir("/proc/self/fd"))
     for number in range(20):
-        node.snapshot(f"tag{number}")
-        desk.scan()
-        tag_of(users, f"tag{number}").rename(tmp_path / f"tag{number}")
-        node.snapshot(f"tag{number}")
-        desk.scan()
-        node.clear()
-        desk.scan()
+        for then in ("is taken again", "is moved away", "is cleared"):
+            node.snapshot(f"tag{number}")
+            desk.scan()
+            if then == "is cleared":
+                node.clear()
+            else:
+                tag_of(users, f"tag{number}").rename(tmp_path / f"{number} {then}")
+            if then == "is moved away":
+                desk.scan()
+    desk.scan()
     assert len(watches()) <= before + 1  # snapshots/ stays
+    assert len(os.listdir("/proc/self/fd")) <= files_before
     gone = {news.directory for news in desk.said(Gone)}
     assert gone == {str(tag_of(users, f"tag{number}")) for number in range(20)}
 
@@ -343,7 +351,7 @@ def test_the_pin_directory_itself_is_never_scanned(node: Node, users: Table, sta
 
 def test_hints_may_get_lost_a_reconciliation_finds_what_changed(node: Node, users: Table, start: Start) -> None:
     desk = start(*node.data_dirs)
-    desk.pinner._inotify.read = lambda: iter(())  # type: ignore[method-assign]
+    desk.lose_hints()
     users.flush()
     node.snapshot("daily")
     desk.scan().assert_pinned(node.history)
@@ -359,6 +367,44 @@ def test_reconciliation_leaves_unchanged_directories_alone(node: Node, users: Ta
         scans = {path: place.ready for path, place in desk.pinner._places.items()}
         desk.scan()
         assert scans == {path: place.ready for path, place in desk.pinner._places.items()}
+
+
+def test_a_change_in_the_same_tick_of_the_clock_as_a_scan_is_found(node: Node, users: Table, start: Start) -> None:
+    """The kernel's clock for mtimes ticks every few milliseconds: the directory looks unchanged."""
+    desk = start(*node.data_dirs)
+    desk.lose_hints()
+    backups = users.directories()[0] / "backups"
+    desk.scan()
+    before = backups.stat()
+    users.flush()
+    os.utime(backups, ns=(before.st_atime_ns, before.st_mtime_ns))
+    desk.scan().assert_pinned(node.history)
+
+
+def test_what_vanishes_before_it_is_pinned_is_named_and_leaves_nothing_behind_p2(
+    node: Node, users: Table, start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = start(*node.data_dirs)
+    link = os.link
+
+    def clear_first(source: str, target: str, **where: Any) -> None:
+        if source == "gone":
+            os.unlink(source, dir_fd=where["src_dir_fd"])
+        link(source, target, **where)
+
+    monkeypatch.setattr(os, "link", clear_first)
+    tag_of(users).mkdir(parents=True)
+    (tag_of(users) / "gone").touch()
+    desk.scan()
+    assert f"vanished before it was pinned path={tag_of(users) / 'gone'}\n" in caplog.text
+    assert desk.state.counts["vanished"] == 1
+    assert desk.lives("daily") == []
+    (tag_of(users) / "stays").touch()
+    (unit,) = desk.scan().lives("daily")
+    desk.lose_hints()
+    (tag_of(users) / "gone").touch()
+    assert not desk.ask(ScanTag(unit)), "something was missed"
+    assert desk.ask(ScanTag(unit))
 
 
 @contextlib.contextmanager
@@ -602,6 +648,18 @@ def test_a_scan_that_falls_into_a_clear_ends_no_life(node: Node, users: Table, s
     assert len(desk.units()[life]) == 11
 
 
+def test_without_descriptors_to_hold_the_names_tell_which_life_it_is(node: Node, users: Table, start: Start) -> None:
+    desk = start(*node.data_dirs)
+    desk.pinner._may_hold = 0
+    node.snapshot("daily")
+    desk.scan()
+    (tag_of(users) / "late").touch()
+    assert len(desk.scan().lives("daily")) == 1
+    retake(node)
+    first, second = (desk.units()[unit] for unit in desk.scan().lives("daily"))
+    assert len(first) == len(second) + 1 == 11
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_tag_taken_again_is_another_life_in_all_data_directories_p1(tmp_path: Path, start: Start, first: int) -> None:
     """Whichever of its directories is scanned first: two manifest.json must never be in one listing."""
@@ -690,6 +748,30 @@ def test_after_a_restart_all_data_directories_have_a_say_in_whether_a_life_goes_
     old, new = desk.lives("daily")
     assert set(desk.units()[old]) == {(str(one), "manifest.json"), (str(two), "nb-1-big-Data.db")}
     assert set(desk.units()[new]) == {(str(one), "manifest.json"), (str(one), "new")}
+
+
+def test_after_a_restart_the_newest_life_is_the_open_one_whatever_is_sealed_beside_it(
+    tmp_path: Path, start: Start
+) -> None:
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    users = node.table("ks1", "users")
+    users.flush()
+    one, two = (home / "snapshots" / "daily" for home in users.directories())
+    for root in node.data_dirs:
+        (root / "ks1" / "keep").touch()
+    for folder in (one, two):
+        folder.mkdir(parents=True)
+        (folder / "old").write_bytes(b"old")
+    desk = start(*node.data_dirs)
+    node.clear()
+    one.mkdir()
+    (one / "new").write_bytes(b"new")
+    old, new = desk.scan().lives("daily")
+    desk.end()
+    (one / "late").write_bytes(b"late")
+    desk = start(*node.data_dirs)
+    assert desk.lives("daily") == [old, new]
+    assert set(desk.units()[new]) == {(str(one), "new"), (str(one), "late")}
 
 
 def test_what_is_listed_is_not_pinned_again(node: Node, users: Table, start: Start) -> None:
@@ -855,6 +937,7 @@ def test_pinning_comes_before_letting_go(node: Node, users: Table, start: Start)
 def test_deleting_sources_stays_in_backups_and_needs_the_very_file(node: Node, users: Table, start: Start) -> None:
     node.snapshot("daily")
     desk = start(*node.data_dirs)
+    desk.lose_hints()
     backups = users.directories()[0] / "backups"
     replaced = backups / "nb-1-big-Statistics.db"
     replaced.rename(backups / "aside")
@@ -980,10 +1063,18 @@ def test_a_tag_is_told_with_its_manifests_and_the_tables_that_lack_one(node: Nod
 def test_it_is_idle_only_while_nothing_waits_to_be_pinned(node: Node, users: Table, start: Start) -> None:
     desk = start(*node.data_dirs)
     desk.wait(desk.pinner.idle.is_set)
-    with desk._frozen:
-        node.snapshot("daily")
-        desk.wait(lambda: desk.said(Touched)[-1].unit.tag == "daily")
-        assert not desk.pinner.idle.is_set()
+    idle, post = [], desk.pinner._post
+
+    def hear(message: object) -> None:
+        if isinstance(message, Touched):
+            idle.append(desk.pinner.idle.is_set())
+        post(message)
+
+    desk.pinner._post = hear  # type: ignore[method-assign]
+    node.snapshot("daily")
+    users.flush()
+    desk.until_pinned(node.history)
+    assert True not in idle
     desk.wait(desk.pinner.idle.is_set)
 
 
@@ -1137,9 +1228,12 @@ def test_what_cannot_be_linked_now_is_named_and_tried_again(
 def test_where_no_link_is_possible_the_cure_is_told(node: Node, users: Table) -> None:
     if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(node.root).st_dev:
         pytest.skip("/dev/shm is no other file system")
-    with pytest.raises(cassbackup.Usage, match=r"Invalid cross-device link.*--pin-dir"):
-        open_pin_directory(str(node.data_dirs[0]), f"/dev/shm/cassbackup-test-{os.getpid()}")
-    shutil.rmtree(f"/dev/shm/cassbackup-test-{os.getpid()}")
+    other = f"/dev/shm/cassbackup-test-{os.getpid()}"
+    try:
+        with pytest.raises(cassbackup.Usage, match=r"Invalid cross-device link.*--pin-dir"):
+            open_pin_directory(str(node.data_dirs[0]), other)
+    finally:
+        shutil.rmtree(other)
 
 
 def test_the_pins_are_beside_the_data_or_inside_and_stay_where_they_are(node: Node, users: Table) -> None:
@@ -1182,6 +1276,25 @@ def test_a_pin_directory_of_somebody_else_or_behind_a_link_is_not_used(
     assert not list((tmp_path / "trap").rglob("lock"))
     os.chown(inside, 0, 0)
     desk.scan().assert_pinned(node.history)
+
+
+def test_links_to_our_own_files_prove_nothing_about_cassandras(node: Node, users: Table) -> None:
+    """fs.protected_hardlinks lets nobody link what is somebody else's."""
+    become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", sys.executable]
+    source = Path(cassbackup.__file__).read_text().partition('if __name__ == "__main__":')[0]
+    script = (
+        f"{source}\ntry: print(PinDirectory({str(node.data_dirs[0])!r}).check())\nexcept Usage as u: print('Usage', u)"
+    )
+    if os.geteuid() or subprocess.run([*become, "-c", "import pyinotify"], check=False, capture_output=True).returncode:
+        pytest.skip("needs root, and a Python that nobody may run")
+    for folder in (node.data_dirs[0], *node.data_dirs[0].parents):
+        if folder.is_relative_to(node.root):
+            folder.chmod(0o777)
+        elif str(folder).startswith("/tmp/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    done = subprocess.run([*become, "-"], input=script, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("Usage")
+    assert done.stdout.count("Operation not permitted") == 2
 
 
 def test_two_daemons_never_share_a_pin_directory(node: Node, users: Table, start: Start) -> None:
