@@ -4394,6 +4394,7 @@ class Storing:
     bucket: str  # the life of the bucket in which it began
     files: dict[FilePath, Known] = field(default_factory=dict)
     failed: dict[FilePath, Exception] = field(default_factory=dict)
+    lost: bool = False  # files of it had been given up when its pins were read; the listing names them
     changed: Changed | None = None  # a file changed while it was read, as TOC.txt does when an index is built
 
 
@@ -4609,6 +4610,7 @@ class Backup:
         await self._learn_snapshot(unit, waiting)
         young = self._young(waiting, pins, QUIET_S, (MANIFEST, SCHEMA))
         storing = await self._store(unit, [pin for path, pin in pins.items() if path not in young])
+        storing.lost = bool(lost)
         if young:
             return QUIET_S
         before = await self._look_up(listed_snapshot, unit, pins)
@@ -4702,6 +4704,7 @@ class Backup:
         fresh = {path: pin for path, pin in pins.items() if path not in listed and path not in young}
         chosen = _round_of(fresh)
         storing = await self._store(unit, list(chosen.values()))
+        storing.lost = bool(lost)
         files = dict(storing.files)
         late: set[FilePath] = set()
         missing: list[str] = []
@@ -4998,7 +5001,8 @@ class Backup:
         kept = self._kept.get(unit, {})
         files = {path: entry.fingerprint for path, entry in storing.files.items() if path not in kept}
         files.update(delete or {})
-        left = await self._ask(LetGo(unit, files, True, frozenset(delete or ())))
+        # What was given up since the pins were read is in no listing yet: its names must stay.
+        left = await self._ask(LetGo(unit, files, storing.lost, frozenset(delete or ())))
         for (directory, name), error in storing.failed.items():
             what = f"{len(storing.failed)} files are refused, {quote(f'{directory}/{name}')}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
