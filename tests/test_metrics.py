@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import cassbackup
 import pytest
 from conftest import REPOSITORY, Daemon, Run
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,6 +22,7 @@ from tree import Node
 
 ALERTS = REPOSITORY / "debian" / "alerts.yml"
 DASHBOARD = REPOSITORY / "debian" / "dashboard.json"
+HANDBOOK = REPOSITORY / "debian" / "handbook.md"
 Numbers = dict[tuple[str, str], float]  # (name, its labels' values in the order of their names): value
 TAKEN = "cassbackup_table_last_snapshot_timestamp_seconds"
 
@@ -265,8 +267,17 @@ def test_what_alerts_dashboard_and_readme_name_exists(scene: Scene, node: Node) 
     assert [alert for alert in alerts() if alert not in readme] == []
 
 
+def test_the_handbook_explains_every_metric_and_every_alert() -> None:
+    handbook = HANDBOOK.read_text(encoding="utf-8")
+    explained = set(re.findall(r"`([a-z_]+)`", handbook.partition("# METRICS")[2].partition("# ALERTS")[0]))
+    shipped = {name.removeprefix("cassbackup_") for name in names_in(ALERTS) | names_in(DASHBOARD)}
+    assert {name.removesuffix("_bucket") for name in shipped} - explained == set()
+    assert {name for name, *_ in cassbackup._METRICS} - explained == set()
+    assert [alert for alert in alerts() if f"**{alert}**" not in handbook] == []
+
+
 def test_every_alert_says_what_to_do() -> None:
-    assert len(alerts()) == 10
+    assert len(alerts()) == 11
     for text in alerts().values():
         assert re.search(r"severity: (warning|critical)\n", text)
         assert re.search(r"summary: \"[^\"]+\$labels.instance", text)
@@ -296,6 +307,7 @@ HEALTHY = {  # thirty hours, a value every three minutes
     "cassbackup_filters_unmatched": "0+0x600",
     "cassbackup_refused_directories": "0+0x600",
     "cassbackup_bad_objects": "0+0x600",
+    "cassbackup_last_verify_timestamp_seconds": "0+180x600",
     "cassbackup_digest_mismatches_total": "3+0x600",
     "cassbackup_lost_files_total": "3+0x600",
     "cassbackup_vanished_files_total": "3+0x600",
@@ -316,6 +328,7 @@ SICK = [
     ("CassbackupProtectsLess", {"cassbackup_refused_directories": "1+0x600"}),
     ("CassbackupPinsFilling", {"cassbackup_pinned_alone_bytes": "60+0x600"}),
     ("CassbackupBadObjects", {"cassbackup_bad_objects": "0+0x598 1+0x2"}),
+    ("CassbackupVerifyOverdue", {"cassbackup_last_verify_timestamp_seconds": "-900000+0x600"}),
     ("CassbackupDigestMismatch", {"cassbackup_digest_mismatches_total": "3+0x580 4+0x20"}),
     ("CassbackupFilesLost", {"cassbackup_lost_files_total": "3+0x580 4+0x20"}),
     ("CassbackupFilesLost", {"cassbackup_vanished_files_total": "3+0x580 4+0x20"}),
