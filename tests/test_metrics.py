@@ -21,7 +21,7 @@ from servers import FileBucket, free_port
 from tree import Node
 
 ALERTS = REPOSITORY / "debian" / "alerts.yml"
-DASHBOARD = REPOSITORY / "debian" / "dashboard.json"
+DASHBOARD = REPOSITORY / "debian" / "grafana-dashboard.json"
 HANDBOOK = REPOSITORY / "debian" / "handbook.md"
 Numbers = dict[tuple[str, str], float]  # (name, its labels' values in the order of their names): value
 TAKEN = "cassbackup_table_last_snapshot_timestamp_seconds"
@@ -291,6 +291,16 @@ def test_promtool_finds_nothing_wrong_with_the_alerts_and_the_textfile(scene: Sc
     page = textfile_of_once(scene, node).read_text()
     done = subprocess.run(["promtool", "check", "metrics"], check=False, input=page, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_promtool_understands_every_expression_of_the_dashboard(tmp_path: Path) -> None:
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    rules = [{"record": f"panel:{number}", "expr": text} for number, text in enumerate(expressions)]
+    file = tmp_path / "rules.yml"  # JSON is YAML
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    checked = promtool("check", "rules", file)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 LABELS = {"up": 'job="cassbackup"', "cassbackup_build_info": 'version="1"', TAKEN: 'keyspace="k",table="t"'}
