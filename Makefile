@@ -13,17 +13,22 @@ PYTHONS ?= 3.10 3.11 3.12 3.13
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # What make test-cassandra runs.
 CASSANDRA ?= tests/cassandra
+# What make test-servers builds, at versions that do not change under our tests, and where it keeps them.
+VERSITYGW := github.com/versity/versitygw/cmd/versitygw@v1.8.0
+FAKE_GCS := github.com/fsouza/fake-gcs-server@v1.56.1
+SERVERS ?= $(VERSITYGW) $(FAKE_GCS)
+SERVERS_IN ?= $(HOME)/.cache/cassbackup-servers
 # More arguments for pytest: make test ARGS="-k restore -x"
 ARGS ?=
 
 VENV := .venv
-FAST := "not slow and not by_hand"
+FAST := "not slow and not by_hand and not real_server"
 RUN := bash -euo pipefail -c "$$IN_A_ROOT" run
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_USE_PEP517 := 1
 
-.PHONY: help venv demo test test-fast test-all test-pythons test-cassandra deb test-deb lint format bench clean
+.PHONY: help venv demo test test-fast test-all test-pythons test-cassandra test-servers deb test-deb lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +56,10 @@ test-pythons: $(VENV)/.stamp ## run the fast tests on every other Python found h
 test-cassandra: $(VENV)/.stamp-cassandra ## run tests/cassandra on real nodes, which come from Maven Central; needs Java 17 and mvn
 	$(VENV)/bin/python tests/cassandra/jars.py
 	@$(RUN) $(VENV)/bin/python -m pytest $(CASSANDRA) $(ARGS)
+
+test-servers: $(VENV)/.stamp ## the same program over versitygw and fake-gcs-server, which Go builds into a cache
+	@bash -euo pipefail -c "$$BUILD_SERVERS"
+	@CASSBACKUP_SERVERS=$(SERVERS_IN) $(RUN) $(VENV)/bin/python -m pytest $(WORKERS) -m real_server tests/test_servers.py tests/test_stores.py $(ARGS)
 
 deb: ## build dist/*.deb for Debian and Ubuntu; root also installs what that needs
 	debian/build dist
@@ -129,6 +138,15 @@ works || new || other || { apt && new; } || {
 }
 endef
 export NEW_VENV
+
+define BUILD_SERVERS
+command -v go >/dev/null || { echo "no Go here, which builds the servers; on Debian: apt-get install golang" >&2; exit 1; }
+for module in $(SERVERS); do
+    name=$${module##*/} name=$${name%@*}
+    test -x $(SERVERS_IN)/$$name || { echo "== building $$module"; GOBIN=$(SERVERS_IN) go install $$module; }
+done
+endef
+export BUILD_SERVERS
 
 # A pyenv shim may stand on PATH for a Python that it then refuses to run, so each candidate is tried.
 define TEST_PYTHONS

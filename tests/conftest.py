@@ -23,6 +23,8 @@ import pytest
 from faultproxy import FaultProxy
 from servers import (
     Bucket,
+    ClosingVersity,
+    FakeGcs,
     FakeMetadata,
     FileBucket,
     GcsEmulator,
@@ -30,6 +32,7 @@ from servers import (
     NotInstalled,
     RcloneS3,
     Service,
+    Versity,
     kill_group,
     tethered,
 )
@@ -128,6 +131,25 @@ def moto_server() -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def gcs_server() -> Iterator[Service]:
     yield from running(GcsEmulator())
+
+
+@pytest.fixture(scope="session")
+def versity_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    yield from running(Versity(tmp_path_factory.mktemp("versity")))
+
+
+@pytest.fixture(scope="session")
+def closing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    yield from running(ClosingVersity(tmp_path_factory.mktemp("versity")))
+
+
+@pytest.fixture(scope="session")
+def fakegcs_server() -> Iterator[Service]:
+    yield from running(FakeGcs())
+
+
+# What only `make test-servers` runs.
+REAL = [pytest.param(name, marks=pytest.mark.real_server) for name in ("versity", "closing", "fakegcs")]
 
 
 @pytest.fixture

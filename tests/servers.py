@@ -355,6 +355,58 @@ class GcsEmulator(Service):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Real servers, which `make test-servers` builds with Go into a cache outside the tree
+
+
+def built(name: str) -> str:
+    """Return the path of a server that `make test-servers` has built."""
+    cache = os.environ.get("CASSBACKUP_SERVERS", os.path.expanduser("~/.cache/cassbackup-servers"))
+    path = os.path.join(cache, name)
+    if not os.access(path, os.X_OK):
+        raise NotInstalled(f"{name}: make test-servers builds it where there is Go")
+    return path
+
+
+class Versity(Service):
+    """versitygw over files in `root`, with real versions: it checks all that S3 checks, and keeps no lifecycle."""
+
+    keeps_alive = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def command(self, port: int) -> list[str]:
+        data, versions = self.root / "data", self.root / "versions"
+        for folder in (data, versions):
+            folder.mkdir(parents=True, exist_ok=True)
+        options = ["--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"127.0.0.1:{port}", "--quiet"]
+        if self.keeps_alive:
+            options.append("--keep-alive")
+        return [built("versitygw"), *options, "posix", "--versioning-dir", str(versions), str(data)]
+
+    def fresh(self) -> S3Bucket:
+        return S3Bucket(self.url, f"bucket-{uuid.uuid4().hex[:12]}")
+
+
+class ClosingVersity(Versity):
+    """The same as it comes: it closes the connection after each reply."""
+
+    keeps_alive = False
+
+
+class FakeGcs(Service):
+    """fake-gcs-server in memory: it honours `ifGenerationMatch` and pages, as the other emulator does not."""
+
+    def command(self, port: int) -> list[str]:
+        options = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
+        return [built("fake-gcs-server"), *options, "-public-host", f"127.0.0.1:{port}", "-log-level", "error"]
+
+    def fresh(self) -> GcsBucket:
+        return GcsBucket(self.url, f"bucket-{uuid.uuid4().hex[:12]}")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The metadata services
 
 Cloud = Literal["aws", "gce", "both", "none"]

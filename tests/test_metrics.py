@@ -12,13 +12,14 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import cassbackup
 import pytest
 from conftest import REPOSITORY, Daemon, Run
 from prometheus_client.parser import text_string_to_metric_families
 from scene import IMPATIENT, Scene, wait_for
 from servers import FileBucket, free_port
 from tree import Node
+
+import cassbackup
 
 ALERTS = REPOSITORY / "debian" / "alerts.yml"
 DASHBOARD = REPOSITORY / "debian" / "grafana-dashboard.json"

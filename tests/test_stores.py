@@ -29,7 +29,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-from conftest import COMMAND_TIMEOUT_S, Authority
+from conftest import COMMAND_TIMEOUT_S, REAL, Authority
 from faultproxy import (
     LOST_ACK,
     SLOW_DOWN,
@@ -134,7 +134,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opener]:
         store.close()
 
 
-@pytest.fixture(scope="module", params=["file", "rclone", "moto", "gcs"])
+@pytest.fixture(scope="module", params=["file", "rclone", "moto", "gcs", *REAL])
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bucket:
     """Return a bucket for all tests of this module; they run once for each kind of store."""
     if request.param == "file":
