@@ -11,7 +11,7 @@ and then writes a listing into the same bucket: what can be restored from there.
 
 * The pinner, one thread, arms watches, scans directories, links files and unlinks its links. It knows no store.
 * The loop, asyncio on the main thread, owns every decision and all state. One coroutine takes a unit from its
-  pins to its listing. SQLite is used here and nowhere else.
+  pins to its listing. The ledger, in SQLite, is used here and nowhere else.
 * Workers, a bounded pool, make the calls that block. They take values and return values.
 
 How a file travels
@@ -7539,24 +7539,15 @@ def kept_but_tag(found: Sequence[Candidate], options: PruneOptions) -> dict[Unit
 
 def window_bases(found: Sequence[Candidate], kept: Mapping[Unit, str]) -> list[Base]:
     """Return all that a restore to a moment may begin with, from the oldest snapshot of the window on."""
-    left = {one.unit: one for one in found if one.unit in kept}
-    moments, first = set[float](), math.inf
-    for unit, one in left.items():
-        end = end_of(one.listing)
-        moments.add(end if one.snapshot.complete else 0.0)
-        moments.add(emptied_at(unit))
-        if kept[unit] in _WINDOW:
-            first = min(first, end)
-
-    def read(snapshot: Snapshot) -> Listing[Known]:
-        return left[snapshot.unit].listing
-
-    def created(listing: Listing[Known]) -> float:
-        # A restore reads it in manifest.json. No snapshot takes Cassandra a day, so this keeps rather too much.
-        return end_of(listing) - _DAY_S
-
-    snapshots = [one.snapshot for one in left.values()]
-    return [choose_base(snapshots, moment, read, created) for moment in sorted(moments) if moment >= first]
+    ends = {one.unit: end_of(one.listing) for one in found if one.unit in kept}
+    first = min((end for unit, end in ends.items() if kept[unit] in _WINDOW), default=math.inf)
+    bases = []
+    for one in found:
+        end = ends.get(one.unit, 0.0)
+        if end >= first:
+            # When it began, a restore reads in manifest.json. No snapshot takes Cassandra a day: this keeps too much.
+            bases.append(base_on(one.listing, end - _DAY_S))
+    return bases
 
 
 def is_reachable(info: ListingInfo, listing: Listing[Known], bases: Sequence[Base]) -> bool:
@@ -7581,49 +7572,52 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-class KeySet:
-    """A set of keys in 16 MiB at most, however many there are: a Bloom filter, since a node may have ten million.
+# What a key is to a run of prune. An object may be of several of these.
+_EXPIRES: Final = "listing, or another document, that goes"
+_REMAINS: Final = "listing that stays"
+_NAMED: Final = "object that a listing names which stays"
+_GOES: Final = "object that is to be marked"
+_MARKED: Final = "object that is marked already"
 
-    It never misses a key that was added. With 200,000 keys it takes one other of 100,000 for one of them, with ten
-    million one of 50: that object stays until another run, in which Python's hashes are other ones.
+
+class KeySets:
+    """Sets of keys in a temporary file: a node may have ten million objects, and memory is Cassandra's.
+
+    SQLite holds 2 MiB of it in memory. The file has no name, and ends with the process. It lies in SQLITE_TMPDIR, in
+    /var/tmp or in /tmp, and has 160 bytes for each key.
     """
 
     def __init__(self) -> None:
-        self._bits = mmap.mmap(-1, 1 << 24)  # a page of it is there once it is used
-        self.count = 0
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.execute("PRAGMA journal_mode = OFF")
+        self._db.execute("CREATE TABLE keys (what, key, size, PRIMARY KEY (what, key)) WITHOUT ROWID")
+        self._db.execute("BEGIN")  # and never a COMMIT: nobody will read this file
 
-    def add(self, keys: Iterable[str]) -> None:
-        """Add keys."""
-        for key in keys:
-            self.count += key not in self
-            for place in self._places(key):
-                self._bits[place >> 3] |= 1 << (place & 7)
+    def add(self, what: str, objects: Iterable[tuple[str, int]]) -> None:
+        """Add keys, with the sizes of their objects, to a set."""
+        # In a bucket that is a directory, somebody's file may have a name that is no UTF-8: as bytes it is one.
+        rows = ((what, key.encode("utf-8", "surrogateescape"), size) for key, size in objects)
+        self._db.executemany("INSERT OR IGNORE INTO keys VALUES (?, ?, ?)", rows)
 
-    def __contains__(self, key: str) -> bool:
-        return all(self._bits[place >> 3] & 1 << (place & 7) for place in self._places(key))
+    def has(self, what: str, key: str) -> bool:
+        """Tell whether a key is in a set."""
+        row = (what, key.encode("utf-8", "surrogateescape"))
+        return self._db.execute("SELECT 1 FROM keys WHERE what = ? AND key = ?", row).fetchone() is not None
 
-    def _places(self, key: str) -> tuple[int, int]:
-        value = hash(key)
-        return value & 0x7FFFFFF, value >> 32 & 0x7FFFFFF
+    def each(self, what: str) -> Iterator[str]:
+        """Yield the keys of a set in their order."""
+        for (key,) in self._db.execute("SELECT key FROM keys WHERE what = ? ORDER BY key", (what,)):
+            yield key.decode("utf-8", "surrogateescape")
 
+    def total(self, what: str) -> tuple[int, int]:
+        """Return how many keys a set has, and the bytes of their objects."""
+        row = self._db.execute("SELECT count(*), total(size) FROM keys WHERE what = ?", (what,)).fetchone()
+        return int(row[0]), int(row[1])
 
-class PackedKeys:
-    """Many keys in little memory: they are so alike that zlib leaves a tenth of them."""
-
-    def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._packs: list[bytes] = []
-        self.count = 0
-        self.add(keys)
-
-    def add(self, keys: Iterable[str]) -> None:
-        """Add keys, which hold no line feed."""
-        for batch in in_batches(keys, _FILE_KEYS):
-            self._packs.append(zlib.compress("\n".join(batch).encode()))
-            self.count += len(batch)
-
-    def __iter__(self) -> Iterator[str]:
-        for pack in self._packs:
-            yield from zlib.decompress(pack).decode().split("\n")
+    def subtract(self, what: str, other: str) -> None:
+        """Take out of a set what another one has."""
+        in_other = "EXISTS (SELECT 1 FROM keys WHERE what = ? AND key = mine.key)"
+        self._db.execute(f"DELETE FROM keys AS mine WHERE what = ? AND {in_other}", (what, other))
 
 
 class Pruning:
@@ -7637,29 +7631,14 @@ class Pruning:
         self._store, self._threads = bucket.store, bucket.threads
         self.node, self._options = node, options
         self.snapshots: list[dict[str, Any]] = []  # what becomes of each
-        self.tags = set[str]()
         self.doubts: list[str] = []  # why nothing is deleted without --force
-        self.listings = PackedKeys()  # that go, and other documents among them
-        self.objects = PackedKeys()  # that are to be marked
-        self.size = self.deleted = 0
         self.refused: dict[str, str] = {}  # what the store would not delete, and why
+        self._deleted = 0
+        self._keys = KeySets()
+        self._due: list[str] = []  # files of marks that are a day old: each is the name of a set, too
         self._records: list[tuple[str, dict[str, Any]]] = []  # tag records to be written anew: folder, document
-        self._marked = KeySet()  # already
-        self._named = KeySet()  # by a listing that stays
-        self._listed = KeySet()  # by any listing
-        self._due: dict[str, PackedKeys] = {}  # files of marks that are a day old
-        for info, document in read_documents(self._store, f"{node}.pending-delete/"):
-            keys = pending_keys(node, info.key, document)
-            self._marked.add(keys)
-            if self._store.now() - info.modified < _DAY_S:
-                continue
-            if document.get("deleted"):
-                self.listings.add([info.key])
-            else:
-                self._due[info.key] = PackedKeys(keys)
-        self._began = self._store.now()  # the listings are read from now on
+        self._began = 0.0  # the listings are read from then on
         self._came = set[str]()  # listings that came since
-        self._kept = set[str]()  # keys that they name
         self._looked = -math.inf
 
     def _list(self, folder: str) -> Iterator[ObjectInfo]:
@@ -7667,77 +7646,82 @@ class Pruning:
 
     # Deciding
 
-    def plan_retirement(self) -> None:
-        """Let everything of the node go. Raises Usage if it was heard of within the last 30 days, Missing."""
+    def plan(self) -> None:
+        """Decide what goes. Raises Corrupt for whatever cannot be read; of a node that is retired, Usage, Missing."""
+        self._read_marks()
+        self._began = self._store.now()
+        if self._options.retire:
+            self._plan_retirement()
+        else:
+            self._plan_listings()
+        self._keys.subtract(_GOES, _MARKED)
+        if not self._options.retire:
+            going, named = self._keys.total(_GOES)[0], self._keys.total(_NAMED)[0]
+            self._doubt_half(going, going + named, f"objects of {self.node}")
+
+    def _read_marks(self) -> None:
+        for info, document in read_documents(self._store, f"{self.node}.pending-delete/"):
+            keys = [(key, 0) for key in pending_keys(self.node, info.key, document)]
+            self._keys.add(_MARKED, keys)
+            if self._store.now() - info.modified < _DAY_S:
+                continue
+            if document.get("deleted"):
+                self._expire(info.key)
+            else:
+                self._keys.add(info.key, keys)
+                self._due.append(info.key)
+
+    def _expire(self, *keys: str) -> None:
+        self._keys.add(_EXPIRES, ((key, 0) for key in keys))
+
+    def _plan_retirement(self) -> None:
+        """Let everything of the node go, if nothing was heard of it for 30 days."""
         heard = 0.0
-        for infos in in_batches(self._list(".listings/"), _FILE_KEYS):
-            heard = max(heard, *(info.modified for info in infos))
-            self.listings.add(info.key for info in infos)
-        for infos in in_batches(self._list("/"), _FILE_KEYS):
-            heard = max(heard, *(info.modified for info in infos))
-            self._let_go({info.key: info.size for info in infos})
+        for what, folder in ((_EXPIRES, ".listings/"), (_GOES, "/")):
+            for info in self._list(folder):
+                heard = max(heard, info.modified)
+                self._keys.add(what, [(info.key, info.size)])
         if self._began - heard < _SILENT_S:
             what = f"{self.node} was heard of at {utc(heard)}"
             raise Usage(what, "a node is retired when it has been silent for 30 days; stop its daemon")
-        if not heard and not self._marked.count:
-            names = ", ".join(node_names(self._store)[:20])
+        if not heard and not self._keys.total(_MARKED)[0]:
             what = f"no node {self.node!r} in {self._store.url}"
-            raise Missing(what, f"the full name is needed here; there are {names}")
+            raise Missing(what, f"the full name is needed here; there are {some_of(node_names(self._store))}")
 
-    def plan(self) -> None:
-        """Decide what goes, a table at a time. Raises Corrupt for whatever cannot be read."""
+    def _plan_listings(self) -> None:
+        """Decide what goes, a table at a time."""
         # Read before the listings: what one of these names, and is no listing then, is gone.
         records = tag_records(self._store, self.node)
         marks = list(read_documents(self._store, f"{self.node}.listings/bad/"))
         bad = read_bad_keys(self._store, self.node)
-        fates = {key: "gone" for record in records.values() for key in record["listings"]}
         there = listings_of(self._store, self.node, strict=True)
         for _, group in itertools.groupby(there, lambda info: info.unit.place):
-            infos = list(group)
-            expired = self._plan_table(infos, bad)
-            self.listings.add(sorted(expired))
-            for info in infos:
-                if info.key in fates:
-                    fates[info.key] = "expired" if info.key in expired else "stays"
+            self._plan_table(list(group), bad)
         for key, record in records.items():
-            self._plan_record(key, record, fates)
+            self._plan_record(key, record)
         if not self._options.tag:
             self._plan_rest(marks)
-        self._doubt_half(self.objects.count, self.objects.count + self._named.count, f"objects of {self.node}")
-        for file, keys in self._due.items():
-            self._due[file] = PackedKeys(key for key in keys if key not in self._named)
-        del self._marked, self._named, self._listed  # many nodes may be planned before anything is done
+        self._keys.subtract(_GOES, _NAMED)
 
-    def _plan_table(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> set[str]:
-        """Return the keys of a table's listings that go."""
+    def _plan_table(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> None:
         found = list(self._candidates(infos, bad))
         if self._options.tag:
             kept = kept_but_tag(found, self._options)
         else:
             kept = kept_snapshots(found, self._options, self._began)
-        going: dict[str, int] = {}
-        staying, expired = set[str](), set[str]()
         for one in found:
-            if one.unit in kept:
-                staying.update(key for key, _ in one.objects)
-            else:
-                going.update(one.objects)
-                expired.update(info.key for info in one.snapshot.listings)
+            self._note(one.unit in kept, one.snapshot.listings, one.objects)
         bases = window_bases(found, kept)
         others = [info for info in infos if info.unit.kind != "snapshot"]
         read = functools.partial(read_listing, self._store, self.node)
         for info, listing in zip(others, spread(read, others, self._threads), strict=True):
-            objects = {entry.key: entry.fingerprint.size for entry in listing.files}
-            if self._stays(info, listing, bases):
-                staying.update(objects)
-            else:
-                going.update(objects)
-                expired.add(info.key)
-        self._named.add(staying)
-        self._listed.add(staying | going.keys())
-        self._let_go({key: size for key, size in going.items() if key not in staying})
+            objects = [(entry.key, entry.fingerprint.size) for entry in listing.files]
+            self._note(self._stays(info, listing, bases), [info], objects)
         self._tell(found, kept)
-        return expired
+
+    def _note(self, stays: bool, listings: Iterable[ListingInfo], objects: Iterable[tuple[str, int]]) -> None:
+        self._keys.add(_REMAINS if stays else _EXPIRES, ((info.key, 0) for info in listings))
+        self._keys.add(_NAMED if stays else _GOES, objects)
 
     def _candidates(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> Iterator[Candidate]:
         def read(snapshot: Snapshot) -> list[Listing[Known]]:
@@ -7759,7 +7743,7 @@ class Pruning:
                 when=snapshot.newest.when,
                 counts=snapshot.complete and not is_automatic(snapshot.unit),
                 good=bad.isdisjoint(entry.key for entry in newest.files),
-                listing=replace(newest, complete=snapshot.complete, files=tuple(telling.values())),
+                listing=replace(newest, files=tuple(telling.values())),
                 objects=named,
             )
 
@@ -7770,95 +7754,91 @@ class Pruning:
         return not within or self._began - info.when <= within
 
     def _tell(self, found: Sequence[Candidate], kept: Mapping[Unit, str]) -> None:
-        counted = going = 0
         for one in found:
-            unit, stays = one.unit, one.unit in kept
-            counted += one.counts
-            going += one.counts and not stays
-            why = "it is incomplete or Cassandra's own, and old"
+            stays = one.unit in kept
             if stays:
-                why = kept[unit]
+                why = kept[one.unit]
             elif self._options.tag:
                 why = "--tag"
             elif one.counts:
                 why = "no --keep option keeps it"
+            else:
+                why = "it is incomplete or Cassandra's own, and old"
             if why:
                 told = {
-                    "table": unit.place,
-                    "tag": unit.tag,
-                    "life": unit.life,
+                    "table": one.unit.place,
+                    "tag": one.unit.tag,
+                    "life": one.unit.life,
                     "taken": utc(one.taken),
                     "stays": stays,
                     "why": why,
                 }
                 self.snapshots.append(told)
-            self.tags.add(unit.tag)
+        counted = [one for one in found if one.counts]
+        going = [one for one in counted if one.unit not in kept]
         # Of two, one at most goes, the last good one stays; so no more than half of those of a node go either.
-        if counted >= 3:
-            self._doubt_half(going, counted, f"complete snapshots of {found[0].unit.place} of {self.node}")
+        if len(counted) >= 3:
+            self._doubt_half(len(going), len(counted), f"complete snapshots of {found[0].unit.place} of {self.node}")
 
     def _doubt_half(self, going: int, there: int, what: str) -> None:
         if 2 * going > there and not self._options.force:
             self.doubts.append(f"{going} of {there} {what} would go")
 
-    def _let_go(self, objects: Mapping[str, int]) -> None:
-        fresh = [key for key in objects if key not in self._marked]
-        self.objects.add(fresh)
-        self.size += sum(objects[key] for key in fresh)
-
-    def _plan_record(self, key: str, record: dict[str, Any], fates: Mapping[str, str]) -> None:
-        expired, left = list[str](), list[str]()
-        for listing in record["listings"]:
-            names = expired if fates[listing] == "expired" else left
-            names.append(listing)
-        is_over = all(fates[listing] == "gone" for listing in left)
-        if is_over or expired:
-            self.listings.add([key])
+    def _plan_record(self, key: str, record: dict[str, Any]) -> None:
+        """Have a tag record of which some listings go written anew, and let one go that names none which stays."""
+        listings: list[str] = record["listings"]
+        expired = [one for one in listings if self._keys.has(_EXPIRES, one)]
+        is_over = not any(self._keys.has(_REMAINS, one) for one in listings)
+        if expired or is_over:
+            self._expire(key)
         if expired and not is_over:
-            record |= {"listings": left, "pruned": record["pruned"] + expired}
-            self._records.append((key.rpartition("/")[0], record))
+            left = [one for one in listings if one not in expired]
+            anew = {**record, "listings": left, "pruned": record["pruned"] + expired}
+            self._records.append((key.rpartition("/")[0], anew))
 
     def _plan_rest(self, marks: Sequence[tuple[ObjectInfo, dict[str, Any]]]) -> None:
         """Let go objects that no listing ever named, and documents that tell of nothing any more."""
-        for infos in in_batches(self._list("/"), _FILE_KEYS):
-            old = [info for info in infos if self._began - info.modified > _SILENT_S]
-            self._let_go({info.key: info.size for info in old if info.key not in self._listed})
+        old = (info for info in self._list("/") if self._began - info.modified > _SILENT_S)
+        self._keys.add(_GOES, ((info.key, info.size) for info in old))
         oldest = min((one["taken"] for one in self.snapshots if one["stays"]), default="")
         beats = [info.key for info in self._list(".listings/heartbeat/") if utc(info.modified) < oldest]
         nodes = [info.key for info in self._list(".listings/node.")]
-        self.listings.add(beats + nodes[:-1])
+        self._expire(*beats, *nodes[:-1])
         for info, document in marks[:-1]:  # the newest tells when the node was verified
-            if not any(mark["key"] in self._named for mark in document["keys"]):
-                self.listings.add([info.key])
+            if not any(self._keys.has(_NAMED, mark["key"]) for mark in document["keys"]):
+                self._expire(info.key)
 
     # Doing
 
     def confirm(self) -> None:
         """Mark objects, delete listings, and delete what was marked a day ago."""
-        for keys in in_batches(self.objects, _FILE_KEYS):
+        for keys in in_batches(self._keys.each(_GOES), _FILE_KEYS):
             put_dated(self._store, f"{self.node}.pending-delete", {"keys": keys, "deleted": False})
         for folder, record in self._records:
             put_dated(self._store, folder, record)
-        for keys in in_batches(self.listings, _BATCH_KEYS):
+        for keys in in_batches(self._keys.each(_EXPIRES), _BATCH_KEYS):
             self._delete(keys)
-        for file, marked in self._due.items():
+        for file in self._due:
             if not self.refused:  # a listing that stays names what would be deleted
-                self._sweep(file, marked)
+                self._sweep(file)
 
-    def _sweep(self, file: str, marked: PackedKeys) -> None:
+    def _sweep(self, file: str) -> None:
         """Delete what was marked a day ago and no listing names, then the marks.
 
         A daemon may have asked for such an object a moment before it went. So its mark stays one more day.
         """
-        for keys in in_batches(marked, _BATCH_KEYS):
+        gone: list[str] = []
+        for batch in in_batches(self._keys.each(file), _BATCH_KEYS):
             if not self._store.head(file):
                 return  # another prune has deleted these, and a daemon may use the keys again
             self._read_new_listings()
-            self.deleted += self._delete([key for key in keys if key not in self._kept])
+            keys = [key for key in batch if not self._keys.has(_NAMED, key)]
+            self._deleted += self._delete(keys)
+            gone += keys
         if self.refused:
             return
-        if marked.count:
-            put_dated(self._store, f"{self.node}.pending-delete", {"keys": list(marked), "deleted": True})
+        if gone:
+            put_dated(self._store, f"{self.node}.pending-delete", {"keys": gone, "deleted": True})
         self._delete([file])
 
     def _read_new_listings(self) -> None:
@@ -7869,7 +7849,8 @@ class Pruning:
         for info in listings_of(self._store, self.node, strict=True):
             if info.when >= self._began - _SKEW_S and info.key not in self._came:
                 self._came.add(info.key)
-                self._kept.update(entry.key for entry in read_listing(self._store, self.node, info).files)
+                named = read_listing(self._store, self.node, info).files
+                self._keys.add(_NAMED, ((entry.key, entry.fingerprint.size) for entry in named))
 
     def _delete(self, keys: Sequence[str]) -> int:
         refused = self._store.delete(keys)
@@ -7878,13 +7859,14 @@ class Pruning:
 
     def document(self) -> dict[str, Any]:
         """Return what goes and what stays, as --json prints it."""
+        objects, size = self._keys.total(_GOES)
         return {
             "node": self.node,
             "snapshots": self.snapshots,
-            "listings": self.listings.count,
-            "objects": self.objects.count,
-            "bytes": self.size,
-            "deleted": self.deleted,
+            "listings": self._keys.total(_EXPIRES)[0],
+            "objects": objects,
+            "bytes": size,
+            "deleted": self._deleted,
             "refused": self.refused,
             "doubts": self.doubts,
         }
@@ -7909,13 +7891,29 @@ def _prune_text(node: Mapping[str, Any], confirmed: bool) -> str:
     return text
 
 
-def _plan_node(bucket: Bucket, node: str, options: PruneOptions) -> Pruning:
-    pruning = Pruning(bucket, node, options)
-    if options.retire:
-        pruning.plan_retirement()
+def _prune_nodes(bucket: Bucket, names: Sequence[str], options: PruneOptions) -> Answer:
+    plans = [Pruning(bucket, name, options) for name in names]
+    # All are planned before anything is deleted: any doubt about one node, and nothing goes of any.
+    for plan in plans:
+        plan.plan()
+    if options.tag and not any(plan.snapshots for plan in plans):
+        raise Missing(f"no snapshot is called {options.tag!r}", "`cassbackup list` shows what there is")
+    doubts = [doubt for plan in plans for doubt in plan.doubts]
+    confirmed = options.confirm and not options.dry_run and not doubts
+    if confirmed:
+        for plan in plans:
+            plan.confirm()
+    nodes = [plan.document() for plan in plans]
+    lines = [_prune_text(node, confirmed) for node in nodes]
+    if doubts:
+        lines += [*doubts[:20], "nothing was deleted; if that is meant, pass --force"]
+    elif confirmed:
+        lines.append("what is marked is deleted by the first prune that runs a day later")
     else:
-        pruning.plan()
-    return pruning
+        lines.append("nothing was deleted; pass --confirm to do it")
+    code = FAILED if doubts or any(plan.refused for plan in plans) else DONE
+    document = {"schema": 1, "bucket": bucket.store.url, "confirmed": confirmed, "nodes": nodes}
+    return Answer(code, document, "\n".join(lines))
 
 
 def prune(bucket: Bucket, options: PruneOptions) -> Answer:
@@ -7932,27 +7930,10 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
         names = [node.name for node in choose_nodes(bucket, options)]
     else:
         names = [choose_node(bucket, options).name]
-    # All are planned before anything is deleted: any doubt about one node, and nothing goes of any.
-    plans = [_plan_node(bucket, name, options) for name in names]
-    if options.tag and not any(plan.snapshots for plan in plans):
-        tags = {tag for plan in plans for tag in plan.tags}
-        there = quote(", ".join(sorted(tags)[-20:]))
-        raise Missing(f"no snapshot is called {options.tag!r}", f"there are {there}")
-    doubts = [doubt for plan in plans for doubt in plan.doubts]
-    confirmed = options.confirm and not options.dry_run and not doubts
-    for plan in plans if confirmed else ():
-        plan.confirm()
-    nodes = [plan.document() for plan in plans]
-    lines = [_prune_text(node, confirmed) for node in nodes]
-    if doubts:
-        lines += [*doubts[:20], "nothing was deleted; if that is meant, pass --force"]
-    elif confirmed:
-        lines.append("what is marked is deleted by the first prune that runs a day later")
-    else:
-        lines.append("nothing was deleted; pass --confirm to do it")
-    code = FAILED if doubts or any(plan.refused for plan in plans) else DONE
-    document = {"schema": 1, "bucket": bucket.store.url, "confirmed": confirmed, "nodes": nodes}
-    return Answer(code, document, "\n".join(lines))
+    try:
+        return _prune_nodes(bucket, names, options)
+    except sqlite3.Error as error:
+        raise Fault(f"the temporary file failed ({error})", "free some of /var/tmp, or set SQLITE_TMPDIR") from None
 
 
 # ======================================================================================================
