@@ -8174,29 +8174,31 @@ _GREEN_S: Final = 900.0  # as `status --max-lag`
 _YELLOW_S: Final = 26 * 3600.0  # as `status --max-age`
 _BEAT_GAP_S: Final = 3 * 900.0  # a daemon says every quarter of an hour that it lives
 _FLUSH_GAP_S: Final = 3 * 3600.0  # Cassandra flushes its own tables every hour (SystemKeyspace)
-_BEATS: Final = 1000  # heartbeats that are read of a node; of more, every second or third
-_LANES: Final = 500  # that are drawn, the worst ones
-_COLUMNS: Final = 240  # of a lane; each is three pixels wide, and the first is at 330
+_COLUMNS: Final = 240  # of a lane
+_LANES: Final = 5000  # tables that are drawn; where there are more, the worst ones of each node
 _PAGE: Final = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><title>cassbackup report</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/><style>
-:root {{color-scheme: light dark; --ink: #1b242d; --ok: #2f8f6b; --late: #e8bd4f; --old: #d9643f; --none: #8f2740}}
-@media (prefers-color-scheme: dark) {{:root {{--ink: #e6eaee; --none: #ff9db0}}}}
-body {{margin: 32px auto; max-width: 1200px; color: var(--ink); font: 14px/1.5 sans-serif}}
-div {{overflow-x: auto}} text {{font-size: 12px; fill: var(--ink)}}
-.end {{text-anchor: end}} .mid {{text-anchor: middle}}
-.ok {{fill: var(--ok)}} .late {{fill: var(--late)}} .old {{fill: var(--old)}} .none {{fill: var(--none)}}
-</style></head><body><h1>{title}</h1><p>{about}</p><div>
-<svg xmlns="http://www.w3.org/2000/svg" role="img" width="1150" height="{height}">{picture}
-<g transform="translate(330 {legend})">
-<rect class="ok" width="14" height="14"/><text x="22" y="11">up to 15 min of flushed writes would have been lost</text>
-<rect class="late" y="18" width="14" height="14"/><text x="22" y="29">up to 26 h</text>
-<rect class="old" y="36" width="14" height="14"/><text x="22" y="47">more than 26 h</text>
-<rect class="none" y="54" width="14" height="14"/><text x="22" y="65">everything: no complete snapshot yet</text>
-</g></svg></div></body></html>
+:root {{color-scheme: light dark}} body {{margin: 32px auto; width: 94%; font: 14px/1.5 sans-serif}}
+h1 {{font-size: 20px}} summary {{cursor: pointer; margin-top: 8px; font-weight: bold}}
+summary span::before {{content: "\\25B8\\00A0"}} [open] summary span::before {{content: "\\25BE\\00A0"}}
+.lane {{display: grid; grid-template-columns: 28% auto 7em; gap: 12px; align-items: center}}
+span {{overflow: hidden; text-overflow: ellipsis; white-space: nowrap}} div span {{padding-left: 2em}}
+svg {{width: 100%; height: 14px; fill: currentColor; shape-rendering: crispEdges}} text {{font-size: 12px}}
+i {{display: inline-block; width: 14px; height: 14px; margin: 0 6px 0 16px; background: currentColor}}
+.ok {{color: #2f8f6b}} .late {{color: #e8bd4f}} .old {{color: #d9643f}} .none {{color: #8f2740}}
+@media (prefers-color-scheme: dark) {{.none {{color: #ff5c8a}}}}
+</style></head><body><h1>{title}</h1><p>{about}</p>
+<div class="lane"><span></span><svg><text y="11">{begin}</text><text y="11" x="50%" text-anchor="middle">{middle}</text>
+<text y="11" x="100%" text-anchor="end">{end}</text></svg></div>
+{nodes}<p>So much of what Cassandra had flushed would have been lost at each moment:
+<i class="ok"></i>up to 15 min <i class="late"></i>up to 26 h <i class="old"></i>more
+<i class="none"></i>everything</p></body></html>
 """
-_TEXT: Final = '<text class="{}" x="{}" y="{}">{}</text>\n'
-_RECT: Final = '<rect class="{}" x="{}" y="{}" width="{}" height="14"><title>up to {} lost</title></rect>\n'
+_LANE: Final = """<{} class="lane"><span>{}</span>
+<svg viewBox="0 0 240 1" preserveAspectRatio="none">{}</svg><div>{}</div></{}>
+"""
+_RECT: Final = '<rect class="{}" x="{}" width="{}" height="1"><title>up to {} lost</title></rect>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -8213,12 +8215,13 @@ class Past(NamedTuple):
 
     first: float  # when it was first heard of
     gone: float  # when it was dropped
-    listed: list[float]  # when each snapshot was listed, in order ...
-    ends: list[float]  # ... and how far a restore came from then on
+    bases: list[tuple[float, float]]  # when each snapshot was listed, in order, and how far a restore came then
 
 
 def _past_of(infos: Sequence[ListingInfo]) -> Past:
-    gone, points = math.inf, list[tuple[float, float]]()
+    first = min(seconds_of(info.unit.life or info.listed) for info in infos)
+    gone = math.inf
+    points: list[tuple[float, float]] = []
     for snapshot in snapshots_of(infos):
         emptied = emptied_at(snapshot.unit)
         if emptied and not snapshot.unit.tag.startswith("truncated-"):
@@ -8227,30 +8230,26 @@ def _past_of(infos: Sequence[ListingInfo]) -> Past:
             listed = min(info.when for info in snapshot.listings if info.complete)
             # After a truncate there is nothing older that could be missed.
             points.append((listed, emptied or seconds_of(snapshot.unit.life)))
-    points.sort()
-    first = min(seconds_of(info.unit.life or info.listed) for info in infos)
-    ends = itertools.accumulate((end for _, end in points), max)
-    return Past(first, gone, [listed for listed, _ in points], list(ends))
+    bases = []
+    reach = 0.0
+    for listed, end in sorted(points):
+        reach = max(reach, end)
+        bases.append((listed, reach))
+    return Past(first, gone, bases)
 
 
-class Beat(NamedTuple):
-    """A heartbeat: which tables had incrementals that were not listed yet, and when the oldest had been found."""
-
-    moment: float
-    waiting: Mapping[str, float]
-
-
-def _read_beat(store: Patient, key: str) -> Beat:
-    moment, waiting = seconds_of(key[-len("20261121T202438.123456Z.json") : -len(".json")]), dict[str, float]()
+def _read_waiting(store: Patient, key: str) -> dict[str, float]:
+    """Return which tables had incrementals that were not listed yet, and when the oldest had been found."""
+    waiting = {}
     try:
         for place, found in load_document(key, read_object(store, key))["oldest_incrementals"].items():
             waiting[unquote(place)] = seconds_of(found)
     except (Fault, LookupError, TypeError, ValueError, AttributeError) as error:
         log.warning("skipped key=%s error=%s", quote(key), quote(str(error)))
-    return Beat(moment, waiting)
+    return waiting
 
 
-def gaps_of(moments: Iterable[float], now: float, limit: float) -> list[tuple[float, float]]:
+def _gaps(moments: Iterable[float], now: float, limit: float) -> list[tuple[float, float]]:
     """Return where nothing happened for longer than the limit, up to now."""
     pairs = itertools.pairwise([*sorted(moments), now])
     return [(begin, end) for begin, end in pairs if end - begin > limit]
@@ -8268,40 +8267,55 @@ class History:
             flushes.update(info.when // 60 * 60 for info in infos if info.unit.kind == "incremental")
             if infos and is_selected(infos[0].unit, words):
                 self.tables[place] = _past_of(infos)
+        beats: dict[float, str] = {}
         prefix = f"{node}.listings/heartbeat/"
-        keys = [info.key for info in bucket.store.list(prefix, after=prefix + utc(begin))]
-        few = keys[:: 1 + len(keys) // _BEATS]
-        self.beats = list(spread(functools.partial(_read_beat, bucket.store), few, bucket.threads))
-        signs.update(beat.moment for beat in self.beats)
-        self.silences = gaps_of(signs, now, _BEAT_GAP_S)
-        self.holes = [(0.0, now)]  # where incremental backups were off
+        # From somewhat earlier on: else the daemon would seem to have been silent just before the picture begins.
+        for info in bucket.store.list(prefix, after=prefix + utc(begin - _BEAT_GAP_S)):
+            told = info.key.removeprefix(prefix).removesuffix(".json")
+            if is_utc(told):
+                beats[seconds_of(told)] = info.key
+        signs.update(beats)
+        # That the daemon lived, a heartbeat's key tells. What waited then is read of some, the last one among them.
+        self._beats = sorted(sorted(beats)[:: -1 - len(beats) // _COLUMNS])
+        keys = [beats[moment] for moment in self._beats]
+        self._waiting = list(spread(functools.partial(_read_waiting, bucket.store), keys, bucket.threads))
+        self.first = min(signs, default=now)
+        if not self.tables and not words:
+            self.tables["(nothing is listed yet)"] = Past(self.first, math.inf, [])
+        self._silences = _gaps(signs, now, _BEAT_GAP_S)
+        self._holes = [(0.0, now)]  # where incremental backups were off
         if flushes:
             # What Cassandra links while no daemon runs is found when it comes back: that breaks no chain.
-            moments = {min(signs), *flushes, *itertools.chain.from_iterable(self.silences)}
-            self.holes = [gap for gap in gaps_of(moments, now, _FLUSH_GAP_S) if gap not in self.silences]
+            moments = {self.first, *flushes, *itertools.chain.from_iterable(self._silences)}
+            self._holes = [gap for gap in _gaps(moments, now, _FLUSH_GAP_S) if gap not in self._silences]
 
     def loss(self, place: str, at: float) -> float:
         """Return how many seconds of flushed writes had been lost if the node had died; inf: all; -1: no such table."""
         past = self.tables[place]
         if not past.first <= at < past.gone:
             return -1.0
-        known = bisect.bisect_right(past.listed, at)
+        known = bisect.bisect_right(past.bases, (at, math.inf))
         if not known:
             return math.inf
-        base, since = past.ends[known - 1], [at]
-        since += [begin for begin, end in self.silences if begin < at <= end]
-        since += [begin for begin, end in self.holes if begin < at and base < end]
-        # The next heartbeat tells what was waiting; after the last one, that does.
-        following = bisect.bisect_left(self.beats, at, key=lambda beat: beat.moment)
-        for beat in self.beats[following : following + 1] or self.beats[-1:]:
-            since.append(beat.waiting.get(place, at))
-        return max(0.0, at - max(base, min(since)))
+        base = past.bases[known - 1][1]
+        since = at
+        for begin, end in self._silences:
+            if begin < at <= end:
+                since = begin
+        for begin, end in self._holes:
+            if begin < at and base < end:
+                since = min(since, begin)
+        if self._beats:
+            # The next heartbeat tells what was waiting; after the last one, that does.
+            following = min(bisect.bisect_left(self._beats, at), len(self._beats) - 1)
+            since = min(since, self._waiting[following].get(place, at))
+        return max(0.0, at - max(base, since))
 
-    def lane(self, place: str, begin: float, now: float) -> list[float]:
+    def losses(self, place: str, begin: float, now: float) -> list[float]:
         """Return the worst loss in each column; the last one is that of now."""
         step = (now - begin) / _COLUMNS
         worst = [self.loss(place, begin + step * column) for column in range(1, _COLUMNS)]
-        for _, end in self.silences:  # some are shorter than a column
+        for _, end in self._silences:  # some are shorter than a column
             column = math.ceil((end - begin) / step) - 1
             if 0 <= column < _COLUMNS - 1:
                 worst[column] = max(worst[column], self.loss(place, end))
@@ -8310,74 +8324,101 @@ class History:
 
 def loss_text(loss: float) -> str:
     """Return a loss for people, rounded up."""
+    if loss < 0:
+        return "dropped"
     if loss == math.inf:
         return "everything"
     for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
         if loss >= 2 * seconds:
             return f"{math.ceil(loss / seconds)} {unit}"
-    return f"{math.ceil(loss)} s" if loss >= 0 else "dropped"
+    return f"{math.ceil(loss)} s"
 
 
-def _state_of(loss: float) -> str:
+def _colour(loss: float) -> str:
     if loss < 0:
         return ""
-    return "none" if loss == math.inf else ("ok", "late", "old")[bisect.bisect_left((_GREEN_S, _YELLOW_S), loss)]
+    if loss <= _GREEN_S:
+        return "ok"
+    if loss <= _YELLOW_S:
+        return "late"
+    return "none" if loss == math.inf else "old"
 
 
-def _draw_lane(name: str, worst: Sequence[float], y: int) -> Iterator[str]:
-    yield _TEXT.format("end", 322, y + 11, html.escape(quote(name)))
-    x = 330
-    for state, group in itertools.groupby(worst, _state_of):
+class Lane(NamedTuple):
+    """A line of the picture: a table, or a node with the worst of all its tables."""
+
+    name: str
+    losses: list[float]  # the worst of each column; the last one is that of now
+    tables: list[Lane]
+
+
+def _worst_first(lanes: Iterable[Lane]) -> list[Lane]:
+    return sorted(lanes, key=lambda lane: (-lane.losses[-1], lane.name))
+
+
+def _node_lane(name: str, history: History, begin: float, now: float) -> Lane:
+    tables = []
+    for place in history.tables:
+        table = table_id_of(place)[0].replace("/", ".", 1)
+        tables.append(Lane(table, history.losses(place, begin, now), []))
+    worst = [max(column) for column in zip(*(table.losses for table in tables), strict=True)]
+    return Lane(name, worst, _worst_first(tables))
+
+
+def _draw_lane(lane: Lane, tag: str) -> str:
+    rects = ""
+    x = 0
+    for colour, group in itertools.groupby(lane.losses, _colour):
         losses = list(group)
-        if state:
-            yield _RECT.format(state, x, y, 3 * len(losses), loss_text(max(losses)))
-        x += 3 * len(losses)
-    yield _TEXT.format("", x + 8, y + 11, loss_text(worst[-1]))
+        if colour:
+            rects += _RECT.format(colour, x, len(losses), loss_text(max(losses)))
+        x += len(losses)
+    return _LANE.format(tag, html.escape(quote(lane.name)), rects, loss_text(lane.losses[-1]), tag)
 
 
-def _draw(lanes: Sequence[tuple[str, list[float]]], begin: float, now: float) -> Iterator[str]:
-    for tick in range(7):
-        moment = moment_text(utc(begin + (now - begin) * tick / 6))
-        yield _TEXT.format("mid", 330 + _COLUMNS // 2 * tick, 14, moment[5:])
-    for row, (name, worst) in enumerate(lanes):
-        yield from _draw_lane(name, worst, 24 + 18 * row)
+def _draw_node(node: Lane, count: int) -> str:
+    tables = [_draw_lane(table, "div") for table in node.tables[:count]]
+    more = len(node.tables) - len(tables)
+    if more:
+        tables.append(f'<div class="lane"><span>and {more} tables that would lose no more</span></div>\n')
+    return f"<details>{_draw_lane(node, 'summary')}{''.join(tables)}</details>\n"
 
 
 def report(bucket: Bucket, options: ReportOptions) -> Answer:
     """Draw how much would have been lost at each moment. Exit 0 whatever that is: `status` is there to alarm."""
-    now, lanes = bucket.store.now(), list[tuple[str, list[float]]]()
+    now = bucket.store.now()
     begin = now - max(1, options.days) * 86400.0
-    names = [node.name for node in choose_nodes(bucket, options)]
-    histories = [History(bucket, name, begin, now, options.table) for name in names]
-    firsts = [past.first for history in histories for past in history.tables.values()]
-    if not firsts:
+    histories = {}
+    for name in [node.name for node in choose_nodes(bucket, options)]:
+        history = History(bucket, name, begin, now, options.table)
+        if history.tables:
+            histories[name] = history
+    if not histories:
         raise Missing("no table matches", "`cassbackup list` shows what there is; put globs in quotes")
-    begin = max(begin, min(firsts) - 60.0)
-    for name, history in zip(names, histories, strict=True):
-        for place in history.tables:
-            lanes.append((f"{name} {table_id_of(place)[0]}", history.lane(place, begin, now)))
-    lanes.sort(key=lambda lane: (-lane[1][-1], lane[0]))
-    late = sum(worst[-1] > _GREEN_S for _, worst in lanes)
-    title = f"If a node died now, the worst loss would be {loss_text(lanes[0][1][-1])} ({lanes[0][0]})"
-    about = (
-        f"{late} of {len(lanes)} tables are late, on {len(names)} nodes of {bucket.store.url}, {moment_text(utc(now))}"
+    begin = max(begin, min(history.first for history in histories.values()) - 60.0)
+    nodes = _worst_first(_node_lane(name, history, begin, now) for name, history in histories.items())
+    tables = []
+    for node in nodes:
+        for table in node.tables:
+            loss = table.losses[-1]
+            tables.append({"node": node.name, "table": table.name, "loss_s": loss if loss < math.inf else None})
+    late = sum(table.losses[-1] > _GREEN_S for node in nodes for table in node.tables)
+    title = f"If a node died now, the worst loss would be {loss_text(nodes[0].losses[-1])} ({nodes[0].name})"
+    about = f"{late} of {len(tables)} tables would lose more than 15 min, on {len(nodes)} nodes of {bucket.store.url}"
+    page = _PAGE.format(
+        title=html.escape(quote(title)),
+        about=html.escape(quote(about)),
+        begin=moment_text(utc(begin)),
+        middle=moment_text(utc((begin + now) / 2)),
+        end=moment_text(utc(now)),
+        nodes="".join(_draw_node(node, _LANES // len(nodes)) for node in nodes),
     )
-    shown = lanes[:_LANES]
-    words = {
-        "title": html.escape(quote(title)),
-        "about": html.escape(quote(about)),
-        "picture": "".join(_draw(shown, begin, now)),
-    }
-    page = _PAGE.format(**words, height=120 + 18 * len(shown), legend=40 + 18 * len(shown))
     text = page
     if options.out != "-":
         text = f"{title}\n{about}\nThe picture is in {options.out}"
-        try:
-            write_file(options.out, page.encode())
-        except OSError as error:
-            raise Fault(f"{options.out} cannot be written ({error.strerror})", "pass --out FILE") from None
-    tables = [{"table": name, "loss_s": worst[-1] if math.isfinite(worst[-1]) else None} for name, worst in lanes]
-    return Answer(DONE, {"bucket": bucket.store.url, "title": title, "about": about, "tables": tables}, text)
+        write_file(options.out, page.encode())
+    document = {"schema": 1, "bucket": bucket.store.url, "title": title, "about": about, "tables": tables}
+    return Answer(DONE, document, text)
 
 
 # ======================================================================================================
