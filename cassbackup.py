@@ -7253,30 +7253,42 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _compare(entry: Known, info: ObjectInfo | None) -> tuple[str, str]:
+class Finding(NamedTuple):
+    """What is wrong with an object or a listing."""
+
+    found: str  # good, absent, size, checksum or archived; of a listing unreadable, or gone
+    what: str  # the same in words
+
+
+_GOOD: Final = Finding("good", "")
+
+
+def _compare(entry: Known, info: ObjectInfo | None) -> Finding:
     size = entry.fingerprint.size
     if not info:
-        return "absent", "is not there"
+        return Finding("absent", "is not there")
     if info.size != size:
-        return "size", f"has {info.size} bytes, listed with {size}"
-    if info.crc32 not in ("", entry.crc32):
-        return "checksum", f"has CRC-32 {info.crc32}, listed with {entry.crc32}"
-    return "good", ""
+        return Finding("size", f"has {info.size} bytes, listed with {size}")
+    if info.crc32 and info.crc32 != entry.crc32:
+        return Finding("checksum", f"has CRC-32 {info.crc32}, listed with {entry.crc32}")
+    return _GOOD
 
 
-def check_object(store: Patient, deep: bool, entry: Known, info: ObjectInfo | None) -> tuple[str, str]:
-    """Return what an object is like, in a word and in a sentence; `info` is what LIST told. `deep` downloads it."""
+def check_object(store: Patient, deep: bool, there: Mapping[str, ObjectInfo], entry: Known) -> Finding:
+    """Compare an object with its entry. `there` is what LIST told; `deep` downloads it."""
+    info = there.get(entry.key)
     is_same = info is not None and info.etag == entry.etag != ""
     if not info or not is_same or info.archived:
         # Some servers spell keys otherwise in LIST; none tells a CRC-32 there, nor that S3 has thawed an object.
         info = store.head(entry.key)
-    found = _compare(entry, info)
-    if not info or found[0] != "good":
-        return found
+    finding = _compare(entry, info)
+    if not info or finding != _GOOD:
+        return finding
     if info.archived:
-        return "archived", f"is in {info.archived}"
-    if not deep and (is_same or info.crc32):
-        return found
+        return Finding("archived", f"is in {info.archived}")
+    known = is_same or info.crc32 != ""
+    if known and not deep:
+        return _GOOD
     try:
         return _compare(entry, replace(info, crc32=crc32_of(store.get(entry.key))))
     except Missing:
@@ -7291,10 +7303,10 @@ class Verification:
         self._node, self._options = node, options
         self._marked = read_bad_keys(self._store, node)
         self._findings: list[dict[str, Any]] = []  # what is bad, archived, or good though it is marked bad
-        self.listings = self._objects = self._size = 0
+        self._listings = self._objects = self._size = 0
 
-    def run(self) -> None:
-        """Check all that is meant, a table at a time."""
+    def run(self) -> dict[str, Any]:
+        """Check all that is meant, a table at a time. Return what --json prints, {} where nothing is meant."""
         # Read before the listings: prune writes a record anew before it deletes a listing.
         recorded = set[str]()
         for record in tag_records(self._store, self._node).values():
@@ -7307,18 +7319,22 @@ class Verification:
         for key in sorted(recorded):
             info = listing_info(self._node, ObjectInfo(key, 0, "", 0.0))
             if info and self._select([info]):
-                self.listings += 1
-                self._note(key, ("gone", "is gone, and prune did not delete it"), [info], False)
-
-    def _note(self, key: str, found: tuple[str, str], users: Sequence[ListingInfo], on_disk: bool) -> None:
-        finding = {
-            "key": key,
-            "found": found[0],
-            "what": found[1],
-            "spoils": sorted({label(info.unit) for info in users}),
-            "on_disk": on_disk,
+                self._listings += 1
+                self._note(key, Finding("gone", "is gone, and prune did not delete it"), [info], False)
+        if not self._listings:
+            return {}
+        return {
+            "node": self._node,
+            "objects": self._objects,
+            "bytes": self._size,
+            "bad": [one for one in self._findings if one["found"] not in ("good", "archived")],
+            "needs_thaw": [one["key"] for one in self._findings if one["found"] == "archived"],
+            "marked": self._mark() if self._options.repair else "",
         }
-        self._findings.append(finding)
+
+    def _note(self, key: str, finding: Finding, users: Sequence[ListingInfo], on_disk: bool) -> None:
+        spoils = sorted({label(info.unit) for info in users})
+        self._findings.append({"key": key, **finding._asdict(), "spoils": spoils, "on_disk": on_disk})
 
     def _select(self, infos: Sequence[ListingInfo]) -> list[ListingInfo]:
         """Return the listings of a table that are meant; the latest are the newest snapshot, and what came since."""
@@ -7341,32 +7357,28 @@ class Verification:
 
     def _check_table(self, infos: Sequence[ListingInfo]) -> None:
         selected = self._select(infos)
-        entries: list[Known] = []
+        self._listings += len(selected)
         # Two listings that tell different things of one key cannot both be right, so each is checked.
-        users: dict[tuple[str, int, str], list[ListingInfo]] = {}
+        named: dict[tuple[str, int, str], tuple[Known, list[ListingInfo]]] = {}
         for info, listing in zip(selected, spread(self._read, selected, self._threads), strict=True):
-            self.listings += 1
             if isinstance(listing, Fault):
-                self._note(info.key, ("unreadable", listing.what), [info], False)
+                self._note(info.key, Finding("unreadable", listing.what), [info], False)
                 continue
             for entry in listing.files:
-                named = users.setdefault((entry.key, entry.fingerprint.size, entry.crc32), [])
-                if not named:
-                    entries.append(entry)
-                named.append(info)
+                content = (entry.key, entry.fingerprint.size, entry.crc32)
+                _, users = named.setdefault(content, (entry, []))
+                users.append(info)
+        entries = [entry for entry, _ in named.values()]
         there = find_objects(self._store, [entry.key for entry in entries], self._threads)
-
-        def check(entry: Known) -> tuple[str, str]:
-            return check_object(self._store, self._options.deep, entry, there.get(entry.key))
-
         newest = max((one.newest.listed for one in snapshots_of(infos) if one.complete), default="")
-        checked = spread(check, entries, self._threads)
-        for entry, named, found in zip(entries, users.values(), checked, strict=True):
+        check = functools.partial(check_object, self._store, self._options.deep, there)
+        findings = spread(check, entries, self._threads)
+        for (entry, users), finding in zip(named.values(), findings, strict=True):
             self._objects += 1
             self._size += entry.fingerprint.size
-            if found[0] != "good" or entry.key in self._marked:
+            if finding != _GOOD or entry.key in self._marked:
                 # What neither the newest snapshot names nor a later listing, compaction has deleted.
-                self._note(entry.key, found, named, any(info.listed >= newest for info in named))
+                self._note(entry.key, finding, users, any(info.listed >= newest for info in users))
 
     def _mark(self) -> str:
         """Write down what is bad, so that the daemon stores it again; return the key of that document.
@@ -7374,31 +7386,16 @@ class Verification:
         It is written even where nothing is bad: it tells when the node was verified.
         """
         at = utc(self._store.now())
-        marks = []
-        for one in self._findings:
-            if one["found"] in ("good", "absent", "size", "checksum"):
-                mark = {"key": one["key"], "found": one["found"], "at": at}
-                marks.append(mark)
+        of_objects = [one for one in self._findings if one["found"] in ("good", "absent", "size", "checksum")]
+        marks = [{"key": one["key"], "found": one["found"], "at": at} for one in of_objects]
         return put_dated(self._store, f"{self._node}.listings/bad", {"keys": marks})
-
-    def document(self) -> dict[str, Any]:
-        """Return what was found, as --json prints it, and mark what is bad if that was asked for."""
-        return {
-            "node": self._node,
-            "objects": self._objects,
-            "bytes": self._size,
-            "bad": [one for one in self._findings if one["found"] not in ("good", "archived")],
-            "needs_thaw": [one["key"] for one in self._findings if one["found"] == "archived"],
-            "marked": self._mark() if self._options.repair else "",
-        }
 
 
 def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
     lines = []
     for one in node["bad"]:
-        lines.append(f"BAD {one['key']} {one['what']}; it spoils {', '.join(one['spoils'])}")
-        if not one["on_disk"]:
-            lines[-1] += "; the node has it no longer"
+        no_longer = "" if one["on_disk"] else "; the node has it no longer"
+        lines.append(f"BAD {one['key']} {one['what']}; it spoils {', '.join(one['spoils'])}{no_longer}")
     lines += [f"needs thaw: {key}" for key in node["needs_thaw"]]
     how = "read whole" if deep else "by size and checksum"
     checked = f"{node['objects']} objects, {size_text(node['bytes'])}, {how}"
@@ -7411,12 +7408,8 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
 def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     """Compare the bucket with its listings. Exit 1: something is bad; 3: something must be thawed first."""
     chosen = choose_nodes(bucket, options) if options.all_nodes else [choose_node(bucket, options)]
-    nodes = []
-    for node in chosen:
-        verification = Verification(bucket, node.name, options)
-        verification.run()
-        if verification.listings:
-            nodes.append(verification.document())
+    pages = [Verification(bucket, node.name, options).run() for node in chosen]
+    nodes = [page for page in pages if page]
     if not nodes:
         raise Missing("no listing matches", "`cassbackup list` shows what there is")
     code = DONE
