@@ -7386,7 +7386,8 @@ class Verification:
         It is written even where nothing is bad: it tells when the node was verified.
         """
         at = utc(self._store.now())
-        of_objects = [one for one in self._findings if one["found"] in ("good", "absent", "size", "checksum")]
+        telling = ("good", "absent", "size", "checksum")
+        of_objects = [one for one in self._findings if one["found"] in telling]
         marks = [{"key": one["key"], "found": one["found"], "at": at} for one in of_objects]
         return put_dated(self._store, f"{self._node}.listings/bad", {"keys": marks})
 
@@ -7394,8 +7395,11 @@ class Verification:
 def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
     lines = []
     for one in node["bad"]:
-        no_longer = "" if one["on_disk"] else "; the node has it no longer"
-        lines.append(f"BAD {one['key']} {one['what']}; it spoils {', '.join(one['spoils'])}{no_longer}")
+        line = f"BAD {one['key']} {one['what']}"
+        line += f"; it spoils {', '.join(one['spoils'])}"
+        if not one["on_disk"]:
+            line += "; the node has it no longer"
+        lines.append(line)
     lines += [f"needs thaw: {key}" for key in node["needs_thaw"]]
     how = "read whole" if deep else "by size and checksum"
     checked = f"{node['objects']} objects, {size_text(node['bytes'])}, {how}"
@@ -7532,12 +7536,12 @@ def kept_but_tag(found: Sequence[Candidate], options: PruneOptions) -> dict[Unit
 
 def window_bases(found: Sequence[Candidate], kept: Mapping[Unit, str]) -> list[Base]:
     """Return all that a restore to a moment may begin with, from the oldest snapshot of the window on."""
-    ends = {one.unit: end_of(one.listing) for one in found if one.unit in kept}
-    first = min((end for unit, end in ends.items() if kept[unit] in _WINDOW), default=math.inf)
+    left = [one for one in found if one.unit in kept]
+    in_window = [end_of(one.listing) for one in left if kept[one.unit] in _WINDOW]
     bases = []
-    for one in found:
-        end = ends.get(one.unit, 0.0)
-        if end >= first:
+    for one in left:
+        end = end_of(one.listing)
+        if in_window and end >= min(in_window):
             # When it began, a restore reads in manifest.json. No snapshot takes Cassandra a day: this keeps too much.
             bases.append(base_on(one.listing, end - _DAY_S))
     return bases
@@ -7602,10 +7606,13 @@ class KeySets:
         for (key,) in self._db.execute("SELECT key FROM keys WHERE what = ? ORDER BY key", (what,)):
             yield key.decode("utf-8", "surrogateescape")
 
-    def total(self, what: str) -> tuple[int, int]:
-        """Return how many keys a set has, and the bytes of their objects."""
-        row = self._db.execute("SELECT count(*), total(size) FROM keys WHERE what = ?", (what,)).fetchone()
-        return int(row[0]), int(row[1])
+    def count(self, what: str) -> int:
+        """Return how many keys a set has."""
+        return int(self._db.execute("SELECT count(*) FROM keys WHERE what = ?", (what,)).fetchone()[0])
+
+    def size(self, what: str) -> int:
+        """Return how many bytes the objects of a set have."""
+        return int(self._db.execute("SELECT total(size) FROM keys WHERE what = ?", (what,)).fetchone()[0])
 
     def subtract(self, what: str, other: str) -> None:
         """Take out of a set what another one has."""
@@ -7649,8 +7656,8 @@ class Pruning:
             self._plan_listings()
         self._keys.subtract(_GOES, _MARKED)
         if not self._options.retire:
-            going, named = self._keys.total(_GOES)[0], self._keys.total(_NAMED)[0]
-            self._doubt_half(going, going + named, f"objects of {self.node}")
+            going = self._keys.count(_GOES)
+            self._doubt_half(going, going + self._keys.count(_NAMED), f"objects of {self.node}")
 
     def _read_marks(self) -> None:
         for info, document in read_documents(self._store, f"{self.node}.pending-delete/"):
@@ -7677,7 +7684,7 @@ class Pruning:
         if self._began - heard < _SILENT_S:
             what = f"{self.node} was heard of at {utc(heard)}"
             raise Usage(what, "a node is retired when it has been silent for 30 days; stop its daemon")
-        if not heard and not self._keys.total(_MARKED)[0]:
+        if not heard and not self._keys.count(_MARKED):
             what = f"no node {self.node!r} in {self._store.url}"
             raise Missing(what, f"the full name is needed here; there are {some_of(node_names(self._store))}")
 
@@ -7767,11 +7774,12 @@ class Pruning:
                     "why": why,
                 }
                 self.snapshots.append(told)
-        counted = [one for one in found if one.counts]
-        going = [one for one in counted if one.unit not in kept]
+        counted = [one.unit for one in found if one.counts]
+        going = [unit for unit in counted if unit not in kept]
         # Of two, one at most goes, the last good one stays; so no more than half of those of a node go either.
         if len(counted) >= 3:
-            self._doubt_half(len(going), len(counted), f"complete snapshots of {found[0].unit.place} of {self.node}")
+            what = f"complete snapshots of {counted[0].place} of {self.node}"
+            self._doubt_half(len(going), len(counted), what)
 
     def _doubt_half(self, going: int, there: int, what: str) -> None:
         if 2 * going > there and not self._options.force:
@@ -7798,7 +7806,8 @@ class Pruning:
         nodes = [info.key for info in self._list(".listings/node.")]
         self._expire(*beats, *nodes[:-1])
         for info, document in marks[:-1]:  # the newest tells when the node was verified
-            if not any(self._keys.has(_NAMED, mark["key"]) for mark in document["keys"]):
+            keys = [mark["key"] for mark in document["keys"]]
+            if not any(self._keys.has(_NAMED, key) for key in keys):
                 self._expire(info.key)
 
     # Doing
@@ -7852,13 +7861,12 @@ class Pruning:
 
     def document(self) -> dict[str, Any]:
         """Return what goes and what stays, as --json prints it."""
-        objects, size = self._keys.total(_GOES)
         return {
             "node": self.node,
             "snapshots": self.snapshots,
-            "listings": self._keys.total(_EXPIRES)[0],
-            "objects": objects,
-            "bytes": size,
+            "listings": self._keys.count(_EXPIRES),
+            "objects": self._keys.count(_GOES),
+            "bytes": self._keys.size(_GOES),
             "deleted": self._deleted,
             "refused": self.refused,
             "doubts": self.doubts,
@@ -7869,8 +7877,9 @@ def _prune_text(node: Mapping[str, Any], confirmed: bool) -> str:
     """Return what becomes of a node's snapshots, those of a tag and a day on one line."""
     tables: Counter[tuple[str, str, str]] = Counter()
     for one in sorted(node["snapshots"], key=lambda one: one["taken"]):
+        day = one["taken"][:8]
         verdict = "stays: " if one["stays"] else "goes: "
-        tables[one["taken"][:8], one["tag"], verdict + one["why"]] += 1
+        tables[day, one["tag"], verdict + one["why"]] += 1
     rows = [(day, tag, count, why) for (day, tag, why), count in tables.items()]
     objects = f"{node['objects']} objects, {size_text(node['bytes'])}"
     text = f"{node['node']}: {node['listings']} listings and {objects} would go"
@@ -7996,50 +8005,47 @@ def _check_user(options: DoctorOptions) -> str:
 
 
 def _check_data(options: DoctorOptions) -> str:
-    tables = set[str]()
-    keyspaces = set[str]()
+    names = set[str]()
+    count = 0
     for root in data_directories(options.paths):
-        names = os.listdir(root)
-        found = [path.split("/") for path in glob.glob(f"{glob.escape(root)}/*/*-*/")]
-        if not found:
-            where = f"{root}/data" if "data" in names else "the directory above the keyspaces"
+        tables = [path.rstrip("/") for path in glob.glob(f"{glob.escape(root)}/*/*-*/")]
+        if not tables:
+            where = f"{root}/data" if "data" in os.listdir(root) else "the directory above the keyspaces"
             raise Fault(f"{quote(root)} has no tables", f"name {where}")
-        keyspaces.update(parts[-3] for parts in found)
-        tables.update(f"{parts[-3]}.{table_id_of(parts[-2])[0]}" for parts in found)
-        for parts in found:
-            for path in ("/".join(parts[:-1]), "/".join(parts[:-2])):
-                if os.path.islink(path):
-                    raise Fault(
-                        f"{quote(path)} is a link, and links are not followed", "name its target as a PATH, too"
-                    )
+        count += len(tables)
+        for path in tables:
+            keyspace = os.path.dirname(path)
+            for one in (keyspace, path):
+                if os.path.islink(one):
+                    raise Fault(f"{quote(one)} is a link, and links are not followed", "name its target as a PATH, too")
+            name, table = os.path.basename(keyspace), os.path.basename(path)
+            names |= {name, f"{name}.{table_id_of(table)[0]}"}
     filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
-    unmatched = list(filters.unmatched(keyspaces | tables))
+    unmatched = ", ".join(filters.unmatched(names))
     if unmatched:
-        raise Fault(
-            f"no table fits {', '.join(unmatched)}", "one name or glob for each option; in a file, blanks between"
-        )
-    return f"{len(tables)} tables"
+        raise Fault(f"no table fits {unmatched}", "one name or glob for each option; in a file, blanks between")
+    return f"{count} tables"
 
 
 def _check_link(options: DoctorOptions) -> str:
-    where = []
+    pins = []
     for root in data_directories(options.paths):
         problems = []
         for path in PinDirectory(root, options.pin_dir).candidates():
-            at = path
-            while not os.path.exists(at):
-                at = os.path.dirname(at)
+            there = path
+            while not os.path.exists(there):
+                there = os.path.dirname(there)
             try:
-                _prove_link(os.path.realpath(root), at)
+                _prove_link(os.path.realpath(root), there)
             except OSError as error:
                 problems.append(f"{quote(path)} ({error.strerror})")
             else:
-                where.append(quote(path))
+                pins.append(quote(path))
                 break
         else:
             cure = "run as the owner of the data, with the pins on its mount (each ReadWritePaths= is one): --pin-dir"
             raise Fault(f"no link can be made from {quote(root)} into {', '.join(problems)}", cure)
-    return f"pins into {', '.join(where)}"
+    return f"pins into {', '.join(pins)}"
 
 
 def _check_inotify(options: DoctorOptions) -> str:
@@ -8124,39 +8130,43 @@ def _check_metrics(options: DoctorOptions) -> str:
     return f"{options.metrics_listen} answers"
 
 
-# A node without the last ones is backed up all the same.
-_WARNINGS: Final = (_check_incrementals, _check_timers, _check_metrics)
-_CHECKS: Final = (
-    _check_user,
-    _check_data,
-    _check_link,
-    _check_inotify,
-    _check_settings,
-    _check_cloud,
-    _check_bucket,
-    *_WARNINGS,
-)
+# A node without the last three is backed up all the same.
+_CHECKS: Final[Mapping[str, Callable[[DoctorOptions], str]]] = {
+    "user": _check_user,
+    "data": _check_data,
+    "link": _check_link,
+    "inotify": _check_inotify,
+    "settings": _check_settings,
+    "cloud": _check_cloud,
+    "bucket": _check_bucket,
+    "incrementals": _check_incrementals,
+    "timers": _check_timers,
+    "metrics": _check_metrics,
+}
+_WARNINGS: Final = ("incrementals", "timers", "metrics")
 
 
 def doctor(options: DoctorOptions) -> Answer:
     """Check the set-up, and say how to fix it. Exit 3 where anything is bad; a warning is none."""
-    checks = list[dict[str, str]]()
-    for check in _CHECKS:
+    checks = []
+    for name, check in _CHECKS.items():
         result, detail, cure = "ok", "", ""
         try:
             detail = check(options)
         except Exception as error:
-            log.debug("check failed name=%s", check.__name__, exc_info=True)
-            result = "warning" if check in _WARNINGS else "bad"
+            log.debug("check failed name=%s", name, exc_info=True)
+            result = "warning" if name in _WARNINGS else "bad"
             detail = error.what if isinstance(error, Fault) else str(error)
             cure = getattr(error, "hint", "") or "correct that first"
-        checks.append(
-            {"name": check.__name__.removeprefix("_check_"), "result": result, "detail": detail, "cure": cure}
-        )
+        checks.append({"name": name, "result": result, "detail": detail, "cure": cure})
     lines = columns([[one["name"], one["result"], one["detail"]] for one in checks]).splitlines()
-    lines = [line + f"\n    {one['cure']}" * bool(one["cure"]) for line, one in zip(lines, checks, strict=True)]
+    text = ""
+    for line, one in zip(lines, checks, strict=True):
+        text += line + "\n"
+        if one["cure"]:
+            text += f"    {one['cure']}\n"
     is_bad = any(one["result"] == "bad" for one in checks)
-    return Answer(BEHIND if is_bad else DONE, {"checks": checks}, "\n".join(lines))
+    return Answer(BEHIND if is_bad else DONE, {"checks": checks}, text.rstrip("\n"))
 
 
 # ======================================================================================================
@@ -8390,13 +8400,15 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
         raise Missing("no table matches", "`cassbackup list` shows what there is; put globs in quotes")
     begin = max(begin, min(history.first for history in histories.values()) - 60.0)
     nodes = _worst_first(_node_lane(name, history, begin, now) for name, history in histories.items())
-    tables = []
+    tables: list[dict[str, Any]] = []
+    late = 0
     for node in nodes:
         for table in node.tables:
             loss = table.losses[-1]
+            late += loss > _GREEN_S
             tables.append({"node": node.name, "table": table.name, "loss_s": loss if loss < math.inf else None})
-    late = sum(table.losses[-1] > _GREEN_S for node in nodes for table in node.tables)
-    title = f"If a node died now, the worst loss would be {loss_text(nodes[0].losses[-1])} ({nodes[0].name})"
+    worst = nodes[0]
+    title = f"If a node died now, the worst loss would be {loss_text(worst.losses[-1])} ({worst.name})"
     about = f"{late} of {len(tables)} tables would lose more than 15 min, on {len(nodes)} nodes of {bucket.store.url}"
     page = _PAGE.format(
         title=html.escape(quote(title)),
