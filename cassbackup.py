@@ -11,7 +11,7 @@ and then writes a listing into the same bucket: what can be restored from there.
 
 * The pinner, one thread, arms watches, scans directories, links files and unlinks its links. It knows no store.
 * The loop, asyncio on the main thread, owns every decision and all state. One coroutine takes a unit from its
-  pins to its listing. SQLite is used here and nowhere else.
+  pins to its listing. The ledger, in SQLite, is used here and nowhere else.
 * Workers, a bounded pool, make the calls that block. They take values and return values.
 
 How a file travels
@@ -7253,30 +7253,42 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _compare(entry: Known, info: ObjectInfo | None) -> tuple[str, str]:
+class Finding(NamedTuple):
+    """What is wrong with an object or a listing."""
+
+    found: str  # good, absent, size, checksum or archived; of a listing unreadable, or gone
+    what: str  # the same in words
+
+
+_GOOD: Final = Finding("good", "")
+
+
+def _compare(entry: Known, info: ObjectInfo | None) -> Finding:
     size = entry.fingerprint.size
     if not info:
-        return "absent", "is not there"
+        return Finding("absent", "is not there")
     if info.size != size:
-        return "size", f"has {info.size} bytes, listed with {size}"
-    if info.crc32 not in ("", entry.crc32):
-        return "checksum", f"has CRC-32 {info.crc32}, listed with {entry.crc32}"
-    return "good", ""
+        return Finding("size", f"has {info.size} bytes, listed with {size}")
+    if info.crc32 and info.crc32 != entry.crc32:
+        return Finding("checksum", f"has CRC-32 {info.crc32}, listed with {entry.crc32}")
+    return _GOOD
 
 
-def check_object(store: Patient, deep: bool, entry: Known, info: ObjectInfo | None) -> tuple[str, str]:
-    """Return what an object is like, in a word and in a sentence; `info` is what LIST told. `deep` downloads it."""
+def check_object(store: Patient, deep: bool, there: Mapping[str, ObjectInfo], entry: Known) -> Finding:
+    """Compare an object with its entry. `there` is what LIST told; `deep` downloads it."""
+    info = there.get(entry.key)
     is_same = info is not None and info.etag == entry.etag != ""
     if not info or not is_same or info.archived:
         # Some servers spell keys otherwise in LIST; none tells a CRC-32 there, nor that S3 has thawed an object.
         info = store.head(entry.key)
-    found = _compare(entry, info)
-    if not info or found[0] != "good":
-        return found
+    finding = _compare(entry, info)
+    if not info or finding != _GOOD:
+        return finding
     if info.archived:
-        return "archived", f"is in {info.archived}"
-    if not deep and (is_same or info.crc32):
-        return found
+        return Finding("archived", f"is in {info.archived}")
+    known = is_same or info.crc32 != ""
+    if known and not deep:
+        return _GOOD
     try:
         return _compare(entry, replace(info, crc32=crc32_of(store.get(entry.key))))
     except Missing:
@@ -7291,10 +7303,10 @@ class Verification:
         self._node, self._options = node, options
         self._marked = read_bad_keys(self._store, node)
         self._findings: list[dict[str, Any]] = []  # what is bad, archived, or good though it is marked bad
-        self.listings = self._objects = self._size = 0
+        self._listings = self._objects = self._size = 0
 
-    def run(self) -> None:
-        """Check all that is meant, a table at a time."""
+    def run(self) -> dict[str, Any]:
+        """Check all that is meant, a table at a time. Return what --json prints, {} where nothing is meant."""
         # Read before the listings: prune writes a record anew before it deletes a listing.
         recorded = set[str]()
         for record in tag_records(self._store, self._node).values():
@@ -7307,18 +7319,22 @@ class Verification:
         for key in sorted(recorded):
             info = listing_info(self._node, ObjectInfo(key, 0, "", 0.0))
             if info and self._select([info]):
-                self.listings += 1
-                self._note(key, ("gone", "is gone, and prune did not delete it"), [info], False)
-
-    def _note(self, key: str, found: tuple[str, str], users: Sequence[ListingInfo], on_disk: bool) -> None:
-        finding = {
-            "key": key,
-            "found": found[0],
-            "what": found[1],
-            "spoils": sorted({label(info.unit) for info in users}),
-            "on_disk": on_disk,
+                self._listings += 1
+                self._note(key, Finding("gone", "is gone, and prune did not delete it"), [info], False)
+        if not self._listings:
+            return {}
+        return {
+            "node": self._node,
+            "objects": self._objects,
+            "bytes": self._size,
+            "bad": [one for one in self._findings if one["found"] not in ("good", "archived")],
+            "needs_thaw": [one["key"] for one in self._findings if one["found"] == "archived"],
+            "marked": self._mark() if self._options.repair else "",
         }
-        self._findings.append(finding)
+
+    def _note(self, key: str, finding: Finding, users: Sequence[ListingInfo], on_disk: bool) -> None:
+        spoils = sorted({label(info.unit) for info in users})
+        self._findings.append({"key": key, **finding._asdict(), "spoils": spoils, "on_disk": on_disk})
 
     def _select(self, infos: Sequence[ListingInfo]) -> list[ListingInfo]:
         """Return the listings of a table that are meant; the latest are the newest snapshot, and what came since."""
@@ -7341,32 +7357,28 @@ class Verification:
 
     def _check_table(self, infos: Sequence[ListingInfo]) -> None:
         selected = self._select(infos)
-        entries: list[Known] = []
+        self._listings += len(selected)
         # Two listings that tell different things of one key cannot both be right, so each is checked.
-        users: dict[tuple[str, int, str], list[ListingInfo]] = {}
+        named: dict[tuple[str, int, str], tuple[Known, list[ListingInfo]]] = {}
         for info, listing in zip(selected, spread(self._read, selected, self._threads), strict=True):
-            self.listings += 1
             if isinstance(listing, Fault):
-                self._note(info.key, ("unreadable", listing.what), [info], False)
+                self._note(info.key, Finding("unreadable", listing.what), [info], False)
                 continue
             for entry in listing.files:
-                named = users.setdefault((entry.key, entry.fingerprint.size, entry.crc32), [])
-                if not named:
-                    entries.append(entry)
-                named.append(info)
+                content = (entry.key, entry.fingerprint.size, entry.crc32)
+                _, users = named.setdefault(content, (entry, []))
+                users.append(info)
+        entries = [entry for entry, _ in named.values()]
         there = find_objects(self._store, [entry.key for entry in entries], self._threads)
-
-        def check(entry: Known) -> tuple[str, str]:
-            return check_object(self._store, self._options.deep, entry, there.get(entry.key))
-
         newest = max((one.newest.listed for one in snapshots_of(infos) if one.complete), default="")
-        checked = spread(check, entries, self._threads)
-        for entry, named, found in zip(entries, users.values(), checked, strict=True):
+        check = functools.partial(check_object, self._store, self._options.deep, there)
+        findings = spread(check, entries, self._threads)
+        for (entry, users), finding in zip(named.values(), findings, strict=True):
             self._objects += 1
             self._size += entry.fingerprint.size
-            if found[0] != "good" or entry.key in self._marked:
+            if finding != _GOOD or entry.key in self._marked:
                 # What neither the newest snapshot names nor a later listing, compaction has deleted.
-                self._note(entry.key, found, named, any(info.listed >= newest for info in named))
+                self._note(entry.key, finding, users, any(info.listed >= newest for info in users))
 
     def _mark(self) -> str:
         """Write down what is bad, so that the daemon stores it again; return the key of that document.
@@ -7374,31 +7386,20 @@ class Verification:
         It is written even where nothing is bad: it tells when the node was verified.
         """
         at = utc(self._store.now())
-        marks = []
-        for one in self._findings:
-            if one["found"] in ("good", "absent", "size", "checksum"):
-                mark = {"key": one["key"], "found": one["found"], "at": at}
-                marks.append(mark)
+        telling = ("good", "absent", "size", "checksum")
+        of_objects = [one for one in self._findings if one["found"] in telling]
+        marks = [{"key": one["key"], "found": one["found"], "at": at} for one in of_objects]
         return put_dated(self._store, f"{self._node}.listings/bad", {"keys": marks})
-
-    def document(self) -> dict[str, Any]:
-        """Return what was found, as --json prints it, and mark what is bad if that was asked for."""
-        return {
-            "node": self._node,
-            "objects": self._objects,
-            "bytes": self._size,
-            "bad": [one for one in self._findings if one["found"] not in ("good", "archived")],
-            "needs_thaw": [one["key"] for one in self._findings if one["found"] == "archived"],
-            "marked": self._mark() if self._options.repair else "",
-        }
 
 
 def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
     lines = []
     for one in node["bad"]:
-        lines.append(f"BAD {one['key']} {one['what']}; it spoils {', '.join(one['spoils'])}")
+        line = f"BAD {one['key']} {one['what']}"
+        line += f"; it spoils {', '.join(one['spoils'])}"
         if not one["on_disk"]:
-            lines[-1] += "; the node has it no longer"
+            line += "; the node has it no longer"
+        lines.append(line)
     lines += [f"needs thaw: {key}" for key in node["needs_thaw"]]
     how = "read whole" if deep else "by size and checksum"
     checked = f"{node['objects']} objects, {size_text(node['bytes'])}, {how}"
@@ -7411,12 +7412,8 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
 def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     """Compare the bucket with its listings. Exit 1: something is bad; 3: something must be thawed first."""
     chosen = choose_nodes(bucket, options) if options.all_nodes else [choose_node(bucket, options)]
-    nodes = []
-    for node in chosen:
-        verification = Verification(bucket, node.name, options)
-        verification.run()
-        if verification.listings:
-            nodes.append(verification.document())
+    pages = [Verification(bucket, node.name, options).run() for node in chosen]
+    nodes = [page for page in pages if page]
     if not nodes:
         raise Missing("no listing matches", "`cassbackup list` shows what there is")
     code = DONE
@@ -7539,24 +7536,15 @@ def kept_but_tag(found: Sequence[Candidate], options: PruneOptions) -> dict[Unit
 
 def window_bases(found: Sequence[Candidate], kept: Mapping[Unit, str]) -> list[Base]:
     """Return all that a restore to a moment may begin with, from the oldest snapshot of the window on."""
-    left = {one.unit: one for one in found if one.unit in kept}
-    moments, first = set[float](), math.inf
-    for unit, one in left.items():
+    left = [one for one in found if one.unit in kept]
+    in_window = [end_of(one.listing) for one in left if kept[one.unit] in _WINDOW]
+    bases = []
+    for one in left:
         end = end_of(one.listing)
-        moments.add(end if one.snapshot.complete else 0.0)
-        moments.add(emptied_at(unit))
-        if kept[unit] in _WINDOW:
-            first = min(first, end)
-
-    def read(snapshot: Snapshot) -> Listing[Known]:
-        return left[snapshot.unit].listing
-
-    def created(listing: Listing[Known]) -> float:
-        # A restore reads it in manifest.json. No snapshot takes Cassandra a day, so this keeps rather too much.
-        return end_of(listing) - _DAY_S
-
-    snapshots = [one.snapshot for one in left.values()]
-    return [choose_base(snapshots, moment, read, created) for moment in sorted(moments) if moment >= first]
+        if in_window and end >= min(in_window):
+            # When it began, a restore reads in manifest.json. No snapshot takes Cassandra a day: this keeps too much.
+            bases.append(base_on(one.listing, end - _DAY_S))
+    return bases
 
 
 def is_reachable(info: ListingInfo, listing: Listing[Known], bases: Sequence[Base]) -> bool:
@@ -7581,49 +7569,55 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-class KeySet:
-    """A set of keys in 16 MiB at most, however many there are: a Bloom filter, since a node may have ten million.
+# What a key is to a run of prune. An object may be of several of these.
+_EXPIRES: Final = "listing, or another document, that goes"
+_REMAINS: Final = "listing that stays"
+_NAMED: Final = "object that a listing names which stays"
+_GOES: Final = "object that is to be marked"
+_MARKED: Final = "object that is marked already"
 
-    It never misses a key that was added. With 200,000 keys it takes one other of 100,000 for one of them, with ten
-    million one of 50: that object stays until another run, in which Python's hashes are other ones.
+
+class KeySets:
+    """Sets of keys in a temporary file: a node may have ten million objects, and memory is Cassandra's.
+
+    SQLite holds 2 MiB of it in memory. The file has no name, and ends with the process. It lies in SQLITE_TMPDIR, in
+    /var/tmp or in /tmp, and has 160 bytes for each key.
     """
 
     def __init__(self) -> None:
-        self._bits = mmap.mmap(-1, 1 << 24)  # a page of it is there once it is used
-        self.count = 0
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.execute("PRAGMA journal_mode = OFF")
+        self._db.execute("CREATE TABLE keys (what, key, size, PRIMARY KEY (what, key)) WITHOUT ROWID")
+        self._db.execute("BEGIN")  # and never a COMMIT: nobody will read this file
 
-    def add(self, keys: Iterable[str]) -> None:
-        """Add keys."""
-        for key in keys:
-            self.count += key not in self
-            for place in self._places(key):
-                self._bits[place >> 3] |= 1 << (place & 7)
+    def add(self, what: str, objects: Iterable[tuple[str, int]]) -> None:
+        """Add keys, with the sizes of their objects, to a set."""
+        # In a bucket that is a directory, somebody's file may have a name that is no UTF-8: as bytes it is one.
+        rows = ((what, key.encode("utf-8", "surrogateescape"), size) for key, size in objects)
+        self._db.executemany("INSERT OR IGNORE INTO keys VALUES (?, ?, ?)", rows)
 
-    def __contains__(self, key: str) -> bool:
-        return all(self._bits[place >> 3] & 1 << (place & 7) for place in self._places(key))
+    def has(self, what: str, key: str) -> bool:
+        """Tell whether a key is in a set."""
+        row = (what, key.encode("utf-8", "surrogateescape"))
+        return self._db.execute("SELECT 1 FROM keys WHERE what = ? AND key = ?", row).fetchone() is not None
 
-    def _places(self, key: str) -> tuple[int, int]:
-        value = hash(key)
-        return value & 0x7FFFFFF, value >> 32 & 0x7FFFFFF
+    def each(self, what: str) -> Iterator[str]:
+        """Yield the keys of a set in their order."""
+        for (key,) in self._db.execute("SELECT key FROM keys WHERE what = ? ORDER BY key", (what,)):
+            yield key.decode("utf-8", "surrogateescape")
 
+    def count(self, what: str) -> int:
+        """Return how many keys a set has."""
+        return int(self._db.execute("SELECT count(*) FROM keys WHERE what = ?", (what,)).fetchone()[0])
 
-class PackedKeys:
-    """Many keys in little memory: they are so alike that zlib leaves a tenth of them."""
+    def size(self, what: str) -> int:
+        """Return how many bytes the objects of a set have."""
+        return int(self._db.execute("SELECT total(size) FROM keys WHERE what = ?", (what,)).fetchone()[0])
 
-    def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._packs: list[bytes] = []
-        self.count = 0
-        self.add(keys)
-
-    def add(self, keys: Iterable[str]) -> None:
-        """Add keys, which hold no line feed."""
-        for batch in in_batches(keys, _FILE_KEYS):
-            self._packs.append(zlib.compress("\n".join(batch).encode()))
-            self.count += len(batch)
-
-    def __iter__(self) -> Iterator[str]:
-        for pack in self._packs:
-            yield from zlib.decompress(pack).decode().split("\n")
+    def subtract(self, what: str, other: str) -> None:
+        """Take out of a set what another one has."""
+        in_other = "EXISTS (SELECT 1 FROM keys WHERE what = ? AND key = mine.key)"
+        self._db.execute(f"DELETE FROM keys AS mine WHERE what = ? AND {in_other}", (what, other))
 
 
 class Pruning:
@@ -7637,29 +7631,14 @@ class Pruning:
         self._store, self._threads = bucket.store, bucket.threads
         self.node, self._options = node, options
         self.snapshots: list[dict[str, Any]] = []  # what becomes of each
-        self.tags = set[str]()
         self.doubts: list[str] = []  # why nothing is deleted without --force
-        self.listings = PackedKeys()  # that go, and other documents among them
-        self.objects = PackedKeys()  # that are to be marked
-        self.size = self.deleted = 0
         self.refused: dict[str, str] = {}  # what the store would not delete, and why
+        self._deleted = 0
+        self._keys = KeySets()
+        self._due: list[str] = []  # files of marks that are a day old: each is the name of a set, too
         self._records: list[tuple[str, dict[str, Any]]] = []  # tag records to be written anew: folder, document
-        self._marked = KeySet()  # already
-        self._named = KeySet()  # by a listing that stays
-        self._listed = KeySet()  # by any listing
-        self._due: dict[str, PackedKeys] = {}  # files of marks that are a day old
-        for info, document in read_documents(self._store, f"{node}.pending-delete/"):
-            keys = pending_keys(node, info.key, document)
-            self._marked.add(keys)
-            if self._store.now() - info.modified < _DAY_S:
-                continue
-            if document.get("deleted"):
-                self.listings.add([info.key])
-            else:
-                self._due[info.key] = PackedKeys(keys)
-        self._began = self._store.now()  # the listings are read from now on
+        self._began = 0.0  # the listings are read from then on
         self._came = set[str]()  # listings that came since
-        self._kept = set[str]()  # keys that they name
         self._looked = -math.inf
 
     def _list(self, folder: str) -> Iterator[ObjectInfo]:
@@ -7667,77 +7646,82 @@ class Pruning:
 
     # Deciding
 
-    def plan_retirement(self) -> None:
-        """Let everything of the node go. Raises Usage if it was heard of within the last 30 days, Missing."""
+    def plan(self) -> None:
+        """Decide what goes. Raises Corrupt for whatever cannot be read; of a node that is retired, Usage, Missing."""
+        self._read_marks()
+        self._began = self._store.now()
+        if self._options.retire:
+            self._plan_retirement()
+        else:
+            self._plan_listings()
+        self._keys.subtract(_GOES, _MARKED)
+        if not self._options.retire:
+            going = self._keys.count(_GOES)
+            self._doubt_half(going, going + self._keys.count(_NAMED), f"objects of {self.node}")
+
+    def _read_marks(self) -> None:
+        for info, document in read_documents(self._store, f"{self.node}.pending-delete/"):
+            keys = [(key, 0) for key in pending_keys(self.node, info.key, document)]
+            self._keys.add(_MARKED, keys)
+            if self._store.now() - info.modified < _DAY_S:
+                continue
+            if document.get("deleted"):
+                self._expire(info.key)
+            else:
+                self._keys.add(info.key, keys)
+                self._due.append(info.key)
+
+    def _expire(self, *keys: str) -> None:
+        self._keys.add(_EXPIRES, ((key, 0) for key in keys))
+
+    def _plan_retirement(self) -> None:
+        """Let everything of the node go, if nothing was heard of it for 30 days."""
         heard = 0.0
-        for infos in in_batches(self._list(".listings/"), _FILE_KEYS):
-            heard = max(heard, *(info.modified for info in infos))
-            self.listings.add(info.key for info in infos)
-        for infos in in_batches(self._list("/"), _FILE_KEYS):
-            heard = max(heard, *(info.modified for info in infos))
-            self._let_go({info.key: info.size for info in infos})
+        for what, folder in ((_EXPIRES, ".listings/"), (_GOES, "/")):
+            for info in self._list(folder):
+                heard = max(heard, info.modified)
+                self._keys.add(what, [(info.key, info.size)])
         if self._began - heard < _SILENT_S:
             what = f"{self.node} was heard of at {utc(heard)}"
             raise Usage(what, "a node is retired when it has been silent for 30 days; stop its daemon")
-        if not heard and not self._marked.count:
-            names = ", ".join(node_names(self._store)[:20])
+        if not heard and not self._keys.count(_MARKED):
             what = f"no node {self.node!r} in {self._store.url}"
-            raise Missing(what, f"the full name is needed here; there are {names}")
+            raise Missing(what, f"the full name is needed here; there are {some_of(node_names(self._store))}")
 
-    def plan(self) -> None:
-        """Decide what goes, a table at a time. Raises Corrupt for whatever cannot be read."""
+    def _plan_listings(self) -> None:
+        """Decide what goes, a table at a time."""
         # Read before the listings: what one of these names, and is no listing then, is gone.
         records = tag_records(self._store, self.node)
         marks = list(read_documents(self._store, f"{self.node}.listings/bad/"))
         bad = read_bad_keys(self._store, self.node)
-        fates = {key: "gone" for record in records.values() for key in record["listings"]}
         there = listings_of(self._store, self.node, strict=True)
         for _, group in itertools.groupby(there, lambda info: info.unit.place):
-            infos = list(group)
-            expired = self._plan_table(infos, bad)
-            self.listings.add(sorted(expired))
-            for info in infos:
-                if info.key in fates:
-                    fates[info.key] = "expired" if info.key in expired else "stays"
+            self._plan_table(list(group), bad)
         for key, record in records.items():
-            self._plan_record(key, record, fates)
+            self._plan_record(key, record)
         if not self._options.tag:
             self._plan_rest(marks)
-        self._doubt_half(self.objects.count, self.objects.count + self._named.count, f"objects of {self.node}")
-        for file, keys in self._due.items():
-            self._due[file] = PackedKeys(key for key in keys if key not in self._named)
-        del self._marked, self._named, self._listed  # many nodes may be planned before anything is done
+        self._keys.subtract(_GOES, _NAMED)
 
-    def _plan_table(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> set[str]:
-        """Return the keys of a table's listings that go."""
+    def _plan_table(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> None:
         found = list(self._candidates(infos, bad))
         if self._options.tag:
             kept = kept_but_tag(found, self._options)
         else:
             kept = kept_snapshots(found, self._options, self._began)
-        going: dict[str, int] = {}
-        staying, expired = set[str](), set[str]()
         for one in found:
-            if one.unit in kept:
-                staying.update(key for key, _ in one.objects)
-            else:
-                going.update(one.objects)
-                expired.update(info.key for info in one.snapshot.listings)
+            self._note(one.unit in kept, one.snapshot.listings, one.objects)
         bases = window_bases(found, kept)
         others = [info for info in infos if info.unit.kind != "snapshot"]
         read = functools.partial(read_listing, self._store, self.node)
         for info, listing in zip(others, spread(read, others, self._threads), strict=True):
-            objects = {entry.key: entry.fingerprint.size for entry in listing.files}
-            if self._stays(info, listing, bases):
-                staying.update(objects)
-            else:
-                going.update(objects)
-                expired.add(info.key)
-        self._named.add(staying)
-        self._listed.add(staying | going.keys())
-        self._let_go({key: size for key, size in going.items() if key not in staying})
+            objects = [(entry.key, entry.fingerprint.size) for entry in listing.files]
+            self._note(self._stays(info, listing, bases), [info], objects)
         self._tell(found, kept)
-        return expired
+
+    def _note(self, stays: bool, listings: Iterable[ListingInfo], objects: Iterable[tuple[str, int]]) -> None:
+        self._keys.add(_REMAINS if stays else _EXPIRES, ((info.key, 0) for info in listings))
+        self._keys.add(_NAMED if stays else _GOES, objects)
 
     def _candidates(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> Iterator[Candidate]:
         def read(snapshot: Snapshot) -> list[Listing[Known]]:
@@ -7759,7 +7743,7 @@ class Pruning:
                 when=snapshot.newest.when,
                 counts=snapshot.complete and not is_automatic(snapshot.unit),
                 good=bad.isdisjoint(entry.key for entry in newest.files),
-                listing=replace(newest, complete=snapshot.complete, files=tuple(telling.values())),
+                listing=replace(newest, files=tuple(telling.values())),
                 objects=named,
             )
 
@@ -7770,95 +7754,93 @@ class Pruning:
         return not within or self._began - info.when <= within
 
     def _tell(self, found: Sequence[Candidate], kept: Mapping[Unit, str]) -> None:
-        counted = going = 0
         for one in found:
-            unit, stays = one.unit, one.unit in kept
-            counted += one.counts
-            going += one.counts and not stays
-            why = "it is incomplete or Cassandra's own, and old"
+            stays = one.unit in kept
             if stays:
-                why = kept[unit]
+                why = kept[one.unit]
             elif self._options.tag:
                 why = "--tag"
             elif one.counts:
                 why = "no --keep option keeps it"
+            else:
+                why = "it is incomplete or Cassandra's own, and old"
             if why:
                 told = {
-                    "table": unit.place,
-                    "tag": unit.tag,
-                    "life": unit.life,
+                    "table": one.unit.place,
+                    "tag": one.unit.tag,
+                    "life": one.unit.life,
                     "taken": utc(one.taken),
                     "stays": stays,
                     "why": why,
                 }
                 self.snapshots.append(told)
-            self.tags.add(unit.tag)
+        counted = [one.unit for one in found if one.counts]
+        going = [unit for unit in counted if unit not in kept]
         # Of two, one at most goes, the last good one stays; so no more than half of those of a node go either.
-        if counted >= 3:
-            self._doubt_half(going, counted, f"complete snapshots of {found[0].unit.place} of {self.node}")
+        if len(counted) >= 3:
+            what = f"complete snapshots of {counted[0].place} of {self.node}"
+            self._doubt_half(len(going), len(counted), what)
 
     def _doubt_half(self, going: int, there: int, what: str) -> None:
         if 2 * going > there and not self._options.force:
             self.doubts.append(f"{going} of {there} {what} would go")
 
-    def _let_go(self, objects: Mapping[str, int]) -> None:
-        fresh = [key for key in objects if key not in self._marked]
-        self.objects.add(fresh)
-        self.size += sum(objects[key] for key in fresh)
-
-    def _plan_record(self, key: str, record: dict[str, Any], fates: Mapping[str, str]) -> None:
-        expired, left = list[str](), list[str]()
-        for listing in record["listings"]:
-            names = expired if fates[listing] == "expired" else left
-            names.append(listing)
-        is_over = all(fates[listing] == "gone" for listing in left)
-        if is_over or expired:
-            self.listings.add([key])
+    def _plan_record(self, key: str, record: dict[str, Any]) -> None:
+        """Have a tag record of which some listings go written anew, and let one go that names none which stays."""
+        listings: list[str] = record["listings"]
+        expired = [one for one in listings if self._keys.has(_EXPIRES, one)]
+        is_over = not any(self._keys.has(_REMAINS, one) for one in listings)
+        if expired or is_over:
+            self._expire(key)
         if expired and not is_over:
-            record |= {"listings": left, "pruned": record["pruned"] + expired}
-            self._records.append((key.rpartition("/")[0], record))
+            left = [one for one in listings if one not in expired]
+            anew = {**record, "listings": left, "pruned": record["pruned"] + expired}
+            self._records.append((key.rpartition("/")[0], anew))
 
     def _plan_rest(self, marks: Sequence[tuple[ObjectInfo, dict[str, Any]]]) -> None:
         """Let go objects that no listing ever named, and documents that tell of nothing any more."""
-        for infos in in_batches(self._list("/"), _FILE_KEYS):
-            old = [info for info in infos if self._began - info.modified > _SILENT_S]
-            self._let_go({info.key: info.size for info in old if info.key not in self._listed})
+        old = (info for info in self._list("/") if self._began - info.modified > _SILENT_S)
+        self._keys.add(_GOES, ((info.key, info.size) for info in old))
         oldest = min((one["taken"] for one in self.snapshots if one["stays"]), default="")
         beats = [info.key for info in self._list(".listings/heartbeat/") if utc(info.modified) < oldest]
         nodes = [info.key for info in self._list(".listings/node.")]
-        self.listings.add(beats + nodes[:-1])
+        self._expire(*beats, *nodes[:-1])
         for info, document in marks[:-1]:  # the newest tells when the node was verified
-            if not any(mark["key"] in self._named for mark in document["keys"]):
-                self.listings.add([info.key])
+            keys = [mark["key"] for mark in document["keys"]]
+            if not any(self._keys.has(_NAMED, key) for key in keys):
+                self._expire(info.key)
 
     # Doing
 
     def confirm(self) -> None:
         """Mark objects, delete listings, and delete what was marked a day ago."""
-        for keys in in_batches(self.objects, _FILE_KEYS):
+        for keys in in_batches(self._keys.each(_GOES), _FILE_KEYS):
             put_dated(self._store, f"{self.node}.pending-delete", {"keys": keys, "deleted": False})
         for folder, record in self._records:
             put_dated(self._store, folder, record)
-        for keys in in_batches(self.listings, _BATCH_KEYS):
+        for keys in in_batches(self._keys.each(_EXPIRES), _BATCH_KEYS):
             self._delete(keys)
-        for file, marked in self._due.items():
+        for file in self._due:
             if not self.refused:  # a listing that stays names what would be deleted
-                self._sweep(file, marked)
+                self._sweep(file)
 
-    def _sweep(self, file: str, marked: PackedKeys) -> None:
+    def _sweep(self, file: str) -> None:
         """Delete what was marked a day ago and no listing names, then the marks.
 
         A daemon may have asked for such an object a moment before it went. So its mark stays one more day.
         """
-        for keys in in_batches(marked, _BATCH_KEYS):
+        gone: list[str] = []
+        for batch in in_batches(self._keys.each(file), _BATCH_KEYS):
             if not self._store.head(file):
                 return  # another prune has deleted these, and a daemon may use the keys again
             self._read_new_listings()
-            self.deleted += self._delete([key for key in keys if key not in self._kept])
+            keys = [key for key in batch if not self._keys.has(_NAMED, key)]
+            self._deleted += self._delete(keys)
+            gone += keys
         if self.refused:
             return
-        if marked.count:
-            put_dated(self._store, f"{self.node}.pending-delete", {"keys": list(marked), "deleted": True})
+        if gone:
+            put_dated(self._store, f"{self.node}.pending-delete", {"keys": gone, "deleted": True})
         self._delete([file])
 
     def _read_new_listings(self) -> None:
@@ -7869,7 +7851,8 @@ class Pruning:
         for info in listings_of(self._store, self.node, strict=True):
             if info.when >= self._began - _SKEW_S and info.key not in self._came:
                 self._came.add(info.key)
-                self._kept.update(entry.key for entry in read_listing(self._store, self.node, info).files)
+                named = read_listing(self._store, self.node, info).files
+                self._keys.add(_NAMED, ((entry.key, entry.fingerprint.size) for entry in named))
 
     def _delete(self, keys: Sequence[str]) -> int:
         refused = self._store.delete(keys)
@@ -7881,10 +7864,10 @@ class Pruning:
         return {
             "node": self.node,
             "snapshots": self.snapshots,
-            "listings": self.listings.count,
-            "objects": self.objects.count,
-            "bytes": self.size,
-            "deleted": self.deleted,
+            "listings": self._keys.count(_EXPIRES),
+            "objects": self._keys.count(_GOES),
+            "bytes": self._keys.size(_GOES),
+            "deleted": self._deleted,
             "refused": self.refused,
             "doubts": self.doubts,
         }
@@ -7894,8 +7877,9 @@ def _prune_text(node: Mapping[str, Any], confirmed: bool) -> str:
     """Return what becomes of a node's snapshots, those of a tag and a day on one line."""
     tables: Counter[tuple[str, str, str]] = Counter()
     for one in sorted(node["snapshots"], key=lambda one: one["taken"]):
+        day = one["taken"][:8]
         verdict = "stays: " if one["stays"] else "goes: "
-        tables[one["taken"][:8], one["tag"], verdict + one["why"]] += 1
+        tables[day, one["tag"], verdict + one["why"]] += 1
     rows = [(day, tag, count, why) for (day, tag, why), count in tables.items()]
     objects = f"{node['objects']} objects, {size_text(node['bytes'])}"
     text = f"{node['node']}: {node['listings']} listings and {objects} would go"
@@ -7909,13 +7893,29 @@ def _prune_text(node: Mapping[str, Any], confirmed: bool) -> str:
     return text
 
 
-def _plan_node(bucket: Bucket, node: str, options: PruneOptions) -> Pruning:
-    pruning = Pruning(bucket, node, options)
-    if options.retire:
-        pruning.plan_retirement()
+def _prune_nodes(bucket: Bucket, names: Sequence[str], options: PruneOptions) -> Answer:
+    plans = [Pruning(bucket, name, options) for name in names]
+    # All are planned before anything is deleted: any doubt about one node, and nothing goes of any.
+    for plan in plans:
+        plan.plan()
+    if options.tag and not any(plan.snapshots for plan in plans):
+        raise Missing(f"no snapshot is called {options.tag!r}", "`cassbackup list` shows what there is")
+    doubts = [doubt for plan in plans for doubt in plan.doubts]
+    confirmed = options.confirm and not options.dry_run and not doubts
+    if confirmed:
+        for plan in plans:
+            plan.confirm()
+    nodes = [plan.document() for plan in plans]
+    lines = [_prune_text(node, confirmed) for node in nodes]
+    if doubts:
+        lines += [*doubts[:20], "nothing was deleted; if that is meant, pass --force"]
+    elif confirmed:
+        lines.append("what is marked is deleted by the first prune that runs a day later")
     else:
-        pruning.plan()
-    return pruning
+        lines.append("nothing was deleted; pass --confirm to do it")
+    code = FAILED if doubts or any(plan.refused for plan in plans) else DONE
+    document = {"schema": 1, "bucket": bucket.store.url, "confirmed": confirmed, "nodes": nodes}
+    return Answer(code, document, "\n".join(lines))
 
 
 def prune(bucket: Bucket, options: PruneOptions) -> Answer:
@@ -7932,27 +7932,10 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
         names = [node.name for node in choose_nodes(bucket, options)]
     else:
         names = [choose_node(bucket, options).name]
-    # All are planned before anything is deleted: any doubt about one node, and nothing goes of any.
-    plans = [_plan_node(bucket, name, options) for name in names]
-    if options.tag and not any(plan.snapshots for plan in plans):
-        tags = {tag for plan in plans for tag in plan.tags}
-        there = quote(", ".join(sorted(tags)[-20:]))
-        raise Missing(f"no snapshot is called {options.tag!r}", f"there are {there}")
-    doubts = [doubt for plan in plans for doubt in plan.doubts]
-    confirmed = options.confirm and not options.dry_run and not doubts
-    for plan in plans if confirmed else ():
-        plan.confirm()
-    nodes = [plan.document() for plan in plans]
-    lines = [_prune_text(node, confirmed) for node in nodes]
-    if doubts:
-        lines += [*doubts[:20], "nothing was deleted; if that is meant, pass --force"]
-    elif confirmed:
-        lines.append("what is marked is deleted by the first prune that runs a day later")
-    else:
-        lines.append("nothing was deleted; pass --confirm to do it")
-    code = FAILED if doubts or any(plan.refused for plan in plans) else DONE
-    document = {"schema": 1, "bucket": bucket.store.url, "confirmed": confirmed, "nodes": nodes}
-    return Answer(code, document, "\n".join(lines))
+    try:
+        return _prune_nodes(bucket, names, options)
+    except sqlite3.Error as error:
+        raise Fault(f"the temporary file failed ({error})", "free some of /var/tmp, or set SQLITE_TMPDIR") from None
 
 
 # ======================================================================================================
@@ -8022,50 +8005,47 @@ def _check_user(options: DoctorOptions) -> str:
 
 
 def _check_data(options: DoctorOptions) -> str:
-    tables = set[str]()
-    keyspaces = set[str]()
+    names = set[str]()
+    count = 0
     for root in data_directories(options.paths):
-        names = os.listdir(root)
-        found = [path.split("/") for path in glob.glob(f"{glob.escape(root)}/*/*-*/")]
-        if not found:
-            where = f"{root}/data" if "data" in names else "the directory above the keyspaces"
+        tables = [path.rstrip("/") for path in glob.glob(f"{glob.escape(root)}/*/*-*/")]
+        if not tables:
+            where = f"{root}/data" if "data" in os.listdir(root) else "the directory above the keyspaces"
             raise Fault(f"{quote(root)} has no tables", f"name {where}")
-        keyspaces.update(parts[-3] for parts in found)
-        tables.update(f"{parts[-3]}.{table_id_of(parts[-2])[0]}" for parts in found)
-        for parts in found:
-            for path in ("/".join(parts[:-1]), "/".join(parts[:-2])):
-                if os.path.islink(path):
-                    raise Fault(
-                        f"{quote(path)} is a link, and links are not followed", "name its target as a PATH, too"
-                    )
+        count += len(tables)
+        for path in tables:
+            keyspace = os.path.dirname(path)
+            for one in (keyspace, path):
+                if os.path.islink(one):
+                    raise Fault(f"{quote(one)} is a link, and links are not followed", "name its target as a PATH, too")
+            name, table = os.path.basename(keyspace), os.path.basename(path)
+            names |= {name, f"{name}.{table_id_of(table)[0]}"}
     filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
-    unmatched = list(filters.unmatched(keyspaces | tables))
+    unmatched = ", ".join(filters.unmatched(names))
     if unmatched:
-        raise Fault(
-            f"no table fits {', '.join(unmatched)}", "one name or glob for each option; in a file, blanks between"
-        )
-    return f"{len(tables)} tables"
+        raise Fault(f"no table fits {unmatched}", "one name or glob for each option; in a file, blanks between")
+    return f"{count} tables"
 
 
 def _check_link(options: DoctorOptions) -> str:
-    where = []
+    pins = []
     for root in data_directories(options.paths):
         problems = []
         for path in PinDirectory(root, options.pin_dir).candidates():
-            at = path
-            while not os.path.exists(at):
-                at = os.path.dirname(at)
+            there = path
+            while not os.path.exists(there):
+                there = os.path.dirname(there)
             try:
-                _prove_link(os.path.realpath(root), at)
+                _prove_link(os.path.realpath(root), there)
             except OSError as error:
                 problems.append(f"{quote(path)} ({error.strerror})")
             else:
-                where.append(quote(path))
+                pins.append(quote(path))
                 break
         else:
             cure = "run as the owner of the data, with the pins on its mount (each ReadWritePaths= is one): --pin-dir"
             raise Fault(f"no link can be made from {quote(root)} into {', '.join(problems)}", cure)
-    return f"pins into {', '.join(where)}"
+    return f"pins into {', '.join(pins)}"
 
 
 def _check_inotify(options: DoctorOptions) -> str:
@@ -8150,39 +8130,43 @@ def _check_metrics(options: DoctorOptions) -> str:
     return f"{options.metrics_listen} answers"
 
 
-# A node without the last ones is backed up all the same.
-_WARNINGS: Final = (_check_incrementals, _check_timers, _check_metrics)
-_CHECKS: Final = (
-    _check_user,
-    _check_data,
-    _check_link,
-    _check_inotify,
-    _check_settings,
-    _check_cloud,
-    _check_bucket,
-    *_WARNINGS,
-)
+# A node without the last three is backed up all the same.
+_CHECKS: Final[Mapping[str, Callable[[DoctorOptions], str]]] = {
+    "user": _check_user,
+    "data": _check_data,
+    "link": _check_link,
+    "inotify": _check_inotify,
+    "settings": _check_settings,
+    "cloud": _check_cloud,
+    "bucket": _check_bucket,
+    "incrementals": _check_incrementals,
+    "timers": _check_timers,
+    "metrics": _check_metrics,
+}
+_WARNINGS: Final = ("incrementals", "timers", "metrics")
 
 
 def doctor(options: DoctorOptions) -> Answer:
     """Check the set-up, and say how to fix it. Exit 3 where anything is bad; a warning is none."""
-    checks = list[dict[str, str]]()
-    for check in _CHECKS:
+    checks = []
+    for name, check in _CHECKS.items():
         result, detail, cure = "ok", "", ""
         try:
             detail = check(options)
         except Exception as error:
-            log.debug("check failed name=%s", check.__name__, exc_info=True)
-            result = "warning" if check in _WARNINGS else "bad"
+            log.debug("check failed name=%s", name, exc_info=True)
+            result = "warning" if name in _WARNINGS else "bad"
             detail = error.what if isinstance(error, Fault) else str(error)
             cure = getattr(error, "hint", "") or "correct that first"
-        checks.append(
-            {"name": check.__name__.removeprefix("_check_"), "result": result, "detail": detail, "cure": cure}
-        )
+        checks.append({"name": name, "result": result, "detail": detail, "cure": cure})
     lines = columns([[one["name"], one["result"], one["detail"]] for one in checks]).splitlines()
-    lines = [line + f"\n    {one['cure']}" * bool(one["cure"]) for line, one in zip(lines, checks, strict=True)]
+    text = ""
+    for line, one in zip(lines, checks, strict=True):
+        text += line + "\n"
+        if one["cure"]:
+            text += f"    {one['cure']}\n"
     is_bad = any(one["result"] == "bad" for one in checks)
-    return Answer(BEHIND if is_bad else DONE, {"checks": checks}, "\n".join(lines))
+    return Answer(BEHIND if is_bad else DONE, {"checks": checks}, text.rstrip("\n"))
 
 
 # ======================================================================================================
@@ -8193,29 +8177,31 @@ _GREEN_S: Final = 900.0  # as `status --max-lag`
 _YELLOW_S: Final = 26 * 3600.0  # as `status --max-age`
 _BEAT_GAP_S: Final = 3 * 900.0  # a daemon says every quarter of an hour that it lives
 _FLUSH_GAP_S: Final = 3 * 3600.0  # Cassandra flushes its own tables every hour (SystemKeyspace)
-_BEATS: Final = 1000  # heartbeats that are read of a node; of more, every second or third
-_LANES: Final = 500  # that are drawn, the worst ones
-_COLUMNS: Final = 240  # of a lane; each is three pixels wide, and the first is at 330
+_COLUMNS: Final = 240  # of a lane
+_LANES: Final = 5000  # tables that are drawn; where there are more, the worst ones of each node
 _PAGE: Final = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><title>cassbackup report</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/><style>
-:root {{color-scheme: light dark; --ink: #1b242d; --ok: #2f8f6b; --late: #e8bd4f; --old: #d9643f; --none: #8f2740}}
-@media (prefers-color-scheme: dark) {{:root {{--ink: #e6eaee; --none: #ff9db0}}}}
-body {{margin: 32px auto; max-width: 1200px; color: var(--ink); font: 14px/1.5 sans-serif}}
-div {{overflow-x: auto}} text {{font-size: 12px; fill: var(--ink)}}
-.end {{text-anchor: end}} .mid {{text-anchor: middle}}
-.ok {{fill: var(--ok)}} .late {{fill: var(--late)}} .old {{fill: var(--old)}} .none {{fill: var(--none)}}
-</style></head><body><h1>{title}</h1><p>{about}</p><div>
-<svg xmlns="http://www.w3.org/2000/svg" role="img" width="1150" height="{height}">{picture}
-<g transform="translate(330 {legend})">
-<rect class="ok" width="14" height="14"/><text x="22" y="11">up to 15 min of flushed writes would have been lost</text>
-<rect class="late" y="18" width="14" height="14"/><text x="22" y="29">up to 26 h</text>
-<rect class="old" y="36" width="14" height="14"/><text x="22" y="47">more than 26 h</text>
-<rect class="none" y="54" width="14" height="14"/><text x="22" y="65">everything: no complete snapshot yet</text>
-</g></svg></div></body></html>
+:root {{color-scheme: light dark}} body {{margin: 32px auto; width: 94%; font: 14px/1.5 sans-serif}}
+h1 {{font-size: 20px}} summary {{cursor: pointer; margin-top: 8px; font-weight: bold}}
+summary span::before {{content: "\\25B8\\00A0"}} [open] summary span::before {{content: "\\25BE\\00A0"}}
+.lane {{display: grid; grid-template-columns: 28% auto 7em; gap: 12px; align-items: center}}
+span {{overflow: hidden; text-overflow: ellipsis; white-space: nowrap}} div span {{padding-left: 2em}}
+svg {{width: 100%; height: 14px; fill: currentColor; shape-rendering: crispEdges}} text {{font-size: 12px}}
+i {{display: inline-block; width: 14px; height: 14px; margin: 0 6px 0 16px; background: currentColor}}
+.ok {{color: #2f8f6b}} .late {{color: #e8bd4f}} .old {{color: #d9643f}} .none {{color: #8f2740}}
+@media (prefers-color-scheme: dark) {{.none {{color: #ff5c8a}}}}
+</style></head><body><h1>{title}</h1><p>{about}</p>
+<div class="lane"><span></span><svg><text y="11">{begin}</text><text y="11" x="50%" text-anchor="middle">{middle}</text>
+<text y="11" x="100%" text-anchor="end">{end}</text></svg></div>
+{nodes}<p>So much of what Cassandra had flushed would have been lost at each moment:
+<i class="ok"></i>up to 15 min <i class="late"></i>up to 26 h <i class="old"></i>more
+<i class="none"></i>everything</p></body></html>
 """
-_TEXT: Final = '<text class="{}" x="{}" y="{}">{}</text>\n'
-_RECT: Final = '<rect class="{}" x="{}" y="{}" width="{}" height="14"><title>up to {} lost</title></rect>\n'
+_LANE: Final = """<{} class="lane"><span>{}</span>
+<svg viewBox="0 0 240 1" preserveAspectRatio="none">{}</svg><div>{}</div></{}>
+"""
+_RECT: Final = '<rect class="{}" x="{}" width="{}" height="1"><title>up to {} lost</title></rect>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -8232,12 +8218,13 @@ class Past(NamedTuple):
 
     first: float  # when it was first heard of
     gone: float  # when it was dropped
-    listed: list[float]  # when each snapshot was listed, in order ...
-    ends: list[float]  # ... and how far a restore came from then on
+    bases: list[tuple[float, float]]  # when each snapshot was listed, in order, and how far a restore came then
 
 
 def _past_of(infos: Sequence[ListingInfo]) -> Past:
-    gone, points = math.inf, list[tuple[float, float]]()
+    first = min(seconds_of(info.unit.life or info.listed) for info in infos)
+    gone = math.inf
+    points: list[tuple[float, float]] = []
     for snapshot in snapshots_of(infos):
         emptied = emptied_at(snapshot.unit)
         if emptied and not snapshot.unit.tag.startswith("truncated-"):
@@ -8246,30 +8233,26 @@ def _past_of(infos: Sequence[ListingInfo]) -> Past:
             listed = min(info.when for info in snapshot.listings if info.complete)
             # After a truncate there is nothing older that could be missed.
             points.append((listed, emptied or seconds_of(snapshot.unit.life)))
-    points.sort()
-    first = min(seconds_of(info.unit.life or info.listed) for info in infos)
-    ends = itertools.accumulate((end for _, end in points), max)
-    return Past(first, gone, [listed for listed, _ in points], list(ends))
+    bases = []
+    reach = 0.0
+    for listed, end in sorted(points):
+        reach = max(reach, end)
+        bases.append((listed, reach))
+    return Past(first, gone, bases)
 
 
-class Beat(NamedTuple):
-    """A heartbeat: which tables had incrementals that were not listed yet, and when the oldest had been found."""
-
-    moment: float
-    waiting: Mapping[str, float]
-
-
-def _read_beat(store: Patient, key: str) -> Beat:
-    moment, waiting = seconds_of(key[-len("20261121T202438.123456Z.json") : -len(".json")]), dict[str, float]()
+def _read_waiting(store: Patient, key: str) -> dict[str, float]:
+    """Return which tables had incrementals that were not listed yet, and when the oldest had been found."""
+    waiting = {}
     try:
         for place, found in load_document(key, read_object(store, key))["oldest_incrementals"].items():
             waiting[unquote(place)] = seconds_of(found)
     except (Fault, LookupError, TypeError, ValueError, AttributeError) as error:
         log.warning("skipped key=%s error=%s", quote(key), quote(str(error)))
-    return Beat(moment, waiting)
+    return waiting
 
 
-def gaps_of(moments: Iterable[float], now: float, limit: float) -> list[tuple[float, float]]:
+def _gaps(moments: Iterable[float], now: float, limit: float) -> list[tuple[float, float]]:
     """Return where nothing happened for longer than the limit, up to now."""
     pairs = itertools.pairwise([*sorted(moments), now])
     return [(begin, end) for begin, end in pairs if end - begin > limit]
@@ -8287,40 +8270,55 @@ class History:
             flushes.update(info.when // 60 * 60 for info in infos if info.unit.kind == "incremental")
             if infos and is_selected(infos[0].unit, words):
                 self.tables[place] = _past_of(infos)
+        beats: dict[float, str] = {}
         prefix = f"{node}.listings/heartbeat/"
-        keys = [info.key for info in bucket.store.list(prefix, after=prefix + utc(begin))]
-        few = keys[:: 1 + len(keys) // _BEATS]
-        self.beats = list(spread(functools.partial(_read_beat, bucket.store), few, bucket.threads))
-        signs.update(beat.moment for beat in self.beats)
-        self.silences = gaps_of(signs, now, _BEAT_GAP_S)
-        self.holes = [(0.0, now)]  # where incremental backups were off
+        # From somewhat earlier on: else the daemon would seem to have been silent just before the picture begins.
+        for info in bucket.store.list(prefix, after=prefix + utc(begin - _BEAT_GAP_S)):
+            told = info.key.removeprefix(prefix).removesuffix(".json")
+            if is_utc(told):
+                beats[seconds_of(told)] = info.key
+        signs.update(beats)
+        # That the daemon lived, a heartbeat's key tells. What waited then is read of some, the last one among them.
+        self._beats = sorted(sorted(beats)[:: -1 - len(beats) // _COLUMNS])
+        keys = [beats[moment] for moment in self._beats]
+        self._waiting = list(spread(functools.partial(_read_waiting, bucket.store), keys, bucket.threads))
+        self.first = min(signs, default=now)
+        if not self.tables and not words:
+            self.tables["(nothing is listed yet)"] = Past(self.first, math.inf, [])
+        self._silences = _gaps(signs, now, _BEAT_GAP_S)
+        self._holes = [(0.0, now)]  # where incremental backups were off
         if flushes:
             # What Cassandra links while no daemon runs is found when it comes back: that breaks no chain.
-            moments = {min(signs), *flushes, *itertools.chain.from_iterable(self.silences)}
-            self.holes = [gap for gap in gaps_of(moments, now, _FLUSH_GAP_S) if gap not in self.silences]
+            moments = {self.first, *flushes, *itertools.chain.from_iterable(self._silences)}
+            self._holes = [gap for gap in _gaps(moments, now, _FLUSH_GAP_S) if gap not in self._silences]
 
     def loss(self, place: str, at: float) -> float:
         """Return how many seconds of flushed writes had been lost if the node had died; inf: all; -1: no such table."""
         past = self.tables[place]
         if not past.first <= at < past.gone:
             return -1.0
-        known = bisect.bisect_right(past.listed, at)
+        known = bisect.bisect_right(past.bases, (at, math.inf))
         if not known:
             return math.inf
-        base, since = past.ends[known - 1], [at]
-        since += [begin for begin, end in self.silences if begin < at <= end]
-        since += [begin for begin, end in self.holes if begin < at and base < end]
-        # The next heartbeat tells what was waiting; after the last one, that does.
-        following = bisect.bisect_left(self.beats, at, key=lambda beat: beat.moment)
-        for beat in self.beats[following : following + 1] or self.beats[-1:]:
-            since.append(beat.waiting.get(place, at))
-        return max(0.0, at - max(base, min(since)))
+        base = past.bases[known - 1][1]
+        since = at
+        for begin, end in self._silences:
+            if begin < at <= end:
+                since = begin
+        for begin, end in self._holes:
+            if begin < at and base < end:
+                since = min(since, begin)
+        if self._beats:
+            # The next heartbeat tells what was waiting; after the last one, that does.
+            following = min(bisect.bisect_left(self._beats, at), len(self._beats) - 1)
+            since = min(since, self._waiting[following].get(place, at))
+        return max(0.0, at - max(base, since))
 
-    def lane(self, place: str, begin: float, now: float) -> list[float]:
+    def losses(self, place: str, begin: float, now: float) -> list[float]:
         """Return the worst loss in each column; the last one is that of now."""
         step = (now - begin) / _COLUMNS
         worst = [self.loss(place, begin + step * column) for column in range(1, _COLUMNS)]
-        for _, end in self.silences:  # some are shorter than a column
+        for _, end in self._silences:  # some are shorter than a column
             column = math.ceil((end - begin) / step) - 1
             if 0 <= column < _COLUMNS - 1:
                 worst[column] = max(worst[column], self.loss(place, end))
@@ -8329,74 +8327,103 @@ class History:
 
 def loss_text(loss: float) -> str:
     """Return a loss for people, rounded up."""
+    if loss < 0:
+        return "dropped"
     if loss == math.inf:
         return "everything"
     for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
         if loss >= 2 * seconds:
             return f"{math.ceil(loss / seconds)} {unit}"
-    return f"{math.ceil(loss)} s" if loss >= 0 else "dropped"
+    return f"{math.ceil(loss)} s"
 
 
-def _state_of(loss: float) -> str:
+def _colour(loss: float) -> str:
     if loss < 0:
         return ""
-    return "none" if loss == math.inf else ("ok", "late", "old")[bisect.bisect_left((_GREEN_S, _YELLOW_S), loss)]
+    if loss <= _GREEN_S:
+        return "ok"
+    if loss <= _YELLOW_S:
+        return "late"
+    return "none" if loss == math.inf else "old"
 
 
-def _draw_lane(name: str, worst: Sequence[float], y: int) -> Iterator[str]:
-    yield _TEXT.format("end", 322, y + 11, html.escape(quote(name)))
-    x = 330
-    for state, group in itertools.groupby(worst, _state_of):
+class Lane(NamedTuple):
+    """A line of the picture: a table, or a node with the worst of all its tables."""
+
+    name: str
+    losses: list[float]  # the worst of each column; the last one is that of now
+    tables: list[Lane]
+
+
+def _worst_first(lanes: Iterable[Lane]) -> list[Lane]:
+    return sorted(lanes, key=lambda lane: (-lane.losses[-1], lane.name))
+
+
+def _node_lane(name: str, history: History, begin: float, now: float) -> Lane:
+    tables = []
+    for place in history.tables:
+        table = table_id_of(place)[0].replace("/", ".", 1)
+        tables.append(Lane(table, history.losses(place, begin, now), []))
+    worst = [max(column) for column in zip(*(table.losses for table in tables), strict=True)]
+    return Lane(name, worst, _worst_first(tables))
+
+
+def _draw_lane(lane: Lane, tag: str) -> str:
+    rects = ""
+    x = 0
+    for colour, group in itertools.groupby(lane.losses, _colour):
         losses = list(group)
-        if state:
-            yield _RECT.format(state, x, y, 3 * len(losses), loss_text(max(losses)))
-        x += 3 * len(losses)
-    yield _TEXT.format("", x + 8, y + 11, loss_text(worst[-1]))
+        if colour:
+            rects += _RECT.format(colour, x, len(losses), loss_text(max(losses)))
+        x += len(losses)
+    return _LANE.format(tag, html.escape(quote(lane.name)), rects, loss_text(lane.losses[-1]), tag)
 
 
-def _draw(lanes: Sequence[tuple[str, list[float]]], begin: float, now: float) -> Iterator[str]:
-    for tick in range(7):
-        moment = moment_text(utc(begin + (now - begin) * tick / 6))
-        yield _TEXT.format("mid", 330 + _COLUMNS // 2 * tick, 14, moment[5:])
-    for row, (name, worst) in enumerate(lanes):
-        yield from _draw_lane(name, worst, 24 + 18 * row)
+def _draw_node(node: Lane, count: int) -> str:
+    tables = [_draw_lane(table, "div") for table in node.tables[:count]]
+    more = len(node.tables) - len(tables)
+    if more:
+        tables.append(f'<div class="lane"><span>and {more} tables that would lose no more</span></div>\n')
+    return f"<details>{_draw_lane(node, 'summary')}{''.join(tables)}</details>\n"
 
 
 def report(bucket: Bucket, options: ReportOptions) -> Answer:
     """Draw how much would have been lost at each moment. Exit 0 whatever that is: `status` is there to alarm."""
-    now, lanes = bucket.store.now(), list[tuple[str, list[float]]]()
+    now = bucket.store.now()
     begin = now - max(1, options.days) * 86400.0
-    names = [node.name for node in choose_nodes(bucket, options)]
-    histories = [History(bucket, name, begin, now, options.table) for name in names]
-    firsts = [past.first for history in histories for past in history.tables.values()]
-    if not firsts:
+    histories = {}
+    for name in [node.name for node in choose_nodes(bucket, options)]:
+        history = History(bucket, name, begin, now, options.table)
+        if history.tables:
+            histories[name] = history
+    if not histories:
         raise Missing("no table matches", "`cassbackup list` shows what there is; put globs in quotes")
-    begin = max(begin, min(firsts) - 60.0)
-    for name, history in zip(names, histories, strict=True):
-        for place in history.tables:
-            lanes.append((f"{name} {table_id_of(place)[0]}", history.lane(place, begin, now)))
-    lanes.sort(key=lambda lane: (-lane[1][-1], lane[0]))
-    late = sum(worst[-1] > _GREEN_S for _, worst in lanes)
-    title = f"If a node died now, the worst loss would be {loss_text(lanes[0][1][-1])} ({lanes[0][0]})"
-    about = (
-        f"{late} of {len(lanes)} tables are late, on {len(names)} nodes of {bucket.store.url}, {moment_text(utc(now))}"
+    begin = max(begin, min(history.first for history in histories.values()) - 60.0)
+    nodes = _worst_first(_node_lane(name, history, begin, now) for name, history in histories.items())
+    tables: list[dict[str, Any]] = []
+    late = 0
+    for node in nodes:
+        for table in node.tables:
+            loss = table.losses[-1]
+            late += loss > _GREEN_S
+            tables.append({"node": node.name, "table": table.name, "loss_s": loss if loss < math.inf else None})
+    worst = nodes[0]
+    title = f"If a node died now, the worst loss would be {loss_text(worst.losses[-1])} ({worst.name})"
+    about = f"{late} of {len(tables)} tables would lose more than 15 min, on {len(nodes)} nodes of {bucket.store.url}"
+    page = _PAGE.format(
+        title=html.escape(quote(title)),
+        about=html.escape(quote(about)),
+        begin=moment_text(utc(begin)),
+        middle=moment_text(utc((begin + now) / 2)),
+        end=moment_text(utc(now)),
+        nodes="".join(_draw_node(node, _LANES // len(nodes)) for node in nodes),
     )
-    shown = lanes[:_LANES]
-    words = {
-        "title": html.escape(quote(title)),
-        "about": html.escape(quote(about)),
-        "picture": "".join(_draw(shown, begin, now)),
-    }
-    page = _PAGE.format(**words, height=120 + 18 * len(shown), legend=40 + 18 * len(shown))
     text = page
     if options.out != "-":
         text = f"{title}\n{about}\nThe picture is in {options.out}"
-        try:
-            write_file(options.out, page.encode())
-        except OSError as error:
-            raise Fault(f"{options.out} cannot be written ({error.strerror})", "pass --out FILE") from None
-    tables = [{"table": name, "loss_s": worst[-1] if math.isfinite(worst[-1]) else None} for name, worst in lanes]
-    return Answer(DONE, {"bucket": bucket.store.url, "title": title, "about": about, "tables": tables}, text)
+        write_file(options.out, page.encode())
+    document = {"schema": 1, "bucket": bucket.store.url, "title": title, "about": about, "tables": tables}
+    return Answer(DONE, document, text)
 
 
 # ======================================================================================================

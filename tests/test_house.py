@@ -16,6 +16,7 @@ MAX_FUNCTION, MAX_LOCKS = 50, 1
 HOMES = {
     "Command line": "argparse print os.environ os.getenv sys.exit",
     "Ledger": "sqlite3",
+    "Prune": "sqlite3",  # a temporary file, instead of memory
     "Pinner": "pyinotify",
     "Stores": "boto3 botocore google requests os.environ",  # the SDKs have variables of their own
     "Cloud": "requests",

@@ -346,6 +346,22 @@ def test_a_repair_that_finds_nothing_still_says_when_it_looked(bench: Bench) -> 
     assert cb.view_bucket(bench.store, NODE, None).verified > EPOCH
 
 
+def test_a_weekly_timer_leaves_its_trace_for_the_metrics(bench: Bench) -> None:
+    """`verify --latest --repair` tells when it looked, marks what is bad, and lifts the mark when it is good again."""
+    listings = snapshots("monday", "tuesday")
+    bench.add(*listings, batch(EPOCH + DAY, "nb-9-big-Data.db"))
+    key = listings[1].files[0].key
+    whole = bench.bucket.get(key)
+    for body, marks in ((whole, []), (b"short", [(key, "size")]), (whole, [(key, "good")]), (whole, [])):
+        bench.bucket.put(key, body)
+        answer = bench.verify(latest=True, repair=True)
+        assert answer.code == (cb.FAILED if body != whole else cb.DONE)
+        assert bench.marks() == marks
+        view = cb.view_bucket(bench.store, NODE, None)
+        assert view.bad == ({key} if body != whole else set())
+        assert view.verified >= bench.store.now() - 60
+
+
 def test_it_is_told_which_of_the_bad_objects_the_node_has_no_longer_as_far_as_the_bucket_tells(bench: Bench) -> None:
     """What the newest snapshot lacks, and no later listing names, compaction has deleted."""
     old = snapshot("monday", EPOCH, FILES[:3])
