@@ -8863,7 +8863,7 @@ class Option(NamedTuple):
         name = {"bucket": "BUCKET_NAME", "region": "REGION"}.get(self.key, f"CASSBACKUP_{self.key.upper()}")
         return name if self.twin else ""
 
-    def read(self, given: Any, origin: str) -> Any:
+    def read(self, given: Any, place: str) -> Any:
         """Read what was given. Raises Usage."""
         if self.default == ():
             return tuple(given.split() if isinstance(given, str) else given)
@@ -8872,12 +8872,8 @@ class Option(NamedTuple):
         try:
             return read_value(self.metavar, given)
         except (ValueError, re.error):
-            hint = f"write {_EXAMPLES[self.metavar]}"
-            mistake = re.fullmatch("(s3|gs|file)?:?/+(.+)", given)
-            if self.metavar == "BUCKET" and mistake:
-                hint = f"did you mean {mistake[1] or 'file'}://{'' if mistake[1] in ('s3', 'gs') else '/'}{mistake[2]}?"
-            name = self.flags.split()[0] if origin == "flag" else f"{self.variable} ({origin})"
-            raise Usage(f"{name} {given!r} cannot be read", hint) from None
+            name = self.flags.split()[0] if place == "flag" else f"{self.variable} ({place})"
+            raise Usage(f"{name} {given!r} cannot be read", f"write {_EXAMPLES[self.metavar]}") from None
 
 
 def asked(flags: str, metavar: str, default: Any, text: str) -> Option:
@@ -8885,7 +8881,6 @@ def asked(flags: str, metavar: str, default: Any, text: str) -> Option:
     return Option(flags, metavar, default, text, twin=False)
 
 
-_STATE = Option("--state-dir", "DIR", "", "ledger, socket, lock (default: /var/lib/cassbackup or ~/.local/state/...)")
 _NODETOOL = Option("--nodetool", "CMD", "nodetool", "how to call nodetool, as 'nodetool -u me -pwf file'")
 _JSON = asked("--json", "", "", "print one JSON document")
 _TAG = asked("--tag", "TAG", "", "this snapshot; TAG@TIME where the tag was taken more than once")
@@ -8893,6 +8888,13 @@ _TABLES = asked("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; gl
 _LATEST = asked("--latest", "", "", "the newest there is of each table")
 _ALL = asked("--all-nodes", "", "", "every node of the bucket, or of --cluster")
 _PATHS = Option("paths", "PATH", (), "data directories, with a / in each (default: as cassandra.yaml says)")
+_PIN_DIR = Option("--pin-dir", "DIR", "", "hold files here, on the data's mount (default: .cassbackup beside the data)")
+_LISTEN = Option("--metrics-listen", "ADDR", "", "answer Prometheus at [HOST]:PORT (HOST: 127.0.0.1)")
+_STATE = Option("--state-dir", "DIR", "", "ledger, socket, lock (default: /var/lib/cassbackup or ~/.local/state/...)")
+_NAME = Option("--name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>")
+_THREADS = Option("--threads -t", "COUNT", "8", "threads that talk to the store")
+_UNLIMITED = Option("--max-bandwidth", "RATE", "0", "bytes a second, as 50M; 0 is no limit")
+_LIMITED = _UNLIMITED._replace(default="50M")
 _BUCKET = (
     Option("--bucket -b", "BUCKET", "", _EXAMPLES["BUCKET"]),
     Option("--prefix", "PREFIX", "", "put everything under this prefix; one for each cluster is a good habit"),
@@ -8901,48 +8903,44 @@ _BUCKET = (
     Option("--ca-file", "FILE", "", "trust these certificates (or REQUESTS_CA_BUNDLE; AWS_CA_BUNDLE for S3)"),
     Option("--access-key -k", "KEY", "", "every user of the machine can read it here: use the environment or a role"),
     Option("--secret-key -s", "KEY", "", "likewise"),
+    _STATE,
 )
-_THREADS = Option("--threads -t", "COUNT", "8", "threads that talk to the store")
-_RATE = "bytes a second, as 50M; 0 is no limit"
-_READ = (*_BUCKET, _THREADS, Option("--max-bandwidth", "RATE", "0", _RATE), _STATE)
 _ENCRYPT = (
     Option("--sse", "KIND", "", "S3 encryption: AES256, or aws:kms (always with a bucket key)"),
     Option("--kms-key --sse-kms-key-id", "KEY", "", "key for aws:kms, or a Cloud KMS key for gs://"),
 )
-_WRITE = (
-    *_ENCRYPT,
+_STORING = (
+    *(_NAME, _LIMITED, *_ENCRYPT),
     Option("--storage-class", "CLASS", "", "storage class of files from 128 KiB on; listings stay readable"),
-    Option("--name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>"),
-    Option("--max-bandwidth", "RATE", "50M", _RATE),
-    _STATE,
-)
-_NODE = (
-    asked("--node", "NODE", "", "a name, with or without its instance, a host id or an address (default: this node)"),
-    asked("--cluster", "NAME", "", "only nodes of this cluster"),
-    _JSON,
 )
 _FILTERS = (
     Option("--keyspace", "GLOB", (), "only these keyspaces (a restore needs those of the system too)"),
     Option("--exclude-keyspace", "GLOB", (), "not these keyspaces"),
     Option("--exclude-table", "KS.TABLE", (), "not these tables"),
-    Option("--exclude-tag", "GLOB", (), "not the snapshots with these tags"),
+)
+_NODES = (
+    asked("--node", "NODE", "", "a name, with or without its instance, a host id or an address (default: this node)"),
+    asked("--cluster", "NAME", "", "only nodes of this cluster"),
 )
 _WATCH = (
     _PATHS,
     asked("--once", "", "", "store and list what is there, then exit"),
     asked("--adopt", "", "", "take a node's name over from another machine: rebuilt around its disk"),
     asked("--full", "", "", "send everything, even what is stored under another snapshot"),
+    Option("--exclude-tag", "GLOB", (), "not the snapshots with these tags"),
     Option("--include -i", "REGEX", "", "archives: also files outside snapshots/ and backups/ at such paths"),
     Option("--exclude -e", "REGEX", "", "of those, not the ones at such paths"),
     Option("--delete-uploaded-incrementals", "", "", "delete an SSTable from backups/ once listed complete"),
-    Option("--pin-dir", "DIR", "", "hold files here, on the data's mount (default: .cassbackup beside the data)"),
+    _PIN_DIR,
     Option("--max-pinned", "PART", "10%", "how much of the disk the pins may hold alone"),
     Option("--min-free", "PART", "5%", "give pins up when less than this of the disk is free"),
     Option("--incomplete-after", "DURATION", "60s", "list what never becomes complete after this time"),
     Option("--reconcile", "DURATION", "1m", "how often to scan without a hint"),
     Option("--heartbeat", "DURATION", "15m", "how often to say in the bucket that we live"),
-    Option("--metrics-listen", "ADDR", "", "answer Prometheus at [HOST]:PORT (HOST: 127.0.0.1)"),
+    _LISTEN,
     Option("--metrics-textfile", "FILE", "", "write metrics for node_exporter's textfile collector to this .prom file"),
+    _THREADS,
+    asked("--only-tag", "TAG", "", ""),  # for `snapshot` where no daemon runs
 )
 _SNAPSHOT = (
     asked("keyspaces", "KEYSPACE", (), "only these (default: all)"),
@@ -8959,24 +8957,25 @@ _STATUS = (
     asked("--wait", "", "", "wait until everything that was found is listed"),
     Option("--max-lag", "DURATION", "15m", "behind, when the oldest unlisted file was found longer ago"),
     Option("--max-age", "DURATION", "26h", "behind, when a table's newest complete snapshot is older"),
-    _JSON,
-    _STATE,
+    *(_STATE, _JSON),
 )
 _RESTORE = (
-    *(_TAG, _LATEST, _TABLES),
+    *(_TAG, _LATEST),
     asked("--at", "TIME", "", "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such"),
+    _TABLES,
     asked("--exclude-table --exclude", "KS[.TABLE]", (), "not these"),
     asked("--dry-run", "", "", "only say what would be restored"),
-    asked("--archive", "DIR", "", "not tables, but the files that were archived there, as commit logs"),
     Option("--into", "DIR", "", "stage <DIR>/<ks>/<table>/ (default: cassbackup-restore/ beside the data)"),
     asked("--import", "", "", "then hand each table to the running Cassandra (nodetool import)"),
     _NODETOOL,
     asked("--schema-only", "", "", "only the schema"),
+    asked("--archive", "DIR", "", "not tables, but the files that were archived there, as commit logs"),
     asked("--incomplete", "", "", "restore what there is, though something is missing"),
     asked("--in-place", "", "", "into the data directories of a stopped node; all keyspaces"),
     asked("--same-node", "", "", "in place: the node itself comes back, with its host id and tokens"),
     asked("--new-node", "", "", "in place: another node takes its place; system.local and peers are left out"),
     asked("--data-dir", "[OLD=]NEW", (), "in place: the data directory, or which one for which"),
+    *(_THREADS, _UNLIMITED, _JSON),
 )
 _PRUNE = (
     Option("--keep-last", "NUMBER", "", "keep so many snapshots of each table"),
@@ -8986,26 +8985,26 @@ _PRUNE = (
     Option("--keep-monthly", "NUMBER", "", "of so many months"),
     _TAG,
     asked("--retire", "NODE", "", "everything of a node that has been silent for 30 days"),
-    _ALL,
     asked("--force", "", "", "even more than half of what there is; even the last good snapshot of a table"),
     asked("--confirm", "", "", "do it"),
     asked("--dry-run", "", "", "only say what would go (so it is without --confirm)"),
-    *_ENCRYPT,
+    *(_ALL, *_ENCRYPT, _THREADS, _JSON),
 )
 _VERIFY = (
-    *(_TAG, _LATEST, _TABLES, _ALL),
+    *(_TAG, _LATEST, _TABLES),
     asked("--deep", "", "", "download everything and compare its bytes"),
     asked("--repair", "", "", "have the daemon store again what is bad"),
-    *_ENCRYPT,
+    *(_ALL, *_ENCRYPT, _THREADS, _UNLIMITED, _JSON),
 )
 _REPORT = (
     _TABLES,
     asked("--days", "NUMBER", "30", "how far to look back"),
     asked("--out", "FILE", "cassbackup-report.html", "where the page goes; - is stdout"),
+    *(_THREADS, _JSON),
 )
-_DOCTOR = (_PATHS, _NODETOOL, _JSON)
-_PLACES = tuple(option for option in _WATCH if option.key in ("pin_dir", "metrics_listen"))
-_ONLY = (asked("--only-tag", "TAG", "", ""),)  # for `snapshot` where no daemon runs
+_TRIED = (_PIN_DIR._replace(help=""), _LISTEN._replace(help=""))  # the daemon's
+_DOCTOR = (_PATHS, _NODETOOL, _NAME, *_ENCRYPT, _JSON, *_TRIED)
+_LIST = (_TAG, _TABLES, _THREADS, _JSON)
 _COMMON = (
     Option("--config", "FILE", "", f"read settings from here (default: {SETTINGS})"),
     Option("--verbose -v", "", "", "say more in the log"),
@@ -9013,7 +9012,7 @@ _COMMON = (
 
 
 class Command(NamedTuple):
-    """What can be asked for. Its options stand by the heading of their group; those without one are not shown."""
+    """What can be asked for. Its options stand by the heading of their group; those without a help are not shown."""
 
     run: Callable[..., Any]
     fields: type
@@ -9030,98 +9029,37 @@ class Command(NamedTuple):
         """Return the options of all groups."""
         return tuple(option for _, options in self.groups for option in options)
 
-    def flags(self, valued: bool = False) -> list[str]:
-        """Return all flags, or those that a value follows."""
-        return [flag for one in self.options if one.metavar or not valued for flag in one.flags.split()]
 
-
-_ALWAYS = (("always", _COMMON),)
-_WHERE = (("which nodes", _NODE), ("bucket", _READ), *_ALWAYS)
-_STORE = (("what to store", _FILTERS), ("bucket", (*_BUCKET, *_WRITE)), *_ALWAYS)
+_ALWAYS = (("bucket", _BUCKET), ("always", _COMMON))
+_WHERE = (("which nodes", _NODES), *_ALWAYS)
+_CHOICE = ("what to store", _FILTERS)
+_STORE = (_CHOICE, ("storing", _STORING), *_ALWAYS)
 COMMANDS: Final = {
-    "watch": Command(
-        watch, WatchOptions, "watch /data1 /data2", (("watch", (*_WATCH, _THREADS)), *_STORE, ("", _ONLY))
-    ),
-    "snapshot": Command(
-        snapshot, SnapshotOptions, "snapshot -t before-upgrade shop", (("snapshot", _SNAPSHOT), *_STORE)
-    ),
-    "status": Command(status, StatusOptions, "status --wait --max-age 7d", (("status", _STATUS), *_ALWAYS)),
-    "list": Command(list_, ListOptions, "list --node db7 --table 'shop.*'", (("list", (_TAG, _TABLES)), *_WHERE)),
+    "watch": Command(watch, WatchOptions, "watch /data1 /data2", (("watch", _WATCH), *_STORE)),
+    "snapshot": Command(snapshot, SnapshotOptions, "snapshot -t upgrade shop", (("snapshot", _SNAPSHOT), *_STORE)),
+    "status": Command(status, StatusOptions, "status --wait --max-age 7d", (("status", _STATUS), ("always", _COMMON))),
+    "list": Command(list_, ListOptions, "list --node db7 --table 'shop.*'", (("list", _LIST), *_WHERE)),
     "verify": Command(verify, VerifyOptions, "verify --latest --deep", (("verify", _VERIFY), *_WHERE)),
     "restore": Command(restore, RestoreOptions, "restore --at 20:24 --dry-run", (("restore", _RESTORE), *_WHERE)),
     "prune": Command(prune, PruneOptions, "prune --keep-daily 14 --keep-monthly 12", (("prune", _PRUNE), *_WHERE)),
     "report": Command(report, ReportOptions, "report --days 7 --out backups.html", (("report", _REPORT), *_WHERE)),
-    "doctor": Command(doctor, DoctorOptions, "doctor", (("doctor", _DOCTOR), *_STORE, ("", _PLACES))),
+    "doctor": Command(doctor, DoctorOptions, "doctor", (("doctor", _DOCTOR), _CHOICE, *_ALWAYS)),
 }
 VARIABLES: Final = {one.variable: one for command in COMMANDS.values() for one in command.options if one.variable}
 
 
-class Problem(NamedTuple):
-    """A setting that is not understood, and the option that was probably meant."""
-
-    text: str
-    near: Option | None = None
+def nearest(word: str, known: Iterable[str], likeness: float) -> str:
+    """Return the known word that was probably meant, "" where none is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1, likeness)), "")
 
 
-def near_option(text: str) -> Option | None:
-    """Return the option whose variable is named, or nearly, by one of the words."""
-    known = {variable.removeprefix("CASSBACKUP_"): option for variable, option in VARIABLES.items()}
-    for word in re.findall(r"\w+", text):
-        for near in difflib.get_close_matches(word.removeprefix("CASSBACKUP_"), known, 1, 0.8):
-            return known[near]
-    return None
-
-
-def misspelt(names: Iterable[str]) -> Iterator[Problem]:
-    """Yield what looks like a setting of ours, and is none."""
-    for name in names:
-        near = near_option(name)
-        if name.startswith("CASSBACKUP_") or (near and near.key in ("bucket", "region")):
-            hint = f", did you mean {near.variable}?" if near else ""
-            if name not in VARIABLES:
-                yield Problem(f"there is no setting {name}{hint}", near)
-
-
-def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
-    """Read NAME=value lines as systemd reads an EnvironmentFile. What it would leave out is a problem."""
-    found, problems = dict[str, str](), list[Problem]()
-    for line in re.sub(r"\\\r?\n", "", text).splitlines():
-        name, equals, value = (part.strip() for part in line.partition("="))
-        if not line.strip() or name.startswith(("#", ";")):
-            continue
-        try:
-            if not equals or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(line)
-            # Quotes count where a value begins with one; else they are part of it, and a # always is.
-            is_quoted = value.startswith(("'", '"'))
-            found[name] = "".join(shlex.split(value)) if is_quoted else re.sub(r"\\(.)", r"\1", value)
-        except ValueError:
-            problems.append(Problem(f"systemd does not read {line.strip()!r} as NAME=value", near_option(line)))
-    return found, [*problems, *misspelt(found)]
-
-
-def load_settings(path: str) -> tuple[dict[str, str], list[Problem]]:
-    """Read the settings file. Only the usual one may be absent."""
-    where = path or SETTINGS
-    try:
-        with open(where, errors="surrogateescape") as file:
-            found, problems = read_settings(file.read())
-    except FileNotFoundError:
-        return {}, [Problem(f"{path} is not there", VARIABLES["BUCKET_NAME"])] if path else []
-    except OSError as error:
-        return {}, [
-            Problem(f"{where} cannot be read by user {os.geteuid()} ({error.strerror})", VARIABLES["BUCKET_NAME"])
-        ]
-    return found, [Problem(f"{where}: {text}", near) for text, near in problems]
-
-
-def _add_option(group: argparse._ArgumentGroup, option: Option, is_shown: bool) -> None:
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     text = option.help
-    if option.default and isinstance(option.default, str):
+    if option.default:
         text += f" (default: {option.default})"
     if option.variable:
         text += f" [{option.variable}]"
-    more: dict[str, Any] = {"help": text.replace("%", "%%") if is_shown else argparse.SUPPRESS}
+    more: dict[str, Any] = {"help": text.replace("%", "%%") if option.help else argparse.SUPPRESS}
     if not option.flags.startswith("-"):
         group.add_argument(option.key, nargs="*", metavar=option.metavar, **more)
         return
@@ -9149,8 +9087,8 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     for title, options in command.groups:
         group = parser.add_argument_group(title)
         for option in options:
-            _add_option(group, option, bool(title))
-    parser.add_argument("--help", "-h", action="help", help="show this")
+            _add_option(group, option)
+    group.add_argument("--help", "-h", action="help", help="show this")
     return parser
 
 
@@ -9169,50 +9107,195 @@ variable in the environment, that over {SETTINGS}, that over the default."""
 
 def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     """Return the command, "" where there is none, and the other words. Options may stand before it."""
-    valued = {flag for command in COMMANDS.values() for flag in command.flags(valued=True)}
+    options = [option for command in COMMANDS.values() for option in command.options]
+    valued = {flag for option in options if option.metavar for flag in option.flags.split()}
     words, at = list(argv), 0
     while at < len(words) and words[at].startswith("-"):
         at += 2 if words[at] in valued else 1
-    if at < len(words) and words[at] in (*COMMANDS, "help"):
+    if at < len(words) and words[at] in COMMANDS:
         return words.pop(at), words
     return "", words
 
 
-def _misunderstood(name: str, word: str) -> Usage:
-    command, hint = COMMANDS[name], f"`cassbackup {name} --help` shows the options"
-    if word.startswith("-"):
-        for near in difflib.get_close_matches(word.partition("=")[0], command.flags(), 1, 0.75):
-            hint = f"did you mean {near}?"
-        return Usage(f"{name} has no option {word}", hint)
-    if name == "watch":
-        for near in difflib.get_close_matches(word, COMMANDS, 1, 0.6):
-            hint = f"did you mean `cassbackup {near}`?"
-        return Usage(f"there is no command {word!r}", f"{hint} A path contains a /, as ./{word}")
-    if "--table" in command.flags():
-        hint = "put globs in quotes, or the shell replaces them: --table 'shop.*'"
-    return Usage(f"{name} does not take {word!r}", hint)
-
-
 def parse(name: str, words: Sequence[str]) -> dict[str, Any]:
     """Return what the flags say, as it was written. Raises Usage."""
+    hint = f"`cassbackup {name} --help` shows the options"
     try:
-        found, rest = build_parser(name).parse_known_args(words)
+        found, unknown = build_parser(name).parse_known_intermixed_args(words)
     except argparse.ArgumentError as error:
-        raise Usage(str(error).removeprefix("argument "), f"`cassbackup {name} --help` shows the options") from None
-    flags = vars(found)
-    alone = [option.key for option in COMMANDS[name].options if not option.flags.startswith("-")]
-    for key in alone if rest else ():
-        flags[key] = [*flags.get(key, ()), *rest]
-    for word in (*rest, *flags.get("paths", ())):
-        if word.startswith("-") or not alone or (name == "watch" and "/" not in word):
-            raise _misunderstood(name, word)
-    return flags
+        raise Usage(str(error).removeprefix("argument "), hint) from None
+    for word in unknown:
+        if word.startswith("-"):
+            raise Usage(f"{name} has no option {word}", hint)
+        raise Usage(f"{name} does not take {word!r}", f"{hint}; put globs in quotes, or the shell replaces them")
+    for word in getattr(found, "paths", ()) if name == "watch" else ():
+        if "/" not in word:  # a misspelt command must not start a daemon
+            near = nearest(word, COMMANDS, 0.6)
+            hint = f"did you mean `cassbackup {near}`?" if near else "`cassbackup --help` shows them."
+            raise Usage(f"there is no command {word!r}", f"{hint} A path contains a /, as ./{word}")
+    return vars(found)
+
+
+# Settings ---------------------------------------------------------------------------------------------
+
+# A daemon does not guess which directories, tables or bucket somebody meant. What else is misspelt makes it red.
+_VITAL: Final = {
+    "paths",
+    "bucket",
+    "prefix",
+    "name",
+    "include",
+    "exclude",
+    "exclude_tag",
+    *(one.key for one in _FILTERS),
+}
+
+
+class Problem(NamedTuple):
+    """A setting that is not understood, and the option that was probably meant."""
+
+    text: str
+    near: Option | None
+
+
+def near_option(text: str) -> Option | None:
+    """Return the option whose variable is named, or nearly, by one of the words."""
+    known = {variable.removeprefix("CASSBACKUP_"): option for variable, option in VARIABLES.items()}
+    found = (nearest(word.removeprefix("CASSBACKUP_"), known, 0.8) for word in re.findall(r"\w+", text))
+    return next((known[near] for near in found if near), None)
+
+
+def misspelt(names: Iterable[str]) -> Iterator[Problem]:
+    """Yield what looks like a setting of ours, and is none."""
+    for name in names:
+        if name in VARIABLES:
+            continue
+        near = near_option(name)
+        if near and (name.startswith("CASSBACKUP_") or near.key in ("bucket", "region")):
+            yield Problem(f"there is no setting {name}, did you mean {near.variable}?", near)
+        elif name.startswith("CASSBACKUP_"):
+            yield Problem(f"there is no setting {name}", None)
+
+
+def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
+    """Read NAME=value lines as systemd reads an EnvironmentFile. What it would leave out is a problem."""
+    found, problems = dict[str, str](), list[Problem]()
+    for line in re.sub(r"\\\r?\n", "", text).splitlines():
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if not line.strip() or name.startswith(("#", ";")):
+            continue
+        try:
+            if not equals or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(line)
+            # Quotes count where a value begins with one; else they are part of it, and a # always is.
+            is_quoted = value.startswith(("'", '"'))
+            found[name] = "".join(shlex.split(value)) if is_quoted else re.sub(r"\\(.)", r"\1", value)
+        except ValueError:
+            problems.append(Problem(f"systemd does not read {line.strip()!r} as NAME=value", near_option(line)))
+    return found, [*problems, *misspelt(found)]
+
+
+def load_settings(path: str) -> tuple[dict[str, str], list[Problem]]:
+    """Read the settings file. Only the usual one may be absent."""
+    where = path or SETTINGS
+    try:
+        with open(where, errors="surrogateescape") as file:
+            found, problems = read_settings(file.read())
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path:
+            return {}, []
+        text = f"{where} cannot be read by user {os.geteuid()} ({error.strerror})"
+        return {}, [Problem(text, VARIABLES["BUCKET_NAME"])]
+    return found, [Problem(f"{where}: {problem.text}", problem.near) for problem in problems]
+
+
+def judge_settings(name: str, problems: Iterable[Problem], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what is wrong with the settings and does not end this command. Raises Usage for what does."""
+    wrong = list(problems)
+    for problem in misspelt(environ):
+        if problem.near:
+            wrong.append(problem)
+        else:  # Kubernetes sets CASSBACKUP_SERVICE_HOST and its like for a service of that name
+            log.warning("ignored environment=%s", quote(problem.text))
+    for problem in wrong:
+        is_vital = problem.near is not None and problem.near.key in _VITAL
+        if name != "doctor" and (is_vital or name != "watch"):
+            raise Usage(problem.text, "correct it; `cassbackup doctor` shows what is set, and where")
+    return tuple(problem.text for problem in wrong)
+
+
+def default_state_dir(environ: Mapping[str, str]) -> str:
+    """Return where state is kept if nobody says where; one that a daemon keeps there can be asked by all."""
+    system = "/var/lib/cassbackup"
+    own = os.path.join(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "cassbackup")
+    asking = os.path.exists(f"{system}/lock") and not os.path.exists(own)
+    return system if os.geteuid() == 0 or os.access(system, os.W_OK) or asking else own
+
+
+def use_key_files(bucket: str, environ: MutableMapping[str, str]) -> None:
+    """Name the service's key files to the SDKs, unless other keys are named. Raises Usage where we may not read one."""
+    for scheme, name, variable, others in (
+        ("s3", "aws", "AWS_SHARED_CREDENTIALS_FILE", {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"}),
+        ("gs", "gcs.json", "GOOGLE_APPLICATION_CREDENTIALS", {"STORAGE_EMULATOR_HOST"}),
+    ):
+        is_elsewhere = "://" in bucket and not bucket.startswith(f"{scheme}://")
+        if is_elsewhere or environ.keys() & {variable, *others}:
+            continue
+        path = os.path.join(KEY_FILES, name)
+        try:
+            open(path, "rb").close()
+        except PermissionError:
+            hint = f"run this as root or cassandra, or set {variable}"
+            raise Usage(f"{path} cannot be read by user {os.geteuid()}", hint) from None
+        except OSError:  # there is none
+            continue
+        environ[variable] = path
+
+
+def find_setting(
+    option: Option, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, str]
+) -> tuple[Any, str]:
+    """Return what was given for an option, and where: flag, else environment, else file, else default."""
+    if option.key in flags:
+        return flags[option.key], "flag"
+    for place, settings in (("environment", environ), ("file", file)):
+        if settings.get(option.variable):
+            return settings[option.variable], place
+    return option.default, "default"
+
+
+def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> dict[str, Any]:
+    """Return a command's settings by key. Raises Usage.
+
+    Flags become variables too, for the process that `snapshot` may start.
+    """
+    file, problems = load_settings(flags.get("config") or environ.get("CASSBACKUP_CONFIG", ""))
+    values: dict[str, Any] = {"problems": judge_settings(name, problems, environ)}
+    for option in COMMANDS[name].options:
+        values[option.key] = option.read(*find_setting(option, flags, environ, file))
+    places = {variable: find_setting(option, flags, environ, file)[1] for variable, option in VARIABLES.items()}
+    values["origins"] = tuple(f"{variable} ({place})" for variable, place in places.items() if place != "default")
+    for variable, option in VARIABLES.items():
+        if option.key in flags:
+            given = flags[option.key]
+            environ[variable] = given if isinstance(given, str) else " ".join(given)
+    for variable in file.keys() - VARIABLES.keys():  # AWS_*, GOOGLE_*, *_PROXY: for the SDKs
+        environ.setdefault(variable, file[variable])
+    values["state_dir"] = values["state_dir"] or default_state_dir(environ)
+    if values.get("kms_key"):
+        if values["sse"] == "AES256":
+            raise Usage("--kms-key does not go with --sse AES256", "use --sse aws:kms, or neither")
+        values["sse"] = "aws:kms"
+    return values
 
 
 def fill(cls: type[T], values: Mapping[str, Any]) -> T:
     """Build a command's options from settings, by the names of its fields."""
     names = [one.name for one in fields(cast(Any, cls))]
     return cls(**{name: values[name] for name in names if name in values})
+
+
+# Log and exit codes -----------------------------------------------------------------------------------
 
 
 class Line(logging.Formatter):
@@ -9243,90 +9326,11 @@ def set_up_log(environ: Mapping[str, str]) -> None:
     logging.raiseExceptions = False  # a log that cannot be written must not stop a backup
 
 
-def default_state_dir(environ: Mapping[str, str]) -> str:
-    """Return where state is kept if nobody says where; one that a daemon keeps there can be asked by all."""
-    system = "/var/lib/cassbackup"
-    own = os.path.join(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "cassbackup")
-    asking = os.path.exists(f"{system}/lock") and not os.path.exists(own)
-    return system if os.geteuid() == 0 or os.access(system, os.W_OK) or asking else own
-
-
-def use_key_files(bucket: str, environ: MutableMapping[str, str]) -> None:
-    """Name the service's key files to the SDKs, unless others are named. Raises Usage where we may not read one."""
-    for scheme, name, variable, others in (
-        ("s3", "aws", "AWS_SHARED_CREDENTIALS_FILE", {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"}),
-        ("gs", "gcs.json", "GOOGLE_APPLICATION_CREDENTIALS", {"STORAGE_EMULATOR_HOST"}),
-    ):
-        is_needed = bucket.partition("://")[0] in (scheme, bucket) and not others & environ.keys()
-        for folder in (environ.get("CREDENTIALS_DIRECTORY", KEY_FILES), KEY_FILES) if is_needed else ():
-            path = os.path.join(folder, name)
-            try:
-                with open(path, "rb") as file:
-                    if len(file.read(2)) > 1:  # of an absent file systemd makes an empty line
-                        environ.setdefault(variable, path)
-            except PermissionError:
-                if variable not in environ:
-                    hint = f"run this as root or cassandra, or set {variable}"
-                    raise Usage(f"{path} cannot be read by user {os.geteuid()}", hint) from None
-            except OSError:
-                continue
-
-
-# A daemon does not guess which directories, tables or bucket somebody meant. What else is misspelt makes it red.
-_VITAL: Final = {"paths", "bucket", "prefix", "name", "include", "exclude", *(one.key for one in _FILTERS)}
-
-
-def judge_settings(name: str, problems: list[Problem], environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Return what is wrong with the settings and does not end this command. Raises Usage for what does."""
-    for problem in misspelt(variable for variable in environ if variable.startswith("CASSBACKUP_")):
-        if problem.near:
-            problems.append(problem)
-        else:  # Kubernetes sets CASSBACKUP_SERVICE_HOST and its like for a service of that name
-            log.warning("ignored environment=%s", quote(problem.text))
-    for problem in problems:
-        is_vital = problem.near is not None and problem.near.key in _VITAL
-        if name != "doctor" and (is_vital or name != "watch"):
-            raise Usage(problem.text, "correct it; `cassbackup doctor` shows what is set, and where")
-    return tuple(problem.text for problem in problems)
-
-
-def find_setting(
-    option: Option, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, str]
-) -> tuple[Any, str]:
-    """Return what was given for an option, and where: flag, else environment, else file, else default."""
-    if option.key in flags:
-        return flags[option.key], "flag"
-    for place, settings in (("environment", environ), ("file", file)):
-        if settings.get(option.variable):
-            return settings[option.variable], place
-    return option.default, "default"
-
-
-def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> dict[str, Any]:
-    """Return a command's settings by key. Raises Usage.
-
-    Flags become variables too, for the process that `snapshot` may start.
-    """
-    file, problems = load_settings(flags.get("config") or environ.get("CASSBACKUP_CONFIG", ""))
-    values: dict[str, Any] = {"problems": judge_settings(name, problems, environ)}
-    for option in COMMANDS[name].options:
-        values[option.key] = option.read(*find_setting(option, flags, environ, file))
-    places = [(variable, find_setting(option, flags, environ, file)[1]) for variable, option in VARIABLES.items()]
-    values["origins"] = tuple(f"{variable} ({place})" for variable, place in places if place != "default")
-    for variable, option in VARIABLES.items():
-        if option.key in flags:
-            given = flags[option.key]
-            environ[variable] = given if isinstance(given, str) else " ".join(given)
-    for variable in file.keys() - VARIABLES.keys():  # AWS_*, GOOGLE_*, *_PROXY: for the SDKs
-        environ.setdefault(variable, file[variable])
-    return values
-
-
 def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     """Run a command, and print its answer. Raises Fault."""
+    if len(argv) < 3:  # help, help restore, restore help
+        argv = ["--help" if word == "help" else word for word in argv]
     name, words = find_command(argv)
-    if name == "help":
-        name, words = find_command(words)[0], ["--help"]
     if not name and {"-h", "--help"} & {*words}:
         print(overview())
         return DONE
@@ -9334,39 +9338,33 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
         print(f"cassbackup {__version__}")
         return DONE
     name = name or "watch"
-    command, flags = COMMANDS[name], parse(name, ["--help"] if words == ["help"] else words)
+    command, flags = COMMANDS[name], parse(name, words)
     set_up_log(environ)
     values = settle(name, flags, environ)
     if values["verbose"]:
         log.setLevel(logging.DEBUG)
-    values["state_dir"] = values["state_dir"] or default_state_dir(environ)
-    if name != "status":
-        use_key_files(values["bucket"], environ)
     if flags.keys() & {"access_key", "secret_key"}:
         log.warning("every user of this machine can read keys on a command line hint=use the environment or a role")
-    if values.get("kms_key") and values["sse"] == "AES256":
-        raise Usage("--kms-key does not go with --sse AES256", "use --sse aws:kms, or neither")
-    if values.get("kms_key"):
-        values["sse"] = "aws:kms"
-    values["store"] = fill(StoreOptions, values)
-    values |= {"environ": environ, "program": (sys.executable, sys.argv[0])}
+    if name != "status":
+        use_key_files(values["bucket"], environ)
+    values |= {"store": fill(StoreOptions, values), "environ": environ, "program": (sys.executable, sys.argv[0])}
     options: Any = fill(command.fields, values)
     if name == "watch":
         return int(command.run(options, environ))
-    if name in ("status", "snapshot", "doctor"):
-        answer = command.run(options)
-    else:
+    if issubclass(command.fields, NodeChoice):  # what needs a bucket, and no more of this machine
         answer = command.run(open_bucket(fill(BucketOptions, values)), options)
+    else:
+        answer = command.run(options)
     print(json.dumps(answer.document) if values["json"] else answer.text)
     return int(answer.code)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the program; return its exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program, by default with the words of this process; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")  # a terminal may not spell UTF-8
     try:
-        code = run(argv, os.environ)
+        code = run(sys.argv[1:] if argv is None else argv, os.environ)
         sys.stdout.flush()
         return code
     except Fault as fault:
@@ -9382,10 +9380,5 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def main_entry() -> None:
-    """Run as a console script."""
-    sys.exit(main(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    main_entry()
+    sys.exit(main())
