@@ -2225,7 +2225,11 @@ class Nodetool:
     """Cassandra's own nodetool, as the operator calls it."""
 
     def __init__(self, command: str, timeout_s: float | None = None) -> None:
-        self._command, self._timeout_s = shlex.split(command), timeout_s
+        try:
+            self._command = shlex.split(command) or [""]
+        except ValueError as error:
+            raise Usage(f"{command!r} cannot be read as a command ({error})", "close its quotes") from None
+        self._timeout_s = timeout_s
 
     def __call__(self, *words: str) -> str:
         """Run a command of nodetool; return what it says. Raises Fault where it fails, or takes too long."""
@@ -8786,7 +8790,7 @@ _EXAMPLES: Final = {
     "COUNT": "a number from 1 to 256",
     "DURATION": "a number with its unit, as 90s, 15m, 26h or 20d",
     "KIND": "AES256 or aws:kms",
-    "NUMBER": "a whole number from 1 on",
+    "NUMBER": "a number from 1 to 9999",
     "PART": "a part of the disk, as 10%",
     "RATE": "50M or 1.5G",
     "REGEX": "a regular expression",
@@ -8796,7 +8800,7 @@ _UNSET: Final = {"": False, "DURATION": 0.0, "NUMBER": 0, "REGEX": None, "TIME":
 
 
 def _scaled(text: str, units: Mapping[str, float]) -> float:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z%]*)", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([a-z%]*)", text)
     if not match or match[2] not in units:
         raise ValueError(text)
     return float(match[1]) * units[match[2]]
@@ -8807,7 +8811,10 @@ def _read_time(text: str) -> float:
         today = seconds_of(f"{utc(time.time())[:9]}{text.replace(':', '').zfill(4)}00.000000Z")
         return today if today <= time.time() else today - 86400
     moment = datetime.fromisoformat(text.upper().replace("Z", "+00:00"))
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    if not is_utc(utc(seconds)):  # before 1970
+        raise ValueError(text)
+    return seconds
 
 
 def read_value(metavar: str, text: str) -> Any:
@@ -8822,7 +8829,7 @@ def read_value(metavar: str, text: str) -> Any:
             return text
         case "COUNT" if 1 <= int(text) <= 256:
             return int(text)
-        case "NUMBER" if int(text) > 0:
+        case "NUMBER" if 1 <= int(text) <= 9999:
             return int(text)
         case "DURATION":
             return _scaled(word, {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400})
@@ -9120,6 +9127,8 @@ def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
 def parse(name: str, words: Sequence[str]) -> dict[str, Any]:
     """Return what the flags say, as it was written. Raises Usage."""
     hint = f"`cassbackup {name} --help` shows the options"
+    if any(word.endswith("=--") for word in words):
+        raise Usage("-- is no value", hint)  # argparse would drop it, until Python 3.13
     try:
         found, unknown = build_parser(name).parse_known_intermixed_args(words)
     except argparse.ArgumentError as error:
@@ -9185,7 +9194,7 @@ def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
         if not line.strip() or name.startswith(("#", ";")):
             continue
         try:
-            if not equals or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            if not equals or "\0" in value or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(line)
             # Quotes count where a value begins with one; else they are part of it, and a # always is.
             is_quoted = value.startswith(("'", '"'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -389,6 +390,160 @@ def test_the_services_key_file_is_used_unless_another_is_named(
     os.environ.update(AWS_SHARED_CREDENTIALS_FILE="/mine")
     settled(monkeypatch, cli, "--bucket", "s3://b")
     assert os.environ["AWS_SHARED_CREDENTIALS_FILE"] == "/mine"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whatever somebody writes: a sentence, never a traceback
+
+BAD: dict[str, list[str]] = {  # by metavar: what no option of this kind takes
+    "ADDR": ["9108", ":99999", "[::1:9108", ":", "host:port"],
+    "BUCKET": ["s3//b", "/tmp/b", "ftp://b", "s3://", "file://relative", "://", "file:/tmp/b"],
+    "COUNT": ["0", "257", "-1", "many", "1.5", "9" * 5000],
+    "DURATION": ["60", "1y", "-5m", "30 days", "1e9d", "9" * 500 + "d", "m"],
+    "KIND": ["rot13", "aes256"],
+    "NUMBER": ["0", "-3", "1.5", "seven", "9" * 30],
+    "PART": ["10", "100%", "-1%", "%"],
+    "RATE": ["fast", "-1", "50X", "9" * 500],
+    "REGEX": ["(", "*", "[a", "a{2,1}", "(?P<"],
+    "TIME": ["yesterday", "25:00", "2026-02-30", "9999-12-31T23:59-14:00", "0001-01-01", "20:24:xx"],
+}
+GOOD: dict[str, list[str]] = {
+    "ADDR": [":9108", "[::1]:9108"],
+    "COUNT": ["1", "8"],
+    "DURATION": ["90s", "1.5h", "0d", "99999d"],
+    "KIND": ["AES256", "aws:kms"],
+    "NUMBER": ["1", "30", "9999"],
+    "PART": ["5%", "0%"],
+    "RATE": ["0", "50M", "1.5 GiB"],
+    "REGEX": ["commitlog", "", "a|b"],
+    "TIME": ["2026-11-21T20:24Z", "20:24", "1970-01-01", "9999-12-31"],
+}
+TEXTS = [
+    *(
+        "",
+        " ",
+        "x",
+        "a b",
+        "é",
+        "\udcff\udc80",
+        "%s%n%",
+        "../../x",
+        "-",
+        "--",
+        "'",
+        '"x',
+        "\\",
+        "$(id)",
+        "\x1b[2J",
+        "a\nb",
+    ),
+    *("[", "*", "{}", "0", "x" * 5000, "/dev/null/x", "/", ".", "http://127.0.0.1:1", "daily@", "@", "ks.t.u", "node1"),
+]
+LINES = [
+    *("export A=b", "=", "A", "1A=b", "A='", 'A="x', "CASSBACKUP_TREADS=1", "CASSBACKUP_=", "BUKET_NAME=x", "# x", ";"),
+    *("A=\0b", "CASSBACKUP_PREFIX=\0", "\0", "\udcff=\udcfe", "CASSBACKUP_SERVICE_HOST=x", "A = b # c", "\x85"),
+]
+
+
+class Mess:
+    """One call of the program as nobody should write it: words, environment, settings file."""
+
+    def __init__(self, chance: random.Random, name: str, environ: dict[str, str]) -> None:
+        self.chance, self.name = chance, name
+        self.words, self.environ, self.lines = list[str](), dict(environ), list[str]()
+        self.is_bad = chance.random() < 0.5  # one thing at least is wrong, so that nothing but exit 2 will do
+        options = [one for one in COMMANDS[name].options if one.key not in ("config", "into", "data_dir")]
+        chance.shuffle(options)
+        if self.is_bad:
+            wrong = next(one for one in options if one.metavar in BAD)
+            options.remove(wrong)
+            self.give(wrong, chance.choice(BAD[wrong.metavar]))
+        for option in options[: chance.randrange(5)]:
+            if option.metavar != "BUCKET":
+                self.give(option, chance.choice(GOOD.get(option.metavar, TEXTS if option.metavar else ["yes"])))
+        self.lines += chance.sample(LINES, chance.choice([0, 0, 0, 1, 3]))
+        chance.shuffle(self.lines)
+        if chance.random() < 0.1:
+            self.words.insert(chance.randrange(len(self.words) + 1), chance.choice(["--no-such", "-Z", *TEXTS]))
+        self.words.insert(0, name)
+
+    def give(self, option: cassbackup.Option, text: str) -> None:
+        """Write a value for an option as a flag, into the environment or into the file."""
+        places = ["flag", "environment", "file"] if option.variable and text else ["flag"]
+        place = self.chance.choice(places)
+        if place == "environment":
+            self.environ[option.variable] = text
+        elif place == "file" and not set("'\"\\\n") & set(text) and option.variable not in self.environ:
+            self.lines.append(f"{option.variable}={text}")
+        elif not option.flags.startswith("-"):
+            self.words.append(text)
+        elif option.metavar:
+            self.words.append(f"{option.flags.split()[0]}={text}")
+        else:
+            self.words.append(option.flags.split()[0])
+
+
+@pytest.fixture
+def harmless(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Keep a mess from doing more than to be read, and return the environment of each."""
+    patient = cassbackup.Patient
+
+    def watch(options: cassbackup.WatchOptions, environ: dict[str, str]) -> int:
+        """Watch."""
+        options.filters()
+        cassbackup.data_directories(options.paths)
+        cassbackup.identify(options.bucket, options.prefix, options.name, options.store.region, environ, None)
+        cassbackup.open_store(options.bucket, options.store, new=True)
+        return 0
+
+    def doctor(options: cassbackup.DoctorOptions) -> cassbackup.Answer:
+        """Check."""
+        cassbackup.open_bucket(options, new=True)
+        return cassbackup.Answer(0, {}, "")
+
+    monkeypatch.setattr(cassbackup, "detect_cloud", lambda environ: None)
+    monkeypatch.setattr(cassbackup, "Patient", lambda store, patience_s: patient(store, 0.0))
+    for name, stand_in in (("watch", watch), ("doctor", doctor)):
+        monkeypatch.setitem(COMMANDS, name, COMMANDS[name]._replace(run=stand_in))
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/b/c")
+    files = {"owner.json": b'{"version": 2, "id": "x"}', "heartbeat/20261101T010000.000000Z.json": b"{}"}
+    for folder in ("ks/t-1/snapshots/daily/20261101T010000.000000Z", "ks/t-1/backups"):
+        files[f"{folder}/20261101T010000.000000Z-complete-10-2048.json"] = b"{}"
+    for name, body in files.items():
+        path = tmp_path / "bucket/node1.listings" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "BUCKET_NAME": f"file://{tmp_path}/bucket",
+        "CASSBACKUP_NAME": "node1",
+        "CASSBACKUP_INTO": "into",
+        "CASSBACKUP_NODETOOL": "/nonexistent/nodetool",
+        "CASSBACKUP_CONFIG": str(tmp_path / "settings"),
+    }
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.by_hand) for seed in range(2, 12))])
+def test_whatever_is_written_ends_with_a_sentence_and_what_is_wrong_with_exit_2_p8(
+    cli: Any, harmless: dict[str, str], tmp_path: Path, seed: int
+) -> None:
+    chance = random.Random(seed)
+    for _ in range(200):
+        mess = Mess(chance, chance.choice(list(COMMANDS)), harmless)
+        (tmp_path / "settings").write_text("\n".join(mess.lines), errors="surrogateescape")
+        os.environ.clear()
+        os.environ.update(mess.environ)
+        told = f"{mess.words} {mess.environ} {mess.lines}"
+        try:
+            code, shown, said = cli(*mess.words)
+        except Exception as error:
+            raise AssertionError(told) from error
+        assert code in ((2,) if mess.is_bad else (0, 1, 2, 3)), (told, shown, said)
+        assert "Traceback" not in said, (told, said)
+        assert code == 0 or shown or "cassbackup: " in said, told
+        assert code != 2 or not shown, told
 
 
 # ------------------------------------------------------------------------------------------------------------
