@@ -119,7 +119,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
@@ -506,19 +506,12 @@ def parse_listing_name(key: str) -> ListingName | None:
     return ListingName(match[1], match[2] == "complete", int(match[3]), int(match[4]))
 
 
+_ENTRY_TEXTS: Final = ("user", "group", "crc32", "key", "etag")  # what of an entry JSON has as it is
+
+
 def _dump_entry(entry: Stored) -> dict[str, Any]:
-    return {
-        "name": quote(entry.name),
-        "size": entry.fingerprint.size,
-        "mtime_ns": entry.fingerprint.mtime_ns,
-        "inode": entry.fingerprint.inode,
-        "mode": f"{entry.mode:04o}",
-        "user": entry.user,
-        "group": entry.group,
-        "crc32": entry.crc32,
-        "key": entry.key,
-        "etag": entry.etag,
-    }
+    texts = {word: getattr(entry, word) for word in _ENTRY_TEXTS}
+    return {"name": quote(entry.name), **entry.fingerprint._asdict(), "mode": f"{entry.mode:04o}", **texts}
 
 
 def dump_listing(listing: Listing[Stored]) -> bytes:
@@ -564,28 +557,30 @@ def _load_name(text: str) -> str:
 
 def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
     name = _load_name(typed(document, "name", str))
-    size, mtime_ns, inode = (typed(document, word, int) for word in ("size", "mtime_ns", "inode"))
-    user, group, crc32, key, etag = (typed(document, word, str) for word in ("user", "group", "crc32", "key", "etag"))
+    file = Fingerprint(*(typed(document, word, int) for word in Fingerprint._fields))
     mode = typed(document, "mode", str)
-    if not 0 <= size < 1 << 63 or not 0 <= inode < 1 << 64 or not -(1 << 63) <= mtime_ns < 1 << 63:
-        raise ValueError(f"no file has the size {size}, the inode {inode} and the mtime {mtime_ns}")
-    if not re.fullmatch("[0-9a-f]{8}", crc32):
-        raise ValueError(f"{crc32!r} is no CRC-32")
-    if not re.fullmatch("[0-7]{4,5}", mode):
-        raise ValueError(f"{mode!r} is no mode")
-    return Known(directory, name, Fingerprint(inode, size, mtime_ns), int(mode, 8), user, group, crc32, key, etag)
+    texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
+    # SQLite and utime(2) take no more than 64 bits.
+    is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63 and -(1 << 63) <= file.mtime_ns < 1 << 63
+    if not is_file or not re.fullmatch("[0-7]{4,5}", mode) or not re.fullmatch("[0-9a-f]{8}", texts["crc32"]):
+        raise ValueError(f"{name!r} with {file}, mode {mode!r} and CRC-32 {texts['crc32']!r} is no file")
+    return Known(directory, name, file, int(mode, 8), **texts)
 
 
 def _load_unit(document: Mapping[str, Any]) -> Unit:
     kind = typed(document, "kind", str)
-    keyspace, table, table_id = (unquote(typed(document, word, str)) for word in ("keyspace", "table", "table_id"))
-    tag, life = (document[word] or "" for word in ("tag", "life"))
+    table = unquote(typed(document, "table", str))
+    table_id = typed(document, "table_id", str)
+    if table_id:
+        table = f"{table}-{table_id}"
+    tag = document["tag"] or ""
+    life = document["life"] or ""
     if kind not in ("snapshot", "incremental", "archive"):
         raise ValueError(f"kind is {kind!r}")
-    if not isinstance(tag, str) or not isinstance(life, str) or (kind == "snapshot" and not is_utc(life)):
-        raise ValueError(f"tag is {tag!r}, life is {life!r}")
-    whole = f"{table}-{table_id}" if table_id else table
-    return Unit(cast(Kind, kind), keyspace, whole, unquote(tag), life)
+    if not isinstance(life, str) or (kind == "snapshot" and not is_utc(life)):
+        raise ValueError(f"life is {life!r}")
+    keyspace = unquote(typed(document, "keyspace", str))
+    return Unit(cast(Kind, kind), keyspace, table, unquote(tag), life)
 
 
 def load_listing(body: bytes) -> Listing[Known]:
@@ -597,13 +592,20 @@ def load_listing(body: bytes) -> Listing[Known]:
         files: list[Known] = []
         for directory, entries in typed(document, "directories", dict).items():
             files += [_load_entry(unquote(directory), entry) for entry in entries]
-        missing = tuple(unquote(name) for name in typed(document, "missing", list))
-        lost = tuple(Lost(unquote(one["name"]), typed(one, "reason", str)) for one in typed(document, "lost", list))
-        taken, listed = (typed(document, word, str) for word in ("taken", "listed"))
+        lost = [Lost(unquote(one["name"]), typed(one, "reason", str)) for one in typed(document, "lost", list)]
+        taken, listed = typed(document, "taken", str), typed(document, "listed", str)
         if not is_utc(taken) or not is_utc(listed):
             raise ValueError(f"taken is {taken!r}, listed is {listed!r}")
-        unit, complete = _load_unit(document), typed(document, "complete", bool)
-        return Listing(typed(document, "node", str), unit, taken, listed, complete, tuple(files), missing, lost)
+        return Listing(
+            node=typed(document, "node", str),
+            unit=_load_unit(document),
+            taken=taken,
+            listed=listed,
+            complete=typed(document, "complete", bool),
+            files=tuple(files),
+            missing=tuple(map(unquote, typed(document, "missing", list))),
+            lost=tuple(lost),
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"the listing cannot be read ({error!r})", "keep it; `cassbackup verify` names it") from None
 
@@ -8429,22 +8431,25 @@ class StatusOptions:
     max_age: float
 
 
+def _is_late(table: Mapping[str, Any], oldest: float) -> bool:
+    """Tell whether a table has no snapshot that is young enough. What was written since needs none yet."""
+    if table["oldest_data"] is None or table["oldest_data"] >= oldest:
+        return False
+    return not table["taken"] or seconds_of(table["taken"]) < oldest
+
+
 def why_behind(document: Mapping[str, Any], options: StatusOptions) -> list[str]:
     """Return what is wrong; nothing if all is well."""
     oldest = document["now"] - options.max_age
-    late = []
-    for place, table in document["tables"].items():
-        # Without data of that age there was nothing to take a snapshot of.
-        is_due = table["oldest_data"] is not None and table["oldest_data"] < oldest
-        if is_due and (not table["taken"] or seconds_of(table["taken"]) < oldest):
-            late.append(place)
     wrong = {
         "data directory away": [f"{directory} ({why})" for directory, why in document["absent"].items()],
         "lost until the next complete snapshot": document["lost"],
         "not stored, see the log": document["refused"],
         "failing": [f"{what} ({error['error']})" for what, error in document["errors"].items()],
         "not stored": [f"{unit} ({why})" for unit, why in document["failures"].items()],
-        "no complete snapshot within --max-age": late,
+        "no complete snapshot within --max-age": [
+            place for place, table in document["tables"].items() if _is_late(table, oldest)
+        ],
         "filter that matches nothing": document["unmatched"],
         "settings": document["problems"],
     }
@@ -8459,12 +8464,13 @@ def _status_text(document: Mapping[str, Any]) -> str:
     backlog = f"{pending['units']} units, {pending['files']} files, {size_text(pending['bytes'])}"
     if rate and pending["bytes"]:
         backlog += f", at least {pending['bytes'] / rate:.0f} s to go"
+    started = moment_text(utc(document["started"]))
     rows = [
         ("node", document["node"]),
         ("bucket", document["bucket"]),
         ("pending", backlog),
         ("lag", f"{document['lag_s']:.0f} s"),
-        ("sent", f"{sent['files']} files, {size_text(sent['bytes'])} since {moment_text(utc(document['started']))}"),
+        ("sent", f"{sent['files']} files, {size_text(sent['bytes'])} since {started}"),
         ("newest listing", document["newest_listing"] or "none"),
     ]
     rows += [("BEHIND", why) for why in document["behind"]]
@@ -8504,17 +8510,17 @@ class SnapshotOptions(BucketOptions):
     ttl: float = 0.0  # seconds
     nodetool: str = "nodetool"
     cqlsh: str = "cqlsh"
-    program: tuple[str, ...] = ()  # how this program is called
     keyspace: tuple[str, ...] = ()  # filters: what they leave out is not waited for
     exclude_keyspace: tuple[str, ...] = ()
     exclude_table: tuple[str, ...] = ()
 
 
 def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
-    """Return the path of each manifest.json of a tag that is on disk, and is to be stored."""
-    filters, found = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table), list[str]()
+    """Return the path of each manifest.json that is on disk, and is to be stored. The tag may be a glob."""
+    filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
+    found = []
     for root in data_directories(options.paths):
-        for path in glob.glob(os.path.join(glob.escape(root), "*/*/snapshots", tag, MANIFEST)):
+        for path in glob.glob(f"{glob.escape(root)}/*/*/snapshots/{tag}/{MANIFEST}"):
             keyspace, table = path.split("/")[-5:-3]
             if filters.wants_directory(f"{keyspace}/{table}"):
                 found.append(path)
@@ -8523,25 +8529,24 @@ def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
 
 def listing_of(bucket: Bucket, manifest: str) -> str:
     """Return the key of a complete listing that has the manifest.json that is at this path now, "" if there is none."""
-    unit = unit_of("/", "/".join(manifest.split("/")[-5:-1]), "")
     fingerprint = Fingerprint.of(os.stat(manifest))
-    folder = unit_prefix(bucket.here, unit).removeprefix(f"{bucket.here}.listings/")
-    for info in listings_of(bucket.store, bucket.here, folder=folder):
-        if not info.complete:
-            continue
-        for entry in read_listing(bucket.store, bucket.here, info).files:
-            if entry.name == MANIFEST and entry.fingerprint == fingerprint:
-                return info.key
+    unit = unit_of("/", "/".join(manifest.split("/")[-5:-1]), "")
+    keys = _listing_keys(bucket.store, unit_prefix(bucket.here, unit))
+    for listing in _read_listings(bucket.store, bucket.here, keys):
+        for entry in listing.files:
+            if listing.complete and entry.name == MANIFEST and entry.fingerprint == fingerprint:
+                return listing_key(listing)
     return ""
 
 
 def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     """Return a complete listing for each manifest.json. Raises Fault where one has none."""
-    keys = list(spread(functools.partial(listing_of, bucket), manifests, bucket.threads))
-    left = [path for path, key in zip(manifests, keys, strict=True) if not key]
-    if left or not keys:
-        raise Fault(tell(f"{len(left)} of {len(keys)} tables are not listed complete", left or ["none is on disk"]))
-    return keys
+    work = functools.partial(listing_of, bucket)
+    found = dict(zip(manifests, spread(work, manifests, bucket.threads), strict=True))
+    left = [path for path, key in found.items() if not key]
+    if left or not found:
+        raise Fault(tell(f"{len(left)} of {len(found)} tables are not listed complete", left or ["none is on disk"]))
+    return sorted(found.values())
 
 
 def _place_in_ring(nodetool: Nodetool, ring: str) -> dict[str, Any]:
@@ -8572,7 +8577,8 @@ def describe_schema(cqlsh: str) -> str:
 
 def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool, cqlsh: str) -> None:
     """Write down what belongs together: the tag's listings, the schema, the ring, and this node's place in it."""
-    prefix, ring = f"{bucket.here}.listings", nodetool("status")
+    prefix = f"{bucket.here}.listings"
+    ring = nodetool("status")
     place = _place_in_ring(nodetool, ring)
     if newest_document(bucket.store, f"{prefix}/node.") != {"version": FORMAT, **place}:
         bucket.store.put(f"{prefix}/node.{utc(time.time())}.json", Body(dump_document(**place)))
@@ -8580,7 +8586,7 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
         "node": bucket.here,
         "tag": quote(tag),
         "taken": min(key.split("/")[-2] for key in keys),  # the oldest life
-        "listings": sorted(set(keys)),
+        "listings": keys,
         "schema": describe_schema(cqlsh),
         "ring": ring,
     }
@@ -8589,30 +8595,31 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
 
 def _is_listed_by_daemon(options: SnapshotOptions, tag: str) -> bool:
     """Wait until the daemon has listed the tag. False: no daemon runs, or it has ended. Raises Fault."""
-    said, is_idle = time.monotonic(), False
-    while True:
+    request = {"do": "wait", "tag": tag, "keyspaces": options.keyspaces}
+    is_idle = False
+    for turn in itertools.count(1):
         try:
-            reply = ask_daemon(options.state_dir, {"do": "wait", "tag": tag, "keyspaces": options.keyspaces}, 60.0)
-            waiting = reply["waiting"]
-            if reply["done"]:
-                return True
-            if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
-                raise Fault(tell(f"{len(waiting)} tables are not listed complete", waiting), reply["last_error"])
+            reply = ask_daemon(options.state_dir, request, 60.0)
             status = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
         except Missing:
             return False
+        if reply["done"]:
+            break
+        waiting = reply["waiting"]
+        if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
+            raise Fault(tell(f"{len(waiting)} tables are not listed complete", waiting), reply["last_error"])
         is_idle = status["quiet"] and not any(place in one for place in status["oldest"] for one in waiting)
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
+        if turn % 3 == 0:  # the daemon takes four seconds for a reply
             log.info("waiting for the daemon tag=%s left=%d", tag, len(waiting))
         time.sleep(0.2)
+    return True
 
 
 def _store_tag(options: SnapshotOptions, tag: str) -> None:
     """Have the daemon store a tag; where none runs, a process of our own."""
     if _is_listed_by_daemon(options, tag):
         return
-    words = [*options.program, "watch", "--once", "--only-tag", tag, *data_directories(options.paths)]
+    words = [sys.executable, __file__, "watch", "--once", "--only-tag", tag, *data_directories(options.paths)]
     code = subprocess.run(words, env=options.environ, check=False).returncode
     # A daemon that was started meanwhile has the lock, and the work.
     if code not in (DONE, BEHIND) and not _is_listed_by_daemon(options, tag):
@@ -8625,9 +8632,11 @@ def _agree_with_daemon(options: SnapshotOptions, bucket: Bucket) -> None:
         daemon = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
     except Missing:
         return
-    if daemon["node"] and (daemon["node"], daemon["bucket"]) != (bucket.here, bucket.store.url):
-        what = f"the running daemon (pid {daemon['pid']}) stores {daemon['node']} in {daemon['bucket']}"
-        raise Usage(f"{what}, and this command {bucket.here} in {bucket.store.url}", "give both the same settings")
+    theirs = f"{daemon['node']} in {daemon['bucket']}"
+    ours = f"{bucket.here} in {bucket.store.url}"
+    if daemon["node"] and theirs != ours:
+        what = f"the running daemon (pid {daemon['pid']}) stores {theirs}, and this command {ours}"
+        raise Usage(what, "give both the same settings")
 
 
 def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> None:
@@ -8646,8 +8655,8 @@ def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> None:
 
 def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool) -> None:
     """Clear snapshots of ours that an earlier run could not clear, and that are listed by now."""
-    patterns = [f"{glob.escape(root)}/*/*/snapshots/{_OWN_TAG}*" for root in data_directories(options.paths)]
-    for tag in sorted({os.path.basename(path) for pattern in patterns for path in glob.glob(pattern)}):
+    tags = {path.split("/")[-2] for path in manifests_of(options, f"{_OWN_TAG}*")}
+    for tag in sorted(tags):
         with contextlib.suppress(Fault):
             find_listings(bucket, manifests_of(options, tag))
             nodetool("clearsnapshot", "-t", tag)
@@ -8655,7 +8664,8 @@ def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool)
 
 def snapshot(options: SnapshotOptions) -> Answer:
     """Take a snapshot, wait until it is listed complete, clear it. Exit 1: not complete, so it stays."""
-    nodetool, tag = Nodetool(options.nodetool), options.tag or f"{_OWN_TAG}{utc(time.time())[:13]}Z"
+    nodetool = Nodetool(options.nodetool)
+    tag = options.tag or f"{_OWN_TAG}{utc(time.time())[:13]}Z"
     if not re.fullmatch(r"[\w.-]{1,200}", tag):
         raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
     bucket = open_bucket(options)
@@ -8694,6 +8704,8 @@ class ListOptions(NodeChoice):
 
 def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, Any]:
     """Return what JSON says of one snapshot of all tables. `marks` tells what is wrong with listings, by key."""
+    unit = group[0].unit
+    newest = [one.newest for one in group]
     wrong: dict[str, list[str]] = {}
     for one in group:
         mark = marks.get(one.newest.key, "" if one.complete else "incomplete")
@@ -8701,11 +8713,11 @@ def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, 
             wrong.setdefault(mark, []).append(one.unit.place)
     states = [tell(f"{len(places)} of {len(group)} tables {mark}", places) for mark, places in wrong.items()]
     return {
-        "tag": group[0].unit.tag,
-        "life": group[0].unit.life,
+        "tag": unit.tag,
+        "life": unit.life,
         "tables": len(group),
-        "files": sum(one.newest.files for one in group),
-        "bytes": sum(one.newest.size for one in group),
+        "files": sum(info.files for info in newest),
+        "bytes": sum(info.size for info in newest),
         "state": "; ".join(states) or "complete",
         "wrong": wrong,
     }
@@ -8715,64 +8727,70 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
     """Return what JSON says of a node. Of incrementals only first and last are kept: there may be 500,000 listings."""
     marks: dict[str, str] = {}  # of listings that are not as they were recorded
     for record in tag_records(bucket.store, node.name).values():
-        marks |= dict.fromkeys(record["listings"], _GONE) | dict.fromkeys(record["pruned"], "pruned")
-    infos, covered, last = list[ListingInfo](), dict[str, tuple[str, str]](), node.heard
+        marks.update(dict.fromkeys(record["listings"], _GONE))
+        marks.update(dict.fromkeys(record["pruned"], "pruned"))
+    found: list[ListingInfo] = []
+    covered: dict[str, tuple[str, str]] = {}
+    last = node.heard
     for info in listings_of(bucket.store, node.name):
         marks.pop(info.key, None)
         last = max(last, info.listed)
+        if not options.choose(info):
+            continue
         if info.unit.kind == "snapshot":
-            infos.append(info)
-        elif options.choose(info):
-            first, newest = covered.get(info.unit.place, (info.listed, info.listed))
-            covered[info.unit.place] = min(first, info.listed), max(newest, info.listed)
-    absent = [listing_info(node.name, ObjectInfo(key, 0, "", 0.0)) for key in marks]
-    snapshots = snapshots_of(info for info in (*infos, *absent) if info and options.choose(info))
+            found.append(info)
+        else:
+            first, _ = covered.get(info.unit.place, (info.listed, ""))
+            covered[info.unit.place] = first, info.listed  # LIST is in order of time
+    for key in marks:
+        recorded = listing_info(node.name, ObjectInfo(key, 0, "", 0.0))
+        if recorded and options.choose(recorded):
+            found.append(recorded)
+    snapshots = snapshots_of(found)
     bad = read_bad_keys(bucket.store, node.name)
     for one in snapshots if bad else ():
         if one.newest.key not in marks:
             listing = read_listing(bucket.store, node.name, one.newest)
             if any(entry.key in bad for entry in listing.files):
                 marks[one.newest.key] = "bad"
-    found = [_describe(group, marks) for group in group_snapshots(snapshots)]
-    told = {one.name: getattr(node, one.name) for one in fields(node)}
-    return {**told, "last": last, "snapshots": found, "incrementals": covered}
+    groups = [_describe(group, marks) for group in group_snapshots(snapshots)]
+    return {**asdict(node), "last": last, "snapshots": groups, "incrementals": covered}
 
 
 def _node_text(page: Mapping[str, Any]) -> str:
-    rows: list[Sequence[object]] = [(f"snapshots of {page['name']}", "taken", "tables", "files", "bytes", "")]
+    taken: list[Sequence[object]] = [(f"snapshots of {page['name']}", "taken", "tables", "files", "bytes", "")]
     for one in page["snapshots"]:
-        name, size = f"{one['tag']}@{one['life'][:15]}", size_text(one["bytes"])
-        rows.append((name, moment_text(one["life"]), one["tables"], one["files"], size, one["state"]))
-    covered: list[Sequence[object]] = [(f"incrementals of {page['name']}", "from", "to")]
+        name = f"{one['tag']}@{one['life'][:15]}"
+        size = size_text(one["bytes"])
+        taken.append((name, moment_text(one["life"]), one["tables"], one["files"], size, one["state"]))
+    covered = [(f"incrementals of {page['name']}", "from", "to")]
     for place, (first, newest) in page["incrementals"].items():
         covered.append((place, moment_text(first), moment_text(newest)))
-    return f"{columns(rows)}\n\n{columns(covered)}"
+    return f"{columns(taken)}\n\n{columns(covered)}"
 
 
-def _nothing_matches(bucket: Bucket, nodes: Sequence[NodeInfo]) -> Missing:
-    units = {info.unit for node in nodes for info in listings_of(bucket.store, node.name)}
-    tags = sorted({unit.tag for unit in units if unit.kind == "snapshot"})
-    tables = sorted({f"{unit.keyspace}.{table_id_of(unit.table)[0]}" for unit in units if unit.table})
-    return Missing("nothing matches", f"there are the tags {some_of(tags)}; the tables {some_of(tables)}")
+def _node_row(page: Mapping[str, Any]) -> Sequence[str]:
+    newest = "none"
+    if page["snapshots"]:
+        one = page["snapshots"][-1]
+        newest = f"{one['tag']} {one['state']}"
+    addresses = " ".join(page["addresses"])
+    return page["name"], page["cluster"], addresses, moment_text(page["last"]), newest
 
 
 def list_(bucket: Bucket, options: ListOptions) -> Answer:
     """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches; 3: something bad or gone."""
     nodes = choose_nodes(bucket, replace(options, all_nodes=not options.node))
     pages = list(spread(functools.partial(_list_node, bucket, options), nodes, bucket.threads))
-    found = [one for page in pages for one in page["snapshots"]]
-    if (options.tag or options.table) and not found and not any(page["incrementals"] for page in pages):
-        raise _nothing_matches(bucket, nodes)
-    rows: list[Sequence[str]] = [("node", "cluster", "addresses", "last heard of", "newest snapshot")]
-    for page in pages:
-        newest = page["snapshots"][-1] if page["snapshots"] else {"tag": "none", "state": ""}
-        words = page["name"], page["cluster"], " ".join(page["addresses"]), moment_text(page["last"])
-        rows.append((*words, f"{newest['tag']} {newest['state']}"))
-    parts = [columns(rows)]
+    is_narrow = bool(options.tag or options.table)
+    if is_narrow and not any(page["snapshots"] or page["incrementals"] for page in pages):
+        raise Missing("nothing matches", "`cassbackup list` alone shows what there is; put globs in quotes")
+    parts = [columns([("node", "cluster", "addresses", "last heard of", "newest snapshot"), *map(_node_row, pages)])]
     if len(pages) == 1 or options.node or options.table:
         parts += map(_node_text, pages)
-    is_red = any({"bad", _GONE} & one["wrong"].keys() for one in found)
-    return Answer(BEHIND if is_red else DONE, {"bucket": bucket.store.url, "nodes": pages}, "\n\n".join(parts))
+    wrong = {mark for page in pages for one in page["snapshots"] for mark in one["wrong"]}
+    code = BEHIND if wrong & {"bad", _GONE} else DONE
+    return Answer(code, {"bucket": bucket.store.url, "nodes": pages}, "\n\n".join(parts))
 
 
 # ======================================================================================================
@@ -9356,7 +9374,7 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
         log.warning("every user of this machine can read keys on a command line hint=use the environment or a role")
     if name != "status":
         use_key_files(values["bucket"], environ)
-    values |= {"store": fill(StoreOptions, values), "environ": environ, "program": (sys.executable, sys.argv[0])}
+    values |= {"store": fill(StoreOptions, values), "environ": environ}
     options: Any = fill(command.fields, values)
     if name == "watch":
         return int(command.run(options, environ))

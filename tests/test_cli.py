@@ -204,7 +204,7 @@ def test_every_option_reaches_its_command() -> None:
         fields = set(command.fields.__dataclass_fields__)
         given = {option.key for option in command.options}
         assert given - fields - elsewhere - store == set(), name
-        ours = {"store", "environ", "problems", "origins", "program", "all_nodes"}
+        ours = {"store", "environ", "problems", "origins", "all_nodes"}
         assert fields - given - ours == set(), name
 
 
