@@ -343,7 +343,6 @@ class Listing(Generic[Entry]):
 # Names
 # ======================================================================================================
 
-_PLAIN = re.compile(r"[ !-$&-~]*")  # printable ASCII but %
 _UTC = r"\d{8}T\d{6}\.\d{6}Z"
 _LISTING_NAME = re.compile(rf"({_UTC})-(complete|incomplete)-(\d+)-(\d+)\.json")
 _SSTABLE_NAME = re.compile(r"([^/]+-[a-z]{2}-\d+|[a-z]{2}-[^-]+-[a-z]+)-([^/]+)")  # until 2.1 <ks>-<table>-ka-1-Data.db
@@ -363,7 +362,7 @@ def quote(name: str, slash: str = "/") -> str:
     What is not printable, what is not UTF-8 (it arrives as lone surrogates) and % become %XX, byte by byte.
     Reversible: unquote(quote(name)) == name for every name that a file system can hold.
     """
-    if not _PLAIN.fullmatch(name):
+    if not name.isprintable() or "%" in name:
         name = "".join(char if char.isprintable() and char != "%" else _percent(char) for char in name)
     return name.replace("/", slash)
 
@@ -467,7 +466,9 @@ class Clock:
 
 def table_prefix(node: str, keyspace: str, table: str) -> str:
     """Return the prefix of all listings of a table."""
-    first = "%%" + keyspace if keyspace in _OUR_FOLDERS else component(keyspace)
+    first = component(keyspace)
+    if keyspace in _OUR_FOLDERS:
+        first = "%%" + keyspace  # prune deletes what is old in heartbeat/ and bad/
     return f"{node}.listings/{first}/{component(table)}/"
 
 
@@ -562,8 +563,10 @@ def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
     texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
     # SQLite and utime(2) take no more than 64 bits.
     is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63 and -(1 << 63) <= file.mtime_ns < 1 << 63
-    if not is_file or not re.fullmatch("[0-7]{4,5}", mode) or not re.fullmatch("[0-9a-f]{8}", texts["crc32"]):
-        raise ValueError(f"{name!r} with {file}, mode {mode!r} and CRC-32 {texts['crc32']!r} is no file")
+    is_mode = re.fullmatch("[0-7]{4,5}", mode)
+    is_crc = re.fullmatch("[0-9a-f]{8}", texts["crc32"])
+    if not is_file or not is_mode or not is_crc:
+        raise ValueError(f"{name!r} is no file with {file}, mode {mode!r} and CRC-32 {texts['crc32']!r}")
     return Known(directory, name, file, int(mode, 8), **texts)
 
 
@@ -2227,11 +2230,7 @@ class Nodetool:
     """Cassandra's own nodetool, as the operator calls it."""
 
     def __init__(self, command: str, timeout_s: float | None = None) -> None:
-        try:
-            self._command = shlex.split(command) or [""]
-        except ValueError as error:
-            raise Usage(f"{command!r} cannot be read as a command ({error})", "close its quotes") from None
-        self._timeout_s = timeout_s
+        self._command, self._timeout_s = shlex.split(command), timeout_s
 
     def __call__(self, *words: str) -> str:
         """Run a command of nodetool; return what it says. Raises Fault where it fails, or takes too long."""
@@ -2245,9 +2244,14 @@ class Nodetool:
         if not done.returncode:
             return done.stdout
         # It complains on either stream, and the JVM's warnings come first.
-        said = [line for line in f"{done.stderr}\n{done.stdout}".splitlines() if line.strip()]
-        why = [line for line in said if line.startswith(("nodetool:", "error:"))] or said[-1:] or ["it says nothing"]
-        raise Fault(f"{name} {' '.join(words)}: {quote(why[0])}", "is Cassandra running?")
+        why = "it says nothing"
+        for line in f"{done.stderr}\n{done.stdout}".splitlines():
+            if line.startswith(("nodetool:", "error:")):
+                why = line
+                break
+            if line.strip():
+                why = line
+        raise Fault(f"{name} {' '.join(words)}: {quote(why)}", "is Cassandra running?")
 
     def version(self) -> str:
         """Return Cassandra's version, as 4.1.3; "" where the answer tells none."""
@@ -8441,15 +8445,14 @@ def _is_late(table: Mapping[str, Any], oldest: float) -> bool:
 def why_behind(document: Mapping[str, Any], options: StatusOptions) -> list[str]:
     """Return what is wrong; nothing if all is well."""
     oldest = document["now"] - options.max_age
+    late = [place for place, table in document["tables"].items() if _is_late(table, oldest)]
     wrong = {
         "data directory away": [f"{directory} ({why})" for directory, why in document["absent"].items()],
         "lost until the next complete snapshot": document["lost"],
         "not stored, see the log": document["refused"],
         "failing": [f"{what} ({error['error']})" for what, error in document["errors"].items()],
         "not stored": [f"{unit} ({why})" for unit, why in document["failures"].items()],
-        "no complete snapshot within --max-age": [
-            place for place, table in document["tables"].items() if _is_late(table, oldest)
-        ],
+        "no complete snapshot within --max-age": late,
         "filter that matches nothing": document["unmatched"],
         "settings": document["problems"],
     }
@@ -8481,15 +8484,16 @@ def status(options: StatusOptions) -> Answer:
     """Show how far behind the daemon is. Exit 3: behind, or nobody is at work."""
     began = time.time()
     try:
-        if options.wait and os.geteuid() in (0, os.stat(options.state_dir).st_uid):
-            ask_daemon(options.state_dir, {"do": "scan"}, 3600.0)  # others may not, and wait for the next one
+        with contextlib.suppress(Denied):  # who may not ask for a scan waits for the next one
+            if options.wait:
+                ask_daemon(options.state_dir, {"do": "scan"}, 3600.0)
         while True:
             document = ask_daemon(options.state_dir, {"do": "status"}, 30.0)
             is_done = document["scanned"] >= began and document["quiet"] and not document["pending"]["units"]
             if is_done or not options.wait:
                 break
             time.sleep(0.5)
-    except (Missing, FileNotFoundError) as fault:
+    except Missing as fault:
         return Answer(BEHIND, {"behind": [str(fault)]}, f"BEHIND  {fault}")
     document["behind"] = why_behind(document, options)
     return Answer(BEHIND if document["behind"] else DONE, document, _status_text(document))
@@ -8543,9 +8547,11 @@ def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     """Return a complete listing for each manifest.json. Raises Fault where one has none."""
     work = functools.partial(listing_of, bucket)
     found = dict(zip(manifests, spread(work, manifests, bucket.threads), strict=True))
+    if not found:
+        raise Fault("no manifest.json of the snapshot is on disk", "did somebody clear it?")
     left = [path for path, key in found.items() if not key]
-    if left or not found:
-        raise Fault(tell(f"{len(left)} of {len(found)} tables are not listed complete", left or ["none is on disk"]))
+    if left:
+        raise Fault(tell(f"{len(left)} of {len(found)} tables are not listed complete", left))
     return sorted(found.values())
 
 
@@ -8782,13 +8788,17 @@ def list_(bucket: Bucket, options: ListOptions) -> Answer:
     """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches; 3: something bad or gone."""
     nodes = choose_nodes(bucket, replace(options, all_nodes=not options.node))
     pages = list(spread(functools.partial(_list_node, bucket, options), nodes, bucket.threads))
-    is_narrow = bool(options.tag or options.table)
-    if is_narrow and not any(page["snapshots"] or page["incrementals"] for page in pages):
+    found, wrong = 0, set[str]()
+    for page in pages:
+        found += len(page["snapshots"]) + len(page["incrementals"])
+        for one in page["snapshots"]:
+            wrong.update(one["wrong"])
+    if not found and (options.tag or options.table):
         raise Missing("nothing matches", "`cassbackup list` alone shows what there is; put globs in quotes")
-    parts = [columns([("node", "cluster", "addresses", "last heard of", "newest snapshot"), *map(_node_row, pages)])]
+    head = ("node", "cluster", "addresses", "last heard of", "newest snapshot")
+    parts = [columns([head, *map(_node_row, pages)])]
     if len(pages) == 1 or options.node or options.table:
         parts += map(_node_text, pages)
-    wrong = {mark for page in pages for one in page["snapshots"] for mark in one["wrong"]}
     code = BEHIND if wrong & {"bad", _GONE} else DONE
     return Answer(code, {"bucket": bucket.store.url, "nodes": pages}, "\n\n".join(parts))
 
@@ -8805,6 +8815,7 @@ _EXAMPLES: Final = {
     "": "yes or no",
     "ADDR": "[HOST]:PORT, as :9810, 10.0.0.7:9810 or [::1]:9810",
     "BUCKET": "s3://bucket[/prefix], gs://bucket[/prefix], file:///directory, or a bucket's bare name",
+    "CMD": "a command with its options, as 'nodetool -u me -pwf file'",
     "COUNT": "a number from 1 to 256",
     "DURATION": "a number with its unit, as 90s, 15m, 26h or 20d",
     "KIND": "AES256 or aws:kms",
@@ -8844,6 +8855,8 @@ def read_value(metavar: str, text: str) -> Any:
         case "ADDR" if re.fullmatch(r"(\[[^]]+]|[^][:]*):\d{1,5}", text) and int(text.rpartition(":")[2]) < 65536:
             return text
         case "BUCKET" if "://" in text or "/" not in text:
+            return text
+        case "CMD" if shlex.split(text):
             return text
         case "COUNT" if 1 <= int(text) <= 256:
             return int(text)
@@ -8892,10 +8905,11 @@ class Option(NamedTuple):
         """Read what was given. Raises Usage."""
         if self.default == ():
             return tuple(given.split() if isinstance(given, str) else given)
-        if not given:
+        text = given or self.default
+        if not text:
             return _UNSET.get(self.metavar, "")
         try:
-            return read_value(self.metavar, given)
+            return read_value(self.metavar, text)
         except (ValueError, re.error):
             name = self.flags.split()[0] if place == "flag" else f"{self.variable} ({place})"
             raise Usage(f"{name} {given!r} cannot be read", f"write {_EXAMPLES[self.metavar]}") from None
@@ -8927,7 +8941,7 @@ _BUCKET = (
     Option("--endpoint-url", "URL", "", "talk to this server (or AWS_ENDPOINT_URL_S3, STORAGE_EMULATOR_HOST)"),
     Option("--ca-file", "FILE", "", "trust these certificates (or REQUESTS_CA_BUNDLE; AWS_CA_BUNDLE for S3)"),
     Option("--access-key -k", "KEY", "", "every user of the machine can read it here: use the environment or a role"),
-    Option("--secret-key -s", "KEY", "", "likewise"),
+    Option("--secret-key -s", "KEY", "", "its secret; likewise"),
     _STATE,
 )
 _ENCRYPT = (
@@ -8944,7 +8958,9 @@ _FILTERS = (
     Option("--exclude-table", "KS.TABLE", (), "not these tables"),
 )
 _NODES = (
-    asked("--node", "NODE", "", "a name, with or without its instance, a host id or an address (default: this node)"),
+    asked(
+        "--node", "NODE", "", "a name, a host id or an address (default: this node; of list, and where it is none: all)"
+    ),
     asked("--cluster", "NAME", "", "only nodes of this cluster"),
 )
 _WATCH = (
@@ -8970,7 +8986,7 @@ _WATCH = (
 _SNAPSHOT = (
     asked("keyspaces", "KEYSPACE", (), "only these (default: all)"),
     asked("--tag -t", "TAG", "", "name of the snapshot (default: cassbackup-<UTC to the minute>)"),
-    asked("--keep", "", "", "do not clear the snapshot when it is listed"),
+    asked("--keep", "", "", "do not clear it when it is listed; under a --tag of yours, or the next run does"),
     asked("--skip-flush", "", "", "take what is on disk, without a flush"),
     Option("--ttl", "DURATION", "", "have Cassandra (4.1) clear it after this time in any case"),
     _NODETOOL,
@@ -9006,13 +9022,13 @@ _PRUNE = (
     Option("--keep-last", "NUMBER", "", "keep so many snapshots of each table"),
     Option("--keep-within", "DURATION", "", "keep what is younger, as 30d; also Cassandra's own snapshots (else 14d)"),
     Option("--keep-daily", "NUMBER", "", "keep the newest of so many days"),
-    Option("--keep-weekly", "NUMBER", "", "of so many weeks"),
-    Option("--keep-monthly", "NUMBER", "", "of so many months"),
+    Option("--keep-weekly", "NUMBER", "", "keep the newest of so many weeks"),
+    Option("--keep-monthly", "NUMBER", "", "keep the newest of so many months"),
     _TAG,
     asked("--retire", "NODE", "", "everything of a node that has been silent for 30 days"),
     asked("--force", "", "", "even more than half of what there is; even the last good snapshot of a table"),
-    asked("--confirm", "", "", "do it"),
-    asked("--dry-run", "", "", "only say what would go (so it is without --confirm)"),
+    asked("--confirm", "", "", "delete; else it is only said what would go"),
+    asked("--dry-run", "", "", "as without --confirm"),
     *(_ALL, *_ENCRYPT, _THREADS, _JSON),
 )
 _VERIFY = (
@@ -9135,6 +9151,7 @@ def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     options = [option for command in COMMANDS.values() for option in command.options]
     valued = {flag for option in options if option.metavar for flag in option.flags.split()}
     words, at = list(argv), 0
+    # The first word that is neither a flag nor the value of one. What takes a value does so in every command.
     while at < len(words) and words[at].startswith("-"):
         at += 2 if words[at] in valued else 1
     if at < len(words) and words[at] in COMMANDS:
@@ -9148,6 +9165,7 @@ def parse(name: str, words: Sequence[str]) -> dict[str, Any]:
     if any(word.endswith("=--") for word in words):
         raise Usage("-- is no value", hint)  # argparse would drop it, until Python 3.13
     try:
+        # Intermixed: a PATH may stand between two flags.
         found, unknown = build_parser(name).parse_known_intermixed_args(words)
     except argparse.ArgumentError as error:
         raise Usage(str(error).removeprefix("argument "), hint) from None
@@ -9296,6 +9314,7 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
 
     Flags become variables too, for the process that `snapshot` may start.
     """
+    # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
     file, problems = load_settings(flags.get("config") or environ.get("CASSBACKUP_CONFIG", ""))
     values: dict[str, Any] = {"problems": judge_settings(name, problems, environ)}
     for option in COMMANDS[name].options:

@@ -92,6 +92,10 @@ def complaint(done: tuple[int, str, str], code: int = 2) -> str:
         ("list --bucket s3://b --endpoint-url minio:9000", "write http://minio:9000"),
         ("watch /x --bucket file:///tmp/b --threads 0", "--threads '0' cannot be read\n  write a number from 1 to 256"),
         ("watch /x --threads many", "write a number from 1 to 256"),
+        ("snapshot --nodetool nodetool'", "write a command with its options"),
+        ("watch /x --name=--", "-- is no value"),
+        ("report --days 10000000", "write a number from 1 to 9999"),
+        ("restore --at 1969-12-31", "write 2026-11-21"),
         ("watch /x --incomplete-after 60", "write a number with its unit, as 90s, 15m, 26h or 20d"),
         ("prune --keep-within 20", "--keep-within '20' cannot be read\n  write a number with its unit"),
         ("status --max-age 26", "with its unit"),
@@ -398,6 +402,7 @@ def test_the_services_key_file_is_used_unless_another_is_named(
 BAD: dict[str, list[str]] = {  # by metavar: what no option of this kind takes
     "ADDR": ["9108", ":99999", "[::1:9108", ":", "host:port"],
     "BUCKET": ["s3//b", "/tmp/b", "ftp://b", "s3://", "file://relative", "://", "file:/tmp/b"],
+    "CMD": ["'", " ", 'nodetool "'],
     "COUNT": ["0", "257", "-1", "many", "1.5", "9" * 5000],
     "DURATION": ["60", "1y", "-5m", "30 days", "1e9d", "9" * 500 + "d", "m"],
     "KIND": ["rot13", "aes256"],

@@ -244,8 +244,6 @@ def test_a_daemon_that_stores_elsewhere_is_not_waited_for(snapshots: Snapshots) 
         (("-t", "a/b"), "tag"),
         (("-t", "weekly", "--nodetool", "/nonexistent/nodetool"), "--nodetool"),
         (("-t", "weekly", "--nodetool", "false"), "running"),
-        (("-t", "weekly", "--nodetool", "nodetool -pw 'x"), "close its quotes"),
-        (("-t", "weekly", "--nodetool", " "), "--nodetool"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_taken(snapshots: Snapshots, args: tuple[str, ...], said: str) -> None:
