@@ -8552,7 +8552,7 @@ def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     left = [path for path, key in found.items() if not key]
     if left:
         raise Fault(tell(f"{len(left)} of {len(found)} tables are not listed complete", left))
-    return sorted(found.values())
+    return sorted(set(found.values()))  # one for all data directories
 
 
 def _place_in_ring(nodetool: Nodetool, ring: str) -> dict[str, Any]:
@@ -8601,24 +8601,20 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
 
 def _is_listed_by_daemon(options: SnapshotOptions, tag: str) -> bool:
     """Wait until the daemon has listed the tag. False: no daemon runs, or it has ended. Raises Fault."""
-    request = {"do": "wait", "tag": tag, "keyspaces": options.keyspaces}
     is_idle = False
-    for turn in itertools.count(1):
+    while True:
         try:
-            reply = ask_daemon(options.state_dir, request, 60.0)
+            reply = ask_daemon(options.state_dir, {"do": "wait", "tag": tag, "keyspaces": options.keyspaces}, 60.0)
             status = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
         except Missing:
             return False
         if reply["done"]:
-            break
+            return True
         waiting = reply["waiting"]
         if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
             raise Fault(tell(f"{len(waiting)} tables are not listed complete", waiting), reply["last_error"])
         is_idle = status["quiet"] and not any(place in one for place in status["oldest"] for one in waiting)
-        if turn % 3 == 0:  # the daemon takes four seconds for a reply
-            log.info("waiting for the daemon tag=%s left=%d", tag, len(waiting))
         time.sleep(0.2)
-    return True
 
 
 def _store_tag(options: SnapshotOptions, tag: str) -> None:
@@ -8775,28 +8771,22 @@ def _node_text(page: Mapping[str, Any]) -> str:
     return f"{columns(taken)}\n\n{columns(covered)}"
 
 
-def _node_row(page: Mapping[str, Any]) -> Sequence[str]:
-    newest = "none"
-    if page["snapshots"]:
-        one = page["snapshots"][-1]
-        newest = f"{one['tag']} {one['state']}"
-    addresses = " ".join(page["addresses"])
-    return page["name"], page["cluster"], addresses, moment_text(page["last"]), newest
-
-
 def list_(bucket: Bucket, options: ListOptions) -> Answer:
     """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches; 3: something bad or gone."""
     nodes = choose_nodes(bucket, replace(options, all_nodes=not options.node))
     pages = list(spread(functools.partial(_list_node, bucket, options), nodes, bucket.threads))
+    rows: list[Sequence[str]] = [("node", "cluster", "addresses", "last heard of", "newest snapshot")]
     found, wrong = 0, set[str]()
     for page in pages:
         found += len(page["snapshots"]) + len(page["incrementals"])
+        newest = "none"
         for one in page["snapshots"]:
             wrong.update(one["wrong"])
+            newest = f"{one['tag']} {one['state']}"
+        rows.append((page["name"], page["cluster"], " ".join(page["addresses"]), moment_text(page["last"]), newest))
     if not found and (options.tag or options.table):
         raise Missing("nothing matches", "`cassbackup list` alone shows what there is; put globs in quotes")
-    head = ("node", "cluster", "addresses", "last heard of", "newest snapshot")
-    parts = [columns([head, *map(_node_row, pages)])]
+    parts = [columns(rows)]
     if len(pages) == 1 or options.node or options.table:
         parts += map(_node_text, pages)
     code = BEHIND if wrong & {"bad", _GONE} else DONE
@@ -9089,11 +9079,6 @@ COMMANDS: Final = {
 VARIABLES: Final = {one.variable: one for command in COMMANDS.values() for one in command.options if one.variable}
 
 
-def nearest(word: str, known: Iterable[str], likeness: float) -> str:
-    """Return the known word that was probably meant, "" where none is near."""
-    return next(iter(difflib.get_close_matches(word, list(known), 1, likeness)), "")
-
-
 def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     text = option.help
     if option.default:
@@ -9175,9 +9160,8 @@ def parse(name: str, words: Sequence[str]) -> dict[str, Any]:
         raise Usage(f"{name} does not take {word!r}", f"{hint}; put globs in quotes, or the shell replaces them")
     for word in getattr(found, "paths", ()) if name == "watch" else ():
         if "/" not in word:  # a misspelt command must not start a daemon
-            near = nearest(word, COMMANDS, 0.6)
-            hint = f"did you mean `cassbackup {near}`?" if near else "`cassbackup --help` shows them."
-            raise Usage(f"there is no command {word!r}", f"{hint} A path contains a /, as ./{word}")
+            near = " or ".join(difflib.get_close_matches(word, COMMANDS, 2)) or "--help"
+            raise Usage(f"there is no command {word!r}", f"try `cassbackup {near}`; a path contains a /, as ./{word}")
     return vars(found)
 
 
@@ -9206,8 +9190,10 @@ class Problem(NamedTuple):
 def near_option(text: str) -> Option | None:
     """Return the option whose variable is named, or nearly, by one of the words."""
     known = {variable.removeprefix("CASSBACKUP_"): option for variable, option in VARIABLES.items()}
-    found = (nearest(word.removeprefix("CASSBACKUP_"), known, 0.8) for word in re.findall(r"\w+", text))
-    return next((known[near] for near in found if near), None)
+    for word in re.findall(r"\w+", text):
+        for near in difflib.get_close_matches(word.removeprefix("CASSBACKUP_"), known, 1, 0.8):
+            return known[near]
+    return None
 
 
 def misspelt(names: Iterable[str]) -> Iterator[Problem]:
