@@ -9283,34 +9283,29 @@ def use_key_files(bucket: str, environ: MutableMapping[str, str]) -> None:
         environ[variable] = path
 
 
-def find_setting(
-    option: Option, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, str]
-) -> tuple[Any, str]:
-    """Return what was given for an option, and where: flag, else environment, else file, else default."""
-    if option.key in flags:
-        return flags[option.key], "flag"
-    for place, settings in (("environment", environ), ("file", file)):
-        if settings.get(option.variable):
-            return settings[option.variable], place
-    return option.default, "default"
-
-
 def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> dict[str, Any]:
-    """Return a command's settings by key. Raises Usage.
+    """Return a command's settings by key: flag, else environment, else file, else default. Raises Usage.
 
     Flags become variables too, for the process that `snapshot` may start.
     """
-    # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
     file, problems = load_settings(flags.get("config") or environ.get("CASSBACKUP_CONFIG", ""))
     values: dict[str, Any] = {"problems": judge_settings(name, problems, environ)}
-    for option in COMMANDS[name].options:
-        values[option.key] = option.read(*find_setting(option, flags, environ, file))
-    places = {variable: find_setting(option, flags, environ, file)[1] for variable, option in VARIABLES.items()}
-    values["origins"] = tuple(f"{variable} ({place})" for variable, place in places.items() if place != "default")
+    given: dict[str, tuple[Any, str]] = {}  # by variable: what, and where
     for variable, option in VARIABLES.items():
+        for place, settings in (("file", file), ("environment", environ)):
+            if settings.get(variable):
+                given[variable] = settings[variable], place
         if option.key in flags:
-            given = flags[option.key]
-            environ[variable] = given if isinstance(given, str) else " ".join(given)
+            words = flags[option.key]
+            given[variable] = words, "flag"
+            environ[variable] = words if isinstance(words, str) else " ".join(words)
+    values["origins"] = tuple(f"{variable} ({place})" for variable, (_, place) in given.items())
+    # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
+    for option in COMMANDS[name].options:
+        text, place = given.get(option.variable, (option.default, "default"))
+        if option.key in flags:
+            text, place = flags[option.key], "flag"
+        values[option.key] = option.read(text, place)
     for variable in file.keys() - VARIABLES.keys():  # AWS_*, GOOGLE_*, *_PROXY: for the SDKs
         environ.setdefault(variable, file[variable])
     values["state_dir"] = values["state_dir"] or default_state_dir(environ)
