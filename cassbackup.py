@@ -119,7 +119,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
@@ -343,7 +343,6 @@ class Listing(Generic[Entry]):
 # Names
 # ======================================================================================================
 
-_PLAIN = re.compile(r"[ !-$&-~]*")  # printable ASCII but %
 _UTC = r"\d{8}T\d{6}\.\d{6}Z"
 _LISTING_NAME = re.compile(rf"({_UTC})-(complete|incomplete)-(\d+)-(\d+)\.json")
 _SSTABLE_NAME = re.compile(r"([^/]+-[a-z]{2}-\d+|[a-z]{2}-[^-]+-[a-z]+)-([^/]+)")  # until 2.1 <ks>-<table>-ka-1-Data.db
@@ -363,7 +362,7 @@ def quote(name: str, slash: str = "/") -> str:
     What is not printable, what is not UTF-8 (it arrives as lone surrogates) and % become %XX, byte by byte.
     Reversible: unquote(quote(name)) == name for every name that a file system can hold.
     """
-    if not _PLAIN.fullmatch(name):
+    if not name.isprintable() or "%" in name:
         name = "".join(char if char.isprintable() and char != "%" else _percent(char) for char in name)
     return name.replace("/", slash)
 
@@ -467,7 +466,9 @@ class Clock:
 
 def table_prefix(node: str, keyspace: str, table: str) -> str:
     """Return the prefix of all listings of a table."""
-    first = "%%" + keyspace if keyspace in _OUR_FOLDERS else component(keyspace)
+    first = component(keyspace)
+    if keyspace in _OUR_FOLDERS:
+        first = "%%" + keyspace  # prune deletes what is old in heartbeat/ and bad/
     return f"{node}.listings/{first}/{component(table)}/"
 
 
@@ -506,19 +507,12 @@ def parse_listing_name(key: str) -> ListingName | None:
     return ListingName(match[1], match[2] == "complete", int(match[3]), int(match[4]))
 
 
+_ENTRY_TEXTS: Final = ("user", "group", "crc32", "key", "etag")  # what of an entry JSON has as it is
+
+
 def _dump_entry(entry: Stored) -> dict[str, Any]:
-    return {
-        "name": quote(entry.name),
-        "size": entry.fingerprint.size,
-        "mtime_ns": entry.fingerprint.mtime_ns,
-        "inode": entry.fingerprint.inode,
-        "mode": f"{entry.mode:04o}",
-        "user": entry.user,
-        "group": entry.group,
-        "crc32": entry.crc32,
-        "key": entry.key,
-        "etag": entry.etag,
-    }
+    texts = {word: getattr(entry, word) for word in _ENTRY_TEXTS}
+    return {"name": quote(entry.name), **entry.fingerprint._asdict(), "mode": f"{entry.mode:04o}", **texts}
 
 
 def dump_listing(listing: Listing[Stored]) -> bytes:
@@ -564,28 +558,32 @@ def _load_name(text: str) -> str:
 
 def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
     name = _load_name(typed(document, "name", str))
-    size, mtime_ns, inode = (typed(document, word, int) for word in ("size", "mtime_ns", "inode"))
-    user, group, crc32, key, etag = (typed(document, word, str) for word in ("user", "group", "crc32", "key", "etag"))
+    file = Fingerprint(*(typed(document, word, int) for word in Fingerprint._fields))
     mode = typed(document, "mode", str)
-    if not 0 <= size < 1 << 63 or not 0 <= inode < 1 << 64 or not -(1 << 63) <= mtime_ns < 1 << 63:
-        raise ValueError(f"no file has the size {size}, the inode {inode} and the mtime {mtime_ns}")
-    if not re.fullmatch("[0-9a-f]{8}", crc32):
-        raise ValueError(f"{crc32!r} is no CRC-32")
-    if not re.fullmatch("[0-7]{4,5}", mode):
-        raise ValueError(f"{mode!r} is no mode")
-    return Known(directory, name, Fingerprint(inode, size, mtime_ns), int(mode, 8), user, group, crc32, key, etag)
+    texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
+    # SQLite and utime(2) take no more than 64 bits.
+    is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63 and -(1 << 63) <= file.mtime_ns < 1 << 63
+    is_mode = re.fullmatch("[0-7]{4,5}", mode)
+    is_crc = re.fullmatch("[0-9a-f]{8}", texts["crc32"])
+    if not is_file or not is_mode or not is_crc:
+        raise ValueError(f"{name!r} is no file with {file}, mode {mode!r} and CRC-32 {texts['crc32']!r}")
+    return Known(directory, name, file, int(mode, 8), **texts)
 
 
 def _load_unit(document: Mapping[str, Any]) -> Unit:
     kind = typed(document, "kind", str)
-    keyspace, table, table_id = (unquote(typed(document, word, str)) for word in ("keyspace", "table", "table_id"))
-    tag, life = (document[word] or "" for word in ("tag", "life"))
+    table = unquote(typed(document, "table", str))
+    table_id = typed(document, "table_id", str)
+    if table_id:
+        table = f"{table}-{table_id}"
+    tag = document["tag"] or ""
+    life = document["life"] or ""
     if kind not in ("snapshot", "incremental", "archive"):
         raise ValueError(f"kind is {kind!r}")
-    if not isinstance(tag, str) or not isinstance(life, str) or (kind == "snapshot" and not is_utc(life)):
-        raise ValueError(f"tag is {tag!r}, life is {life!r}")
-    whole = f"{table}-{table_id}" if table_id else table
-    return Unit(cast(Kind, kind), keyspace, whole, unquote(tag), life)
+    if not isinstance(life, str) or (kind == "snapshot" and not is_utc(life)):
+        raise ValueError(f"life is {life!r}")
+    keyspace = unquote(typed(document, "keyspace", str))
+    return Unit(cast(Kind, kind), keyspace, table, unquote(tag), life)
 
 
 def load_listing(body: bytes) -> Listing[Known]:
@@ -597,13 +595,20 @@ def load_listing(body: bytes) -> Listing[Known]:
         files: list[Known] = []
         for directory, entries in typed(document, "directories", dict).items():
             files += [_load_entry(unquote(directory), entry) for entry in entries]
-        missing = tuple(unquote(name) for name in typed(document, "missing", list))
-        lost = tuple(Lost(unquote(one["name"]), typed(one, "reason", str)) for one in typed(document, "lost", list))
-        taken, listed = (typed(document, word, str) for word in ("taken", "listed"))
+        lost = [Lost(unquote(one["name"]), typed(one, "reason", str)) for one in typed(document, "lost", list)]
+        taken, listed = typed(document, "taken", str), typed(document, "listed", str)
         if not is_utc(taken) or not is_utc(listed):
             raise ValueError(f"taken is {taken!r}, listed is {listed!r}")
-        unit, complete = _load_unit(document), typed(document, "complete", bool)
-        return Listing(typed(document, "node", str), unit, taken, listed, complete, tuple(files), missing, lost)
+        return Listing(
+            node=typed(document, "node", str),
+            unit=_load_unit(document),
+            taken=taken,
+            listed=listed,
+            complete=typed(document, "complete", bool),
+            files=tuple(files),
+            missing=tuple(map(unquote, typed(document, "missing", list))),
+            lost=tuple(lost),
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"the listing cannot be read ({error!r})", "keep it; `cassbackup verify` names it") from None
 
@@ -2239,9 +2244,14 @@ class Nodetool:
         if not done.returncode:
             return done.stdout
         # It complains on either stream, and the JVM's warnings come first.
-        said = [line for line in f"{done.stderr}\n{done.stdout}".splitlines() if line.strip()]
-        why = [line for line in said if line.startswith(("nodetool:", "error:"))] or said[-1:] or ["it says nothing"]
-        raise Fault(f"{name} {' '.join(words)}: {quote(why[0])}", "is Cassandra running?")
+        why = "it says nothing"
+        for line in f"{done.stderr}\n{done.stdout}".splitlines():
+            if line.startswith(("nodetool:", "error:")):
+                why = line
+                break
+            if line.strip():
+                why = line
+        raise Fault(f"{name} {' '.join(words)}: {quote(why)}", "is Cassandra running?")
 
     def version(self) -> str:
         """Return Cassandra's version, as 4.1.3; "" where the answer tells none."""
@@ -8452,15 +8462,17 @@ class StatusOptions:
     max_age: float
 
 
+def _is_late(table: Mapping[str, Any], oldest: float) -> bool:
+    """Tell whether a table has no snapshot that is young enough. What was written since needs none yet."""
+    if table["oldest_data"] is None or table["oldest_data"] >= oldest:
+        return False
+    return not table["taken"] or seconds_of(table["taken"]) < oldest
+
+
 def why_behind(document: Mapping[str, Any], options: StatusOptions) -> list[str]:
     """Return what is wrong; nothing if all is well."""
     oldest = document["now"] - options.max_age
-    late = []
-    for place, table in document["tables"].items():
-        # Without data of that age there was nothing to take a snapshot of.
-        is_due = table["oldest_data"] is not None and table["oldest_data"] < oldest
-        if is_due and (not table["taken"] or seconds_of(table["taken"]) < oldest):
-            late.append(place)
+    late = [place for place, table in document["tables"].items() if _is_late(table, oldest)]
     wrong = {
         "data directory away": [f"{directory} ({why})" for directory, why in document["absent"].items()],
         "lost until the next complete snapshot": document["lost"],
@@ -8482,12 +8494,13 @@ def _status_text(document: Mapping[str, Any]) -> str:
     backlog = f"{pending['units']} units, {pending['files']} files, {size_text(pending['bytes'])}"
     if rate and pending["bytes"]:
         backlog += f", at least {pending['bytes'] / rate:.0f} s to go"
+    started = moment_text(utc(document["started"]))
     rows = [
         ("node", document["node"]),
         ("bucket", document["bucket"]),
         ("pending", backlog),
         ("lag", f"{document['lag_s']:.0f} s"),
-        ("sent", f"{sent['files']} files, {size_text(sent['bytes'])} since {moment_text(utc(document['started']))}"),
+        ("sent", f"{sent['files']} files, {size_text(sent['bytes'])} since {started}"),
         ("newest listing", document["newest_listing"] or "none"),
     ]
     rows += [("BEHIND", why) for why in document["behind"]]
@@ -8498,15 +8511,16 @@ def status(options: StatusOptions) -> Answer:
     """Show how far behind the daemon is. Exit 3: behind, or nobody is at work."""
     began = time.time()
     try:
-        if options.wait and os.geteuid() in (0, os.stat(options.state_dir).st_uid):
-            ask_daemon(options.state_dir, {"do": "scan"}, 3600.0)  # others may not, and wait for the next one
+        with contextlib.suppress(Denied):  # who may not ask for a scan waits for the next one
+            if options.wait:
+                ask_daemon(options.state_dir, {"do": "scan"}, 3600.0)
         while True:
             document = ask_daemon(options.state_dir, {"do": "status"}, 30.0)
             is_done = document["scanned"] >= began and document["quiet"] and not document["pending"]["units"]
             if is_done or not options.wait:
                 break
             time.sleep(0.5)
-    except (Missing, FileNotFoundError) as fault:
+    except Missing as fault:
         return Answer(BEHIND, {"behind": [str(fault)]}, f"BEHIND  {fault}")
     document["behind"] = why_behind(document, options)
     return Answer(BEHIND if document["behind"] else DONE, document, _status_text(document))
@@ -8527,17 +8541,17 @@ class SnapshotOptions(BucketOptions):
     ttl: float = 0.0  # seconds
     nodetool: str = "nodetool"
     cqlsh: str = "cqlsh"
-    program: tuple[str, ...] = ()  # how this program is called
     keyspace: tuple[str, ...] = ()  # filters: what they leave out is not waited for
     exclude_keyspace: tuple[str, ...] = ()
     exclude_table: tuple[str, ...] = ()
 
 
 def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
-    """Return the path of each manifest.json of a tag that is on disk, and is to be stored."""
-    filters, found = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table), list[str]()
+    """Return the path of each manifest.json that is on disk, and is to be stored. The tag may be a glob."""
+    filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
+    found = []
     for root in data_directories(options.paths):
-        for path in glob.glob(os.path.join(glob.escape(root), "*/*/snapshots", tag, MANIFEST)):
+        for path in glob.glob(f"{glob.escape(root)}/*/*/snapshots/{tag}/{MANIFEST}"):
             keyspace, table = path.split("/")[-5:-3]
             if filters.wants_directory(f"{keyspace}/{table}"):
                 found.append(path)
@@ -8546,25 +8560,26 @@ def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
 
 def listing_of(bucket: Bucket, manifest: str) -> str:
     """Return the key of a complete listing that has the manifest.json that is at this path now, "" if there is none."""
-    unit = unit_of("/", "/".join(manifest.split("/")[-5:-1]), "")
     fingerprint = Fingerprint.of(os.stat(manifest))
-    folder = unit_prefix(bucket.here, unit).removeprefix(f"{bucket.here}.listings/")
-    for info in listings_of(bucket.store, bucket.here, folder=folder):
-        if not info.complete:
-            continue
-        for entry in read_listing(bucket.store, bucket.here, info).files:
-            if entry.name == MANIFEST and entry.fingerprint == fingerprint:
-                return info.key
+    unit = unit_of("/", "/".join(manifest.split("/")[-5:-1]), "")
+    keys = _listing_keys(bucket.store, unit_prefix(bucket.here, unit))
+    for listing in _read_listings(bucket.store, bucket.here, keys):
+        for entry in listing.files:
+            if listing.complete and entry.name == MANIFEST and entry.fingerprint == fingerprint:
+                return listing_key(listing)
     return ""
 
 
 def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     """Return a complete listing for each manifest.json. Raises Fault where one has none."""
-    keys = list(spread(functools.partial(listing_of, bucket), manifests, bucket.threads))
-    left = [path for path, key in zip(manifests, keys, strict=True) if not key]
-    if left or not keys:
-        raise Fault(tell(f"{len(left)} of {len(keys)} tables are not listed complete", left or ["none is on disk"]))
-    return keys
+    work = functools.partial(listing_of, bucket)
+    found = dict(zip(manifests, spread(work, manifests, bucket.threads), strict=True))
+    if not found:
+        raise Fault("no manifest.json of the snapshot is on disk", "did somebody clear it?")
+    left = [path for path, key in found.items() if not key]
+    if left:
+        raise Fault(tell(f"{len(left)} of {len(found)} tables are not listed complete", left))
+    return sorted(set(found.values()))  # one for all data directories
 
 
 def _place_in_ring(nodetool: Nodetool, ring: str) -> dict[str, Any]:
@@ -8595,7 +8610,8 @@ def describe_schema(cqlsh: str) -> str:
 
 def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool, cqlsh: str) -> None:
     """Write down what belongs together: the tag's listings, the schema, the ring, and this node's place in it."""
-    prefix, ring = f"{bucket.here}.listings", nodetool("status")
+    prefix = f"{bucket.here}.listings"
+    ring = nodetool("status")
     place = _place_in_ring(nodetool, ring)
     if newest_document(bucket.store, f"{prefix}/node.") != {"version": FORMAT, **place}:
         bucket.store.put(f"{prefix}/node.{utc(time.time())}.json", Body(dump_document(**place)))
@@ -8603,7 +8619,7 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
         "node": bucket.here,
         "tag": quote(tag),
         "taken": min(key.split("/")[-2] for key in keys),  # the oldest life
-        "listings": sorted(set(keys)),
+        "listings": keys,
         "schema": describe_schema(cqlsh),
         "ring": ring,
     }
@@ -8612,22 +8628,19 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
 
 def _is_listed_by_daemon(options: SnapshotOptions, tag: str) -> bool:
     """Wait until the daemon has listed the tag. False: no daemon runs, or it has ended. Raises Fault."""
-    said, is_idle = time.monotonic(), False
+    is_idle = False
     while True:
         try:
             reply = ask_daemon(options.state_dir, {"do": "wait", "tag": tag, "keyspaces": options.keyspaces}, 60.0)
-            waiting = reply["waiting"]
-            if reply["done"]:
-                return True
-            if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
-                raise Fault(tell(f"{len(waiting)} tables are not listed complete", waiting), reply["last_error"])
             status = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
         except Missing:
             return False
+        if reply["done"]:
+            return True
+        waiting = reply["waiting"]
+        if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
+            raise Fault(tell(f"{len(waiting)} tables are not listed complete", waiting), reply["last_error"])
         is_idle = status["quiet"] and not any(place in one for place in status["oldest"] for one in waiting)
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            log.info("waiting for the daemon tag=%s left=%d", tag, len(waiting))
         time.sleep(0.2)
 
 
@@ -8635,7 +8648,7 @@ def _store_tag(options: SnapshotOptions, tag: str) -> None:
     """Have the daemon store a tag; where none runs, a process of our own."""
     if _is_listed_by_daemon(options, tag):
         return
-    words = [*options.program, "watch", "--once", "--only-tag", tag, *data_directories(options.paths)]
+    words = [sys.executable, __file__, "watch", "--once", "--only-tag", tag, *data_directories(options.paths)]
     code = subprocess.run(words, env=options.environ, check=False).returncode
     # A daemon that was started meanwhile has the lock, and the work.
     if code not in (DONE, BEHIND) and not _is_listed_by_daemon(options, tag):
@@ -8648,9 +8661,11 @@ def _agree_with_daemon(options: SnapshotOptions, bucket: Bucket) -> None:
         daemon = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
     except Missing:
         return
-    if daemon["node"] and (daemon["node"], daemon["bucket"]) != (bucket.here, bucket.store.url):
-        what = f"the running daemon (pid {daemon['pid']}) stores {daemon['node']} in {daemon['bucket']}"
-        raise Usage(f"{what}, and this command {bucket.here} in {bucket.store.url}", "give both the same settings")
+    theirs = f"{daemon['node']} in {daemon['bucket']}"
+    ours = f"{bucket.here} in {bucket.store.url}"
+    if daemon["node"] and theirs != ours:
+        what = f"the running daemon (pid {daemon['pid']}) stores {theirs}, and this command {ours}"
+        raise Usage(what, "give both the same settings")
 
 
 def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> None:
@@ -8669,8 +8684,8 @@ def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> None:
 
 def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool) -> None:
     """Clear snapshots of ours that an earlier run could not clear, and that are listed by now."""
-    patterns = [f"{glob.escape(root)}/*/*/snapshots/{_OWN_TAG}*" for root in data_directories(options.paths)]
-    for tag in sorted({os.path.basename(path) for pattern in patterns for path in glob.glob(pattern)}):
+    tags = {path.split("/")[-2] for path in manifests_of(options, f"{_OWN_TAG}*")}
+    for tag in sorted(tags):
         with contextlib.suppress(Fault):
             find_listings(bucket, manifests_of(options, tag))
             nodetool("clearsnapshot", "-t", tag)
@@ -8678,7 +8693,8 @@ def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool)
 
 def snapshot(options: SnapshotOptions) -> Answer:
     """Take a snapshot, wait until it is listed complete, clear it. Exit 1: not complete, so it stays."""
-    nodetool, tag = Nodetool(options.nodetool), options.tag or f"{_OWN_TAG}{utc(time.time())[:13]}Z"
+    nodetool = Nodetool(options.nodetool)
+    tag = options.tag or f"{_OWN_TAG}{utc(time.time())[:13]}Z"
     if not re.fullmatch(r"[\w.-]{1,200}", tag):
         raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
     bucket = open_bucket(options)
@@ -8717,6 +8733,8 @@ class ListOptions(NodeChoice):
 
 def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, Any]:
     """Return what JSON says of one snapshot of all tables. `marks` tells what is wrong with listings, by key."""
+    unit = group[0].unit
+    newest = [one.newest for one in group]
     wrong: dict[str, list[str]] = {}
     for one in group:
         mark = marks.get(one.newest.key, "" if one.complete else "incomplete")
@@ -8724,11 +8742,11 @@ def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, 
             wrong.setdefault(mark, []).append(one.unit.place)
     states = [tell(f"{len(places)} of {len(group)} tables {mark}", places) for mark, places in wrong.items()]
     return {
-        "tag": group[0].unit.tag,
-        "life": group[0].unit.life,
+        "tag": unit.tag,
+        "life": unit.life,
         "tables": len(group),
-        "files": sum(one.newest.files for one in group),
-        "bytes": sum(one.newest.size for one in group),
+        "files": sum(info.files for info in newest),
+        "bytes": sum(info.size for info in newest),
         "state": "; ".join(states) or "complete",
         "wrong": wrong,
     }
@@ -8738,64 +8756,68 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
     """Return what JSON says of a node. Of incrementals only first and last are kept: there may be 500,000 listings."""
     marks: dict[str, str] = {}  # of listings that are not as they were recorded
     for record in tag_records(bucket.store, node.name).values():
-        marks |= dict.fromkeys(record["listings"], _GONE) | dict.fromkeys(record["pruned"], "pruned")
-    infos, covered, last = list[ListingInfo](), dict[str, tuple[str, str]](), node.heard
+        marks.update(dict.fromkeys(record["listings"], _GONE))
+        marks.update(dict.fromkeys(record["pruned"], "pruned"))
+    found: list[ListingInfo] = []
+    covered: dict[str, tuple[str, str]] = {}
+    last = node.heard
     for info in listings_of(bucket.store, node.name):
         marks.pop(info.key, None)
         last = max(last, info.listed)
+        if not options.choose(info):
+            continue
         if info.unit.kind == "snapshot":
-            infos.append(info)
-        elif options.choose(info):
-            first, newest = covered.get(info.unit.place, (info.listed, info.listed))
-            covered[info.unit.place] = min(first, info.listed), max(newest, info.listed)
-    absent = [listing_info(node.name, ObjectInfo(key, 0, "", 0.0)) for key in marks]
-    snapshots = snapshots_of(info for info in (*infos, *absent) if info and options.choose(info))
+            found.append(info)
+        else:
+            first, _ = covered.get(info.unit.place, (info.listed, ""))
+            covered[info.unit.place] = first, info.listed  # LIST is in order of time
+    for key in marks:
+        recorded = listing_info(node.name, ObjectInfo(key, 0, "", 0.0))
+        if recorded and options.choose(recorded):
+            found.append(recorded)
+    snapshots = snapshots_of(found)
     bad = read_bad_keys(bucket.store, node.name)
     for one in snapshots if bad else ():
         if one.newest.key not in marks:
             listing = read_listing(bucket.store, node.name, one.newest)
             if any(entry.key in bad for entry in listing.files):
                 marks[one.newest.key] = "bad"
-    found = [_describe(group, marks) for group in group_snapshots(snapshots)]
-    told = {one.name: getattr(node, one.name) for one in fields(node)}
-    return {**told, "last": last, "snapshots": found, "incrementals": covered}
+    groups = [_describe(group, marks) for group in group_snapshots(snapshots)]
+    return {**asdict(node), "last": last, "snapshots": groups, "incrementals": covered}
 
 
 def _node_text(page: Mapping[str, Any]) -> str:
-    rows: list[Sequence[object]] = [(f"snapshots of {page['name']}", "taken", "tables", "files", "bytes", "")]
+    taken: list[Sequence[object]] = [(f"snapshots of {page['name']}", "taken", "tables", "files", "bytes", "")]
     for one in page["snapshots"]:
-        name, size = f"{one['tag']}@{one['life'][:15]}", size_text(one["bytes"])
-        rows.append((name, moment_text(one["life"]), one["tables"], one["files"], size, one["state"]))
-    covered: list[Sequence[object]] = [(f"incrementals of {page['name']}", "from", "to")]
+        name = f"{one['tag']}@{one['life'][:15]}"
+        size = size_text(one["bytes"])
+        taken.append((name, moment_text(one["life"]), one["tables"], one["files"], size, one["state"]))
+    covered = [(f"incrementals of {page['name']}", "from", "to")]
     for place, (first, newest) in page["incrementals"].items():
         covered.append((place, moment_text(first), moment_text(newest)))
-    return f"{columns(rows)}\n\n{columns(covered)}"
-
-
-def _nothing_matches(bucket: Bucket, nodes: Sequence[NodeInfo]) -> Missing:
-    units = {info.unit for node in nodes for info in listings_of(bucket.store, node.name)}
-    tags = sorted({unit.tag for unit in units if unit.kind == "snapshot"})
-    tables = sorted({f"{unit.keyspace}.{table_id_of(unit.table)[0]}" for unit in units if unit.table})
-    return Missing("nothing matches", f"there are the tags {some_of(tags)}; the tables {some_of(tables)}")
+    return f"{columns(taken)}\n\n{columns(covered)}"
 
 
 def list_(bucket: Bucket, options: ListOptions) -> Answer:
     """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches; 3: something bad or gone."""
     nodes = choose_nodes(bucket, replace(options, all_nodes=not options.node))
     pages = list(spread(functools.partial(_list_node, bucket, options), nodes, bucket.threads))
-    found = [one for page in pages for one in page["snapshots"]]
-    if (options.tag or options.table) and not found and not any(page["incrementals"] for page in pages):
-        raise _nothing_matches(bucket, nodes)
     rows: list[Sequence[str]] = [("node", "cluster", "addresses", "last heard of", "newest snapshot")]
+    found, wrong = 0, set[str]()
     for page in pages:
-        newest = page["snapshots"][-1] if page["snapshots"] else {"tag": "none", "state": ""}
-        words = page["name"], page["cluster"], " ".join(page["addresses"]), moment_text(page["last"])
-        rows.append((*words, f"{newest['tag']} {newest['state']}"))
+        found += len(page["snapshots"]) + len(page["incrementals"])
+        newest = "none"
+        for one in page["snapshots"]:
+            wrong.update(one["wrong"])
+            newest = f"{one['tag']} {one['state']}"
+        rows.append((page["name"], page["cluster"], " ".join(page["addresses"]), moment_text(page["last"]), newest))
+    if not found and (options.tag or options.table):
+        raise Missing("nothing matches", "`cassbackup list` alone shows what there is; put globs in quotes")
     parts = [columns(rows)]
     if len(pages) == 1 or options.node or options.table:
         parts += map(_node_text, pages)
-    is_red = any({"bad", _GONE} & one["wrong"].keys() for one in found)
-    return Answer(BEHIND if is_red else DONE, {"bucket": bucket.store.url, "nodes": pages}, "\n\n".join(parts))
+    code = BEHIND if wrong & {"bad", _GONE} else DONE
+    return Answer(code, {"bucket": bucket.store.url, "nodes": pages}, "\n\n".join(parts))
 
 
 # ======================================================================================================
@@ -8810,10 +8832,11 @@ _EXAMPLES: Final = {
     "": "yes or no",
     "ADDR": "[HOST]:PORT, as :9810, 10.0.0.7:9810 or [::1]:9810",
     "BUCKET": "s3://bucket[/prefix], gs://bucket[/prefix], file:///directory, or a bucket's bare name",
+    "CMD": "a command with its options, as 'nodetool -u me -pwf file'",
     "COUNT": "a number from 1 to 256",
     "DURATION": "a number with its unit, as 90s, 15m, 26h or 20d",
     "KIND": "AES256 or aws:kms",
-    "NUMBER": "a whole number from 1 on",
+    "NUMBER": "a number from 1 to 9999",
     "PART": "a part of the disk, as 10%",
     "RATE": "50M or 1.5G",
     "REGEX": "a regular expression",
@@ -8823,7 +8846,7 @@ _UNSET: Final = {"": False, "DURATION": 0.0, "NUMBER": 0, "REGEX": None, "TIME":
 
 
 def _scaled(text: str, units: Mapping[str, float]) -> float:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z%]*)", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([a-z%]*)", text)
     if not match or match[2] not in units:
         raise ValueError(text)
     return float(match[1]) * units[match[2]]
@@ -8834,7 +8857,10 @@ def _read_time(text: str) -> float:
         today = seconds_of(f"{utc(time.time())[:9]}{text.replace(':', '').zfill(4)}00.000000Z")
         return today if today <= time.time() else today - 86400
     moment = datetime.fromisoformat(text.upper().replace("Z", "+00:00"))
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    if not is_utc(utc(seconds)):  # before 1970
+        raise ValueError(text)
+    return seconds
 
 
 def read_value(metavar: str, text: str) -> Any:
@@ -8847,9 +8873,11 @@ def read_value(metavar: str, text: str) -> Any:
             return text
         case "BUCKET" if "://" in text or "/" not in text:
             return text
+        case "CMD" if shlex.split(text):
+            return text
         case "COUNT" if 1 <= int(text) <= 256:
             return int(text)
-        case "NUMBER" if int(text) > 0:
+        case "NUMBER" if 1 <= int(text) <= 9999:
             return int(text)
         case "DURATION":
             return _scaled(word, {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400})
@@ -8890,21 +8918,18 @@ class Option(NamedTuple):
         name = {"bucket": "BUCKET_NAME", "region": "REGION"}.get(self.key, f"CASSBACKUP_{self.key.upper()}")
         return name if self.twin else ""
 
-    def read(self, given: Any, origin: str) -> Any:
+    def read(self, given: Any, place: str) -> Any:
         """Read what was given. Raises Usage."""
         if self.default == ():
             return tuple(given.split() if isinstance(given, str) else given)
-        if not given:
+        text = given or self.default
+        if not text:
             return _UNSET.get(self.metavar, "")
         try:
-            return read_value(self.metavar, given)
+            return read_value(self.metavar, text)
         except (ValueError, re.error):
-            hint = f"write {_EXAMPLES[self.metavar]}"
-            mistake = re.fullmatch("(s3|gs|file)?:?/+(.+)", given)
-            if self.metavar == "BUCKET" and mistake:
-                hint = f"did you mean {mistake[1] or 'file'}://{'' if mistake[1] in ('s3', 'gs') else '/'}{mistake[2]}?"
-            name = self.flags.split()[0] if origin == "flag" else f"{self.variable} ({origin})"
-            raise Usage(f"{name} {given!r} cannot be read", hint) from None
+            name = self.flags.split()[0] if place == "flag" else f"{self.variable} ({place})"
+            raise Usage(f"{name} {given!r} cannot be read", f"write {_EXAMPLES[self.metavar]}") from None
 
 
 def asked(flags: str, metavar: str, default: Any, text: str) -> Option:
@@ -8912,7 +8937,6 @@ def asked(flags: str, metavar: str, default: Any, text: str) -> Option:
     return Option(flags, metavar, default, text, twin=False)
 
 
-_STATE = Option("--state-dir", "DIR", "", "ledger, socket, lock (default: /var/lib/cassbackup or ~/.local/state/...)")
 _NODETOOL = Option("--nodetool", "CMD", "nodetool", "how to call nodetool, as 'nodetool -u me -pwf file'")
 _JSON = asked("--json", "", "", "print one JSON document")
 _TAG = asked("--tag", "TAG", "", "this snapshot; TAG@TIME where the tag was taken more than once")
@@ -8920,6 +8944,13 @@ _TABLES = asked("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; gl
 _LATEST = asked("--latest", "", "", "the newest there is of each table")
 _ALL = asked("--all-nodes", "", "", "every node of the bucket, or of --cluster")
 _PATHS = Option("paths", "PATH", (), "data directories, with a / in each (default: as cassandra.yaml says)")
+_PIN_DIR = Option("--pin-dir", "DIR", "", "hold files here, on the data's mount (default: .cassbackup beside the data)")
+_LISTEN = Option("--metrics-listen", "ADDR", "", "answer Prometheus at [HOST]:PORT (HOST: 127.0.0.1)")
+_STATE = Option("--state-dir", "DIR", "", "ledger, socket, lock (default: /var/lib/cassbackup or ~/.local/state/...)")
+_NAME = Option("--name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>")
+_THREADS = Option("--threads -t", "COUNT", "8", "threads that talk to the store")
+_UNLIMITED = Option("--max-bandwidth", "RATE", "0", "bytes a second, as 50M; 0 is no limit")
+_LIMITED = _UNLIMITED._replace(default="50M")
 _BUCKET = (
     Option("--bucket -b", "BUCKET", "", _EXAMPLES["BUCKET"]),
     Option("--prefix", "PREFIX", "", "put everything under this prefix; one for each cluster is a good habit"),
@@ -8927,54 +8958,52 @@ _BUCKET = (
     Option("--endpoint-url", "URL", "", "talk to this server (or AWS_ENDPOINT_URL_S3, STORAGE_EMULATOR_HOST)"),
     Option("--ca-file", "FILE", "", "trust these certificates (or REQUESTS_CA_BUNDLE; AWS_CA_BUNDLE for S3)"),
     Option("--access-key -k", "KEY", "", "every user of the machine can read it here: use the environment or a role"),
-    Option("--secret-key -s", "KEY", "", "likewise"),
+    Option("--secret-key -s", "KEY", "", "its secret; likewise"),
+    _STATE,
 )
-_THREADS = Option("--threads -t", "COUNT", "8", "threads that talk to the store")
-_RATE = "bytes a second, as 50M; 0 is no limit"
-_READ = (*_BUCKET, _THREADS, Option("--max-bandwidth", "RATE", "0", _RATE), _STATE)
 _ENCRYPT = (
     Option("--sse", "KIND", "", "S3 encryption: AES256, or aws:kms (always with a bucket key)"),
     Option("--kms-key --sse-kms-key-id", "KEY", "", "key for aws:kms, or a Cloud KMS key for gs://"),
 )
-_WRITE = (
-    *_ENCRYPT,
+_STORING = (
+    *(_NAME, _LIMITED, *_ENCRYPT),
     Option("--storage-class", "CLASS", "", "storage class of files from 128 KiB on; listings stay readable"),
-    Option("--name", "NODE", "", "call this node so, instead of <hostname>-<instance_id>"),
-    Option("--max-bandwidth", "RATE", "50M", _RATE),
-    _STATE,
-)
-_NODE = (
-    asked("--node", "NODE", "", "a name, with or without its instance, a host id or an address (default: this node)"),
-    asked("--cluster", "NAME", "", "only nodes of this cluster"),
-    _JSON,
 )
 _FILTERS = (
     Option("--keyspace", "GLOB", (), "only these keyspaces (a restore needs those of the system too)"),
     Option("--exclude-keyspace", "GLOB", (), "not these keyspaces"),
     Option("--exclude-table", "KS.TABLE", (), "not these tables"),
-    Option("--exclude-tag", "GLOB", (), "not the snapshots with these tags"),
+)
+_NODES = (
+    asked(
+        "--node", "NODE", "", "a name, a host id or an address (default: this node; of list, and where it is none: all)"
+    ),
+    asked("--cluster", "NAME", "", "only nodes of this cluster"),
 )
 _WATCH = (
     _PATHS,
     asked("--once", "", "", "store and list what is there, then exit"),
     asked("--adopt", "", "", "take a node's name over from another machine: rebuilt around its disk"),
     asked("--full", "", "", "send everything, even what is stored under another snapshot"),
+    Option("--exclude-tag", "GLOB", (), "not the snapshots with these tags"),
     Option("--include -i", "REGEX", "", "archives: also files outside snapshots/ and backups/ at such paths"),
     Option("--exclude -e", "REGEX", "", "of those, not the ones at such paths"),
     Option("--delete-uploaded-incrementals", "", "", "delete an SSTable from backups/ once listed complete"),
-    Option("--pin-dir", "DIR", "", "hold files here, on the data's mount (default: .cassbackup beside the data)"),
+    _PIN_DIR,
     Option("--max-pinned", "PART", "10%", "how much of the disk the pins may hold alone"),
     Option("--min-free", "PART", "5%", "give pins up when less than this of the disk is free"),
     Option("--incomplete-after", "DURATION", "60s", "list what never becomes complete after this time"),
     Option("--reconcile", "DURATION", "1m", "how often to scan without a hint"),
     Option("--heartbeat", "DURATION", "15m", "how often to say in the bucket that we live"),
-    Option("--metrics-listen", "ADDR", "", "answer Prometheus at [HOST]:PORT (HOST: 127.0.0.1)"),
+    _LISTEN,
     Option("--metrics-textfile", "FILE", "", "write metrics for node_exporter's textfile collector to this .prom file"),
+    _THREADS,
+    asked("--only-tag", "TAG", "", ""),  # for `snapshot` where no daemon runs
 )
 _SNAPSHOT = (
     asked("keyspaces", "KEYSPACE", (), "only these (default: all)"),
     asked("--tag -t", "TAG", "", "name of the snapshot (default: cassbackup-<UTC to the minute>)"),
-    asked("--keep", "", "", "do not clear the snapshot when it is listed"),
+    asked("--keep", "", "", "do not clear it when it is listed; under a --tag of yours, or the next run does"),
     asked("--skip-flush", "", "", "take what is on disk, without a flush"),
     Option("--ttl", "DURATION", "", "have Cassandra (4.1) clear it after this time in any case"),
     _NODETOOL,
@@ -8986,53 +9015,54 @@ _STATUS = (
     asked("--wait", "", "", "wait until everything that was found is listed"),
     Option("--max-lag", "DURATION", "15m", "behind, when the oldest unlisted file was found longer ago"),
     Option("--max-age", "DURATION", "26h", "behind, when a table's newest complete snapshot is older"),
-    _JSON,
-    _STATE,
+    *(_STATE, _JSON),
 )
 _RESTORE = (
-    *(_TAG, _LATEST, _TABLES),
+    *(_TAG, _LATEST),
     asked("--at", "TIME", "", "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such"),
+    _TABLES,
     asked("--exclude-table --exclude", "KS[.TABLE]", (), "not these"),
     asked("--dry-run", "", "", "only say what would be restored"),
-    asked("--archive", "DIR", "", "not tables, but the files that were archived there, as commit logs"),
     Option("--into", "DIR", "", "stage <DIR>/<ks>/<table>/ (default: cassbackup-restore/ beside the data)"),
     asked("--import", "", "", "then hand each table to the running Cassandra (nodetool import)"),
     _NODETOOL,
     asked("--schema-only", "", "", "only the schema"),
+    asked("--archive", "DIR", "", "not tables, but the files that were archived there, as commit logs"),
     asked("--incomplete", "", "", "restore what there is, though something is missing"),
     asked("--in-place", "", "", "into the data directories of a stopped node; all keyspaces"),
     asked("--same-node", "", "", "in place: the node itself comes back, with its host id and tokens"),
     asked("--new-node", "", "", "in place: another node takes its place; system.local and peers are left out"),
     asked("--data-dir", "[OLD=]NEW", (), "in place: the data directory, or which one for which"),
+    *(_THREADS, _UNLIMITED, _JSON),
 )
 _PRUNE = (
     Option("--keep-last", "NUMBER", "", "keep so many snapshots of each table"),
     Option("--keep-within", "DURATION", "", "keep what is younger, as 30d; also Cassandra's own snapshots (else 14d)"),
     Option("--keep-daily", "NUMBER", "", "keep the newest of so many days"),
-    Option("--keep-weekly", "NUMBER", "", "of so many weeks"),
-    Option("--keep-monthly", "NUMBER", "", "of so many months"),
+    Option("--keep-weekly", "NUMBER", "", "keep the newest of so many weeks"),
+    Option("--keep-monthly", "NUMBER", "", "keep the newest of so many months"),
     _TAG,
     asked("--retire", "NODE", "", "everything of a node that has been silent for 30 days"),
-    _ALL,
     asked("--force", "", "", "even more than half of what there is; even the last good snapshot of a table"),
-    asked("--confirm", "", "", "do it"),
-    asked("--dry-run", "", "", "only say what would go (so it is without --confirm)"),
-    *_ENCRYPT,
+    asked("--confirm", "", "", "delete; else it is only said what would go"),
+    asked("--dry-run", "", "", "as without --confirm"),
+    *(_ALL, *_ENCRYPT, _THREADS, _JSON),
 )
 _VERIFY = (
-    *(_TAG, _LATEST, _TABLES, _ALL),
+    *(_TAG, _LATEST, _TABLES),
     asked("--deep", "", "", "download everything and compare its bytes"),
     asked("--repair", "", "", "have the daemon store again what is bad"),
-    *_ENCRYPT,
+    *(_ALL, *_ENCRYPT, _THREADS, _UNLIMITED, _JSON),
 )
 _REPORT = (
     _TABLES,
     asked("--days", "NUMBER", "30", "how far to look back"),
     asked("--out", "FILE", "cassbackup-report.html", "where the page goes; - is stdout"),
+    *(_THREADS, _JSON),
 )
-_DOCTOR = (_PATHS, _NODETOOL, _JSON)
-_PLACES = tuple(option for option in _WATCH if option.key in ("pin_dir", "metrics_listen"))
-_ONLY = (asked("--only-tag", "TAG", "", ""),)  # for `snapshot` where no daemon runs
+_TRIED = (_PIN_DIR._replace(help=""), _LISTEN._replace(help=""))  # the daemon's
+_DOCTOR = (_PATHS, _NODETOOL, _NAME, *_ENCRYPT, _JSON, *_TRIED)
+_LIST = (_TAG, _TABLES, _THREADS, _JSON)
 _COMMON = (
     Option("--config", "FILE", "", f"read settings from here (default: {SETTINGS})"),
     Option("--verbose -v", "", "", "say more in the log"),
@@ -9040,7 +9070,7 @@ _COMMON = (
 
 
 class Command(NamedTuple):
-    """What can be asked for. Its options stand by the heading of their group; those without one are not shown."""
+    """What can be asked for. Its options stand by the heading of their group; those without a help are not shown."""
 
     run: Callable[..., Any]
     fields: type
@@ -9057,98 +9087,32 @@ class Command(NamedTuple):
         """Return the options of all groups."""
         return tuple(option for _, options in self.groups for option in options)
 
-    def flags(self, valued: bool = False) -> list[str]:
-        """Return all flags, or those that a value follows."""
-        return [flag for one in self.options if one.metavar or not valued for flag in one.flags.split()]
 
-
-_ALWAYS = (("always", _COMMON),)
-_WHERE = (("which nodes", _NODE), ("bucket", _READ), *_ALWAYS)
-_STORE = (("what to store", _FILTERS), ("bucket", (*_BUCKET, *_WRITE)), *_ALWAYS)
+_ALWAYS = (("bucket", _BUCKET), ("always", _COMMON))
+_WHERE = (("which nodes", _NODES), *_ALWAYS)
+_CHOICE = ("what to store", _FILTERS)
+_STORE = (_CHOICE, ("storing", _STORING), *_ALWAYS)
 COMMANDS: Final = {
-    "watch": Command(
-        watch, WatchOptions, "watch /data1 /data2", (("watch", (*_WATCH, _THREADS)), *_STORE, ("", _ONLY))
-    ),
-    "snapshot": Command(
-        snapshot, SnapshotOptions, "snapshot -t before-upgrade shop", (("snapshot", _SNAPSHOT), *_STORE)
-    ),
-    "status": Command(status, StatusOptions, "status --wait --max-age 7d", (("status", _STATUS), *_ALWAYS)),
-    "list": Command(list_, ListOptions, "list --node db7 --table 'shop.*'", (("list", (_TAG, _TABLES)), *_WHERE)),
+    "watch": Command(watch, WatchOptions, "watch /data1 /data2", (("watch", _WATCH), *_STORE)),
+    "snapshot": Command(snapshot, SnapshotOptions, "snapshot -t upgrade shop", (("snapshot", _SNAPSHOT), *_STORE)),
+    "status": Command(status, StatusOptions, "status --wait --max-age 7d", (("status", _STATUS), ("always", _COMMON))),
+    "list": Command(list_, ListOptions, "list --node db7 --table 'shop.*'", (("list", _LIST), *_WHERE)),
     "verify": Command(verify, VerifyOptions, "verify --latest --deep", (("verify", _VERIFY), *_WHERE)),
     "restore": Command(restore, RestoreOptions, "restore --at 20:24 --dry-run", (("restore", _RESTORE), *_WHERE)),
     "prune": Command(prune, PruneOptions, "prune --keep-daily 14 --keep-monthly 12", (("prune", _PRUNE), *_WHERE)),
     "report": Command(report, ReportOptions, "report --days 7 --out backups.html", (("report", _REPORT), *_WHERE)),
-    "doctor": Command(doctor, DoctorOptions, "doctor", (("doctor", _DOCTOR), *_STORE, ("", _PLACES))),
+    "doctor": Command(doctor, DoctorOptions, "doctor", (("doctor", _DOCTOR), _CHOICE, *_ALWAYS)),
 }
 VARIABLES: Final = {one.variable: one for command in COMMANDS.values() for one in command.options if one.variable}
 
 
-class Problem(NamedTuple):
-    """A setting that is not understood, and the option that was probably meant."""
-
-    text: str
-    near: Option | None = None
-
-
-def near_option(text: str) -> Option | None:
-    """Return the option whose variable is named, or nearly, by one of the words."""
-    known = {variable.removeprefix("CASSBACKUP_"): option for variable, option in VARIABLES.items()}
-    for word in re.findall(r"\w+", text):
-        for near in difflib.get_close_matches(word.removeprefix("CASSBACKUP_"), known, 1, 0.8):
-            return known[near]
-    return None
-
-
-def misspelt(names: Iterable[str]) -> Iterator[Problem]:
-    """Yield what looks like a setting of ours, and is none."""
-    for name in names:
-        near = near_option(name)
-        if name.startswith("CASSBACKUP_") or (near and near.key in ("bucket", "region")):
-            hint = f", did you mean {near.variable}?" if near else ""
-            if name not in VARIABLES:
-                yield Problem(f"there is no setting {name}{hint}", near)
-
-
-def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
-    """Read NAME=value lines as systemd reads an EnvironmentFile. What it would leave out is a problem."""
-    found, problems = dict[str, str](), list[Problem]()
-    for line in re.sub(r"\\\r?\n", "", text).splitlines():
-        name, equals, value = (part.strip() for part in line.partition("="))
-        if not line.strip() or name.startswith(("#", ";")):
-            continue
-        try:
-            if not equals or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(line)
-            # Quotes count where a value begins with one; else they are part of it, and a # always is.
-            is_quoted = value.startswith(("'", '"'))
-            found[name] = "".join(shlex.split(value)) if is_quoted else re.sub(r"\\(.)", r"\1", value)
-        except ValueError:
-            problems.append(Problem(f"systemd does not read {line.strip()!r} as NAME=value", near_option(line)))
-    return found, [*problems, *misspelt(found)]
-
-
-def load_settings(path: str) -> tuple[dict[str, str], list[Problem]]:
-    """Read the settings file. Only the usual one may be absent."""
-    where = path or SETTINGS
-    try:
-        with open(where, errors="surrogateescape") as file:
-            found, problems = read_settings(file.read())
-    except FileNotFoundError:
-        return {}, [Problem(f"{path} is not there", VARIABLES["BUCKET_NAME"])] if path else []
-    except OSError as error:
-        return {}, [
-            Problem(f"{where} cannot be read by user {os.geteuid()} ({error.strerror})", VARIABLES["BUCKET_NAME"])
-        ]
-    return found, [Problem(f"{where}: {text}", near) for text, near in problems]
-
-
-def _add_option(group: argparse._ArgumentGroup, option: Option, is_shown: bool) -> None:
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
     text = option.help
-    if option.default and isinstance(option.default, str):
+    if option.default:
         text += f" (default: {option.default})"
     if option.variable:
         text += f" [{option.variable}]"
-    more: dict[str, Any] = {"help": text.replace("%", "%%") if is_shown else argparse.SUPPRESS}
+    more: dict[str, Any] = {"help": text.replace("%", "%%") if option.help else argparse.SUPPRESS}
     if not option.flags.startswith("-"):
         group.add_argument(option.key, nargs="*", metavar=option.metavar, **more)
         return
@@ -9176,8 +9140,8 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     for title, options in command.groups:
         group = parser.add_argument_group(title)
         for option in options:
-            _add_option(group, option, bool(title))
-    parser.add_argument("--help", "-h", action="help", help="show this")
+            _add_option(group, option)
+    group.add_argument("--help", "-h", action="help", help="show this")
     return parser
 
 
@@ -9196,50 +9160,196 @@ variable in the environment, that over {SETTINGS}, that over the default."""
 
 def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     """Return the command, "" where there is none, and the other words. Options may stand before it."""
-    valued = {flag for command in COMMANDS.values() for flag in command.flags(valued=True)}
+    options = [option for command in COMMANDS.values() for option in command.options]
+    valued = {flag for option in options if option.metavar for flag in option.flags.split()}
     words, at = list(argv), 0
+    # The first word that is neither a flag nor the value of one. What takes a value does so in every command.
     while at < len(words) and words[at].startswith("-"):
         at += 2 if words[at] in valued else 1
-    if at < len(words) and words[at] in (*COMMANDS, "help"):
+    if at < len(words) and words[at] in COMMANDS:
         return words.pop(at), words
     return "", words
 
 
-def _misunderstood(name: str, word: str) -> Usage:
-    command, hint = COMMANDS[name], f"`cassbackup {name} --help` shows the options"
-    if word.startswith("-"):
-        for near in difflib.get_close_matches(word.partition("=")[0], command.flags(), 1, 0.75):
-            hint = f"did you mean {near}?"
-        return Usage(f"{name} has no option {word}", hint)
-    if name == "watch":
-        for near in difflib.get_close_matches(word, COMMANDS, 1, 0.6):
-            hint = f"did you mean `cassbackup {near}`?"
-        return Usage(f"there is no command {word!r}", f"{hint} A path contains a /, as ./{word}")
-    if "--table" in command.flags():
-        hint = "put globs in quotes, or the shell replaces them: --table 'shop.*'"
-    return Usage(f"{name} does not take {word!r}", hint)
-
-
 def parse(name: str, words: Sequence[str]) -> dict[str, Any]:
     """Return what the flags say, as it was written. Raises Usage."""
+    hint = f"`cassbackup {name} --help` shows the options"
+    if any(word.endswith("=--") for word in words):
+        raise Usage("-- is no value", hint)  # argparse would drop it, until Python 3.13
     try:
-        found, rest = build_parser(name).parse_known_args(words)
+        # Intermixed: a PATH may stand between two flags.
+        found, unknown = build_parser(name).parse_known_intermixed_args(words)
     except argparse.ArgumentError as error:
-        raise Usage(str(error).removeprefix("argument "), f"`cassbackup {name} --help` shows the options") from None
-    flags = vars(found)
-    alone = [option.key for option in COMMANDS[name].options if not option.flags.startswith("-")]
-    for key in alone if rest else ():
-        flags[key] = [*flags.get(key, ()), *rest]
-    for word in (*rest, *flags.get("paths", ())):
-        if word.startswith("-") or not alone or (name == "watch" and "/" not in word):
-            raise _misunderstood(name, word)
-    return flags
+        raise Usage(str(error).removeprefix("argument "), hint) from None
+    for word in unknown:
+        if word.startswith("-"):
+            raise Usage(f"{name} has no option {word}", hint)
+        raise Usage(f"{name} does not take {word!r}", f"{hint}; put globs in quotes, or the shell replaces them")
+    for word in getattr(found, "paths", ()) if name == "watch" else ():
+        if "/" not in word:  # a misspelt command must not start a daemon
+            near = " or ".join(difflib.get_close_matches(word, COMMANDS, 2)) or "--help"
+            raise Usage(f"there is no command {word!r}", f"try `cassbackup {near}`; a path contains a /, as ./{word}")
+    return vars(found)
+
+
+# Settings ---------------------------------------------------------------------------------------------
+
+# A daemon does not guess which directories, tables or bucket somebody meant. What else is misspelt makes it red.
+_VITAL: Final = {
+    "paths",
+    "bucket",
+    "prefix",
+    "name",
+    "include",
+    "exclude",
+    "exclude_tag",
+    *(one.key for one in _FILTERS),
+}
+
+
+class Problem(NamedTuple):
+    """A setting that is not understood, and the option that was probably meant."""
+
+    text: str
+    near: Option | None
+
+
+def near_option(text: str) -> Option | None:
+    """Return the option whose variable is named, or nearly, by one of the words."""
+    known = {variable.removeprefix("CASSBACKUP_"): option for variable, option in VARIABLES.items()}
+    for word in re.findall(r"\w+", text):
+        for near in difflib.get_close_matches(word.removeprefix("CASSBACKUP_"), known, 1, 0.8):
+            return known[near]
+    return None
+
+
+def misspelt(names: Iterable[str]) -> Iterator[Problem]:
+    """Yield what looks like a setting of ours, and is none."""
+    for name in names:
+        if name in VARIABLES:
+            continue
+        near = near_option(name)
+        if near and (name.startswith("CASSBACKUP_") or near.key in ("bucket", "region")):
+            yield Problem(f"there is no setting {name}, did you mean {near.variable}?", near)
+        elif name.startswith("CASSBACKUP_"):
+            yield Problem(f"there is no setting {name}", None)
+
+
+def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
+    """Read NAME=value lines as systemd reads an EnvironmentFile. What it would leave out is a problem."""
+    found, problems = dict[str, str](), list[Problem]()
+    for line in re.sub(r"\\\r?\n", "", text).splitlines():
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if not line.strip() or name.startswith(("#", ";")):
+            continue
+        try:
+            if not equals or "\0" in value or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(line)
+            # Quotes count where a value begins with one; else they are part of it, and a # always is.
+            is_quoted = value.startswith(("'", '"'))
+            found[name] = "".join(shlex.split(value)) if is_quoted else re.sub(r"\\(.)", r"\1", value)
+        except ValueError:
+            problems.append(Problem(f"systemd does not read {line.strip()!r} as NAME=value", near_option(line)))
+    return found, [*problems, *misspelt(found)]
+
+
+def load_settings(path: str) -> tuple[dict[str, str], list[Problem]]:
+    """Read the settings file. Only the usual one may be absent."""
+    where = path or SETTINGS
+    try:
+        with open(where, errors="surrogateescape") as file:
+            found, problems = read_settings(file.read())
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path:
+            return {}, []
+        text = f"{where} cannot be read by user {os.geteuid()} ({error.strerror})"
+        return {}, [Problem(text, VARIABLES["BUCKET_NAME"])]
+    return found, [Problem(f"{where}: {problem.text}", problem.near) for problem in problems]
+
+
+def judge_settings(name: str, problems: Iterable[Problem], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what is wrong with the settings and does not end this command. Raises Usage for what does."""
+    wrong = list(problems)
+    for problem in misspelt(environ):
+        if problem.near:
+            wrong.append(problem)
+        else:  # Kubernetes sets CASSBACKUP_SERVICE_HOST and its like for a service of that name
+            log.warning("ignored environment=%s", quote(problem.text))
+    for problem in wrong:
+        is_vital = problem.near is not None and problem.near.key in _VITAL
+        if name != "doctor" and (is_vital or name != "watch"):
+            raise Usage(problem.text, "correct it; `cassbackup doctor` shows what is set, and where")
+    return tuple(problem.text for problem in wrong)
+
+
+def default_state_dir(environ: Mapping[str, str]) -> str:
+    """Return where state is kept if nobody says where; one that a daemon keeps there can be asked by all."""
+    system = "/var/lib/cassbackup"
+    own = os.path.join(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "cassbackup")
+    asking = os.path.exists(f"{system}/lock") and not os.path.exists(own)
+    return system if os.geteuid() == 0 or os.access(system, os.W_OK) or asking else own
+
+
+def use_key_files(bucket: str, environ: MutableMapping[str, str]) -> None:
+    """Name the service's key files to the SDKs, unless other keys are named. Raises Usage where we may not read one."""
+    for scheme, name, variable, others in (
+        ("s3", "aws", "AWS_SHARED_CREDENTIALS_FILE", {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"}),
+        ("gs", "gcs.json", "GOOGLE_APPLICATION_CREDENTIALS", {"STORAGE_EMULATOR_HOST"}),
+    ):
+        is_elsewhere = "://" in bucket and not bucket.startswith(f"{scheme}://")
+        if is_elsewhere or environ.keys() & {variable, *others}:
+            continue
+        path = os.path.join(KEY_FILES, name)
+        try:
+            open(path, "rb").close()
+        except PermissionError:
+            hint = f"run this as root or cassandra, or set {variable}"
+            raise Usage(f"{path} cannot be read by user {os.geteuid()}", hint) from None
+        except OSError:  # there is none
+            continue
+        environ[variable] = path
+
+
+def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> dict[str, Any]:
+    """Return a command's settings by key: flag, else environment, else file, else default. Raises Usage.
+
+    Flags become variables too, for the process that `snapshot` may start.
+    """
+    file, problems = load_settings(flags.get("config") or environ.get("CASSBACKUP_CONFIG", ""))
+    values: dict[str, Any] = {"problems": judge_settings(name, problems, environ)}
+    given: dict[str, tuple[Any, str]] = {}  # by variable: what, and where
+    for variable, option in VARIABLES.items():
+        for place, settings in (("file", file), ("environment", environ)):
+            if settings.get(variable):
+                given[variable] = settings[variable], place
+        if option.key in flags:
+            words = flags[option.key]
+            given[variable] = words, "flag"
+            environ[variable] = words if isinstance(words, str) else " ".join(words)
+    values["origins"] = tuple(f"{variable} ({place})" for variable, (_, place) in given.items())
+    # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
+    for option in COMMANDS[name].options:
+        text, place = given.get(option.variable, (option.default, "default"))
+        if option.key in flags:
+            text, place = flags[option.key], "flag"
+        values[option.key] = option.read(text, place)
+    for variable in file.keys() - VARIABLES.keys():  # AWS_*, GOOGLE_*, *_PROXY: for the SDKs
+        environ.setdefault(variable, file[variable])
+    values["state_dir"] = values["state_dir"] or default_state_dir(environ)
+    if values.get("kms_key"):
+        if values["sse"] == "AES256":
+            raise Usage("--kms-key does not go with --sse AES256", "use --sse aws:kms, or neither")
+        values["sse"] = "aws:kms"
+    return values
 
 
 def fill(cls: type[T], values: Mapping[str, Any]) -> T:
     """Build a command's options from settings, by the names of its fields."""
     names = [one.name for one in fields(cast(Any, cls))]
     return cls(**{name: values[name] for name in names if name in values})
+
+
+# Log and exit codes -----------------------------------------------------------------------------------
 
 
 class Line(logging.Formatter):
@@ -9270,90 +9380,11 @@ def set_up_log(environ: Mapping[str, str]) -> None:
     logging.raiseExceptions = False  # a log that cannot be written must not stop a backup
 
 
-def default_state_dir(environ: Mapping[str, str]) -> str:
-    """Return where state is kept if nobody says where; one that a daemon keeps there can be asked by all."""
-    system = "/var/lib/cassbackup"
-    own = os.path.join(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "cassbackup")
-    asking = os.path.exists(f"{system}/lock") and not os.path.exists(own)
-    return system if os.geteuid() == 0 or os.access(system, os.W_OK) or asking else own
-
-
-def use_key_files(bucket: str, environ: MutableMapping[str, str]) -> None:
-    """Name the service's key files to the SDKs, unless others are named. Raises Usage where we may not read one."""
-    for scheme, name, variable, others in (
-        ("s3", "aws", "AWS_SHARED_CREDENTIALS_FILE", {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"}),
-        ("gs", "gcs.json", "GOOGLE_APPLICATION_CREDENTIALS", {"STORAGE_EMULATOR_HOST"}),
-    ):
-        is_needed = bucket.partition("://")[0] in (scheme, bucket) and not others & environ.keys()
-        for folder in (environ.get("CREDENTIALS_DIRECTORY", KEY_FILES), KEY_FILES) if is_needed else ():
-            path = os.path.join(folder, name)
-            try:
-                with open(path, "rb") as file:
-                    if len(file.read(2)) > 1:  # of an absent file systemd makes an empty line
-                        environ.setdefault(variable, path)
-            except PermissionError:
-                if variable not in environ:
-                    hint = f"run this as root or cassandra, or set {variable}"
-                    raise Usage(f"{path} cannot be read by user {os.geteuid()}", hint) from None
-            except OSError:
-                continue
-
-
-# A daemon does not guess which directories, tables or bucket somebody meant. What else is misspelt makes it red.
-_VITAL: Final = {"paths", "bucket", "prefix", "name", "include", "exclude", *(one.key for one in _FILTERS)}
-
-
-def judge_settings(name: str, problems: list[Problem], environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Return what is wrong with the settings and does not end this command. Raises Usage for what does."""
-    for problem in misspelt(variable for variable in environ if variable.startswith("CASSBACKUP_")):
-        if problem.near:
-            problems.append(problem)
-        else:  # Kubernetes sets CASSBACKUP_SERVICE_HOST and its like for a service of that name
-            log.warning("ignored environment=%s", quote(problem.text))
-    for problem in problems:
-        is_vital = problem.near is not None and problem.near.key in _VITAL
-        if name != "doctor" and (is_vital or name != "watch"):
-            raise Usage(problem.text, "correct it; `cassbackup doctor` shows what is set, and where")
-    return tuple(problem.text for problem in problems)
-
-
-def find_setting(
-    option: Option, flags: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, str]
-) -> tuple[Any, str]:
-    """Return what was given for an option, and where: flag, else environment, else file, else default."""
-    if option.key in flags:
-        return flags[option.key], "flag"
-    for place, settings in (("environment", environ), ("file", file)):
-        if settings.get(option.variable):
-            return settings[option.variable], place
-    return option.default, "default"
-
-
-def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str]) -> dict[str, Any]:
-    """Return a command's settings by key. Raises Usage.
-
-    Flags become variables too, for the process that `snapshot` may start.
-    """
-    file, problems = load_settings(flags.get("config") or environ.get("CASSBACKUP_CONFIG", ""))
-    values: dict[str, Any] = {"problems": judge_settings(name, problems, environ)}
-    for option in COMMANDS[name].options:
-        values[option.key] = option.read(*find_setting(option, flags, environ, file))
-    places = [(variable, find_setting(option, flags, environ, file)[1]) for variable, option in VARIABLES.items()]
-    values["origins"] = tuple(f"{variable} ({place})" for variable, place in places if place != "default")
-    for variable, option in VARIABLES.items():
-        if option.key in flags:
-            given = flags[option.key]
-            environ[variable] = given if isinstance(given, str) else " ".join(given)
-    for variable in file.keys() - VARIABLES.keys():  # AWS_*, GOOGLE_*, *_PROXY: for the SDKs
-        environ.setdefault(variable, file[variable])
-    return values
-
-
 def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
     """Run a command, and print its answer. Raises Fault."""
+    if len(argv) < 3:  # help, help restore, restore help
+        argv = ["--help" if word == "help" else word for word in argv]
     name, words = find_command(argv)
-    if name == "help":
-        name, words = find_command(words)[0], ["--help"]
     if not name and {"-h", "--help"} & {*words}:
         print(overview())
         return DONE
@@ -9361,39 +9392,33 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
         print(f"cassbackup {__version__}")
         return DONE
     name = name or "watch"
-    command, flags = COMMANDS[name], parse(name, ["--help"] if words == ["help"] else words)
+    command, flags = COMMANDS[name], parse(name, words)
     set_up_log(environ)
     values = settle(name, flags, environ)
     if values["verbose"]:
         log.setLevel(logging.DEBUG)
-    values["state_dir"] = values["state_dir"] or default_state_dir(environ)
-    if name != "status":
-        use_key_files(values["bucket"], environ)
     if flags.keys() & {"access_key", "secret_key"}:
         log.warning("every user of this machine can read keys on a command line hint=use the environment or a role")
-    if values.get("kms_key") and values["sse"] == "AES256":
-        raise Usage("--kms-key does not go with --sse AES256", "use --sse aws:kms, or neither")
-    if values.get("kms_key"):
-        values["sse"] = "aws:kms"
-    values["store"] = fill(StoreOptions, values)
-    values |= {"environ": environ, "program": (sys.executable, sys.argv[0])}
+    if name != "status":
+        use_key_files(values["bucket"], environ)
+    values |= {"store": fill(StoreOptions, values), "environ": environ}
     options: Any = fill(command.fields, values)
     if name == "watch":
         return int(command.run(options, environ))
-    if name in ("status", "snapshot", "doctor"):
-        answer = command.run(options)
-    else:
+    if issubclass(command.fields, NodeChoice):  # what needs a bucket, and no more of this machine
         answer = command.run(open_bucket(fill(BucketOptions, values)), options)
+    else:
+        answer = command.run(options)
     print(json.dumps(answer.document) if values["json"] else answer.text)
     return int(answer.code)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the program; return its exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program, by default with the words of this process; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")  # a terminal may not spell UTF-8
     try:
-        code = run(argv, os.environ)
+        code = run(sys.argv[1:] if argv is None else argv, os.environ)
         sys.stdout.flush()
         return code
     except Fault as fault:
@@ -9409,10 +9434,5 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def main_entry() -> None:
-    """Run as a console script."""
-    sys.exit(main(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    main_entry()
+    sys.exit(main())

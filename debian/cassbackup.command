@@ -5,6 +5,6 @@ import sys
 
 sys.path.insert(0, "/usr/lib/cassbackup")
 
-from cassbackup import main_entry
+from cassbackup import main
 
-main_entry()
+sys.exit(main())

@@ -18,8 +18,8 @@ Groups = list[tuple[str, tuple[Option, ...]]]
 
 
 def shown(command: Command) -> Groups:
-    """Return the groups of a command's options; one without a heading is for our own use."""
-    return [(title, options) for title, options in command.groups if title]
+    """Return the groups of a command's options; one without a help is for our own use."""
+    return [(title, tuple(one for one in options if one.help)) for title, options in command.groups]
 
 
 def default(option: Option) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -75,16 +76,15 @@ def complaint(done: tuple[int, str, str], code: int = 2) -> str:
     ("line", "said"),
     [
         ("watch /x --no-such-option", "watch has no option --no-such-option"),
-        ("list --nod db1", "did you mean --node?"),
+        ("list --nod db1", "list has no option --nod\n  `cassbackup list --help` shows the options"),
         ("verify --since 2026-11-21", "verify has no option --since\n  `cassbackup verify --help`"),
-        ("statsu", "did you mean `cassbackup status`?"),
-        ("data", "A path contains a /, as ./data"),
+        ("statsu", "there is no command 'statsu'\n  try `cassbackup status`; a path contains a /, as ./statsu"),
+        ("data", "a path contains a /, as ./data"),
         ("status extra", "status does not take 'extra'"),
         ("restore --latest --table LICENSE Makefile", "put globs in quotes"),
         ("watch /x --bucket", "--bucket/-b: expected one argument"),
-        ("list --bucket s3//b", "did you mean s3://b?"),
-        ("list --bucket /tmp/b", "did you mean file:///tmp/b?"),
-        ("list --bucket file:/tmp/b", "did you mean file:///tmp/b?"),
+        ("list --bucket s3//b", "write s3://bucket[/prefix], gs://bucket[/prefix], file:///directory, or"),
+        ("list --bucket /tmp/b", "write s3://bucket[/prefix], gs://bucket[/prefix], file:///directory, or"),
         ("list --bucket ftp://b", "of no known kind"),
         ("list --bucket s3://", "of no known kind"),
         ("list --bucket file://relative", "not absolute"),
@@ -92,6 +92,10 @@ def complaint(done: tuple[int, str, str], code: int = 2) -> str:
         ("list --bucket s3://b --endpoint-url minio:9000", "write http://minio:9000"),
         ("watch /x --bucket file:///tmp/b --threads 0", "--threads '0' cannot be read\n  write a number from 1 to 256"),
         ("watch /x --threads many", "write a number from 1 to 256"),
+        ("snapshot --nodetool nodetool'", "write a command with its options"),
+        ("watch /x --name=--", "-- is no value"),
+        ("report --days 10000000", "write a number from 1 to 9999"),
+        ("restore --at 1969-12-31", "write 2026-11-21"),
         ("watch /x --incomplete-after 60", "write a number with its unit, as 90s, 15m, 26h or 20d"),
         ("prune --keep-within 20", "--keep-within '20' cannot be read\n  write a number with its unit"),
         ("status --max-age 26", "with its unit"),
@@ -178,7 +182,7 @@ def test_help_shows_the_commands_own_options_first_their_defaults_and_an_example
     assert f"Example: cassbackup {name}" in text
     words = " ".join(text.split())
     for option in COMMANDS[name].options:
-        if any(option in options for title, options in COMMANDS[name].groups if not title):
+        if not option.help:  # for our own use
             assert f"{option.flags} " not in words
             continue
         assert option.variable in words
@@ -203,10 +207,8 @@ def test_every_option_reaches_its_command() -> None:
     for name, command in COMMANDS.items():
         fields = set(command.fields.__dataclass_fields__)
         given = {option.key for option in command.options}
-        # snapshot hands the filters on to a process of its own; doctor has no tags to compare.
-        handed_on = {option.key for option in cassbackup._FILTERS if name in ("snapshot", "doctor")}
-        assert given - fields - elsewhere - store - handed_on == set(), name
-        ours = {"store", "environ", "problems", "origins", "program", "all_nodes"}
+        assert given - fields - elsewhere - store == set(), name
+        ours = {"store", "environ", "problems", "origins", "all_nodes"}
         assert fields - given - ours == set(), name
 
 
@@ -337,7 +339,7 @@ def test_a_flag_beats_the_environment_that_the_file_and_that_the_default(
 
 
 def test_a_settings_file_that_is_named_must_be_there(cli: Any) -> None:
-    assert "/no/such/file is not there" in complaint(cli("status", "--config", "/no/such/file"))
+    assert "/no/such/file cannot be read" in complaint(cli("status", "--config", "/no/such/file"))
 
 
 def as_nobody(script: Path, tmp_path: Path) -> list[str]:
@@ -384,22 +386,169 @@ def test_the_services_key_file_is_used_unless_another_is_named(
 ) -> None:
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys/aws").write_text("[default]\n")
-    (tmp_path / "systemd").mkdir()
     settled(monkeypatch, cli, "--bucket", "gs://b")
     assert "AWS_SHARED_CREDENTIALS_FILE" not in os.environ
-    for given, used in ({}, "keys"), ({"CREDENTIALS_DIRECTORY": str(tmp_path / "systemd")}, "systemd"):
-        os.environ.pop("AWS_SHARED_CREDENTIALS_FILE", None)
-        os.environ.update(given)
-        (tmp_path / "systemd/aws").write_text("[default]\n")
-        settled(monkeypatch, cli, "--bucket", "s3://b")
-        assert os.environ["AWS_SHARED_CREDENTIALS_FILE"] == f"{tmp_path}/{used}/aws"
-    (tmp_path / "systemd/aws").write_text("\n")  # what systemd makes of a file that is absent
-    os.environ.pop("AWS_SHARED_CREDENTIALS_FILE")
     settled(monkeypatch, cli, "--bucket", "s3://b")
     assert os.environ["AWS_SHARED_CREDENTIALS_FILE"] == f"{tmp_path}/keys/aws"
+    assert "GOOGLE_APPLICATION_CREDENTIALS" not in os.environ
     os.environ.update(AWS_SHARED_CREDENTIALS_FILE="/mine")
     settled(monkeypatch, cli, "--bucket", "s3://b")
     assert os.environ["AWS_SHARED_CREDENTIALS_FILE"] == "/mine"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Whatever somebody writes: a sentence, never a traceback
+
+BAD: dict[str, list[str]] = {  # by metavar: what no option of this kind takes
+    "ADDR": ["9108", ":99999", "[::1:9108", ":", "host:port"],
+    "BUCKET": ["s3//b", "/tmp/b", "ftp://b", "s3://", "file://relative", "://", "file:/tmp/b"],
+    "CMD": ["'", " ", 'nodetool "'],
+    "COUNT": ["0", "257", "-1", "many", "1.5", "9" * 5000],
+    "DURATION": ["60", "1y", "-5m", "30 days", "1e9d", "9" * 500 + "d", "m"],
+    "KIND": ["rot13", "aes256"],
+    "NUMBER": ["0", "-3", "1.5", "seven", "9" * 30],
+    "PART": ["10", "100%", "-1%", "%"],
+    "RATE": ["fast", "-1", "50X", "9" * 500],
+    "REGEX": ["(", "*", "[a", "a{2,1}", "(?P<"],
+    "TIME": ["yesterday", "25:00", "2026-02-30", "9999-12-31T23:59-14:00", "0001-01-01", "20:24:xx"],
+}
+GOOD: dict[str, list[str]] = {
+    "ADDR": [":9108", "[::1]:9108"],
+    "COUNT": ["1", "8"],
+    "DURATION": ["90s", "1.5h", "0d", "99999d"],
+    "KIND": ["AES256", "aws:kms"],
+    "NUMBER": ["1", "30", "9999"],
+    "PART": ["5%", "0%"],
+    "RATE": ["0", "50M", "1.5 GiB"],
+    "REGEX": ["commitlog", "", "a|b"],
+    "TIME": ["2026-11-21T20:24Z", "20:24", "1970-01-01", "9999-12-31"],
+}
+TEXTS = [
+    *(
+        "",
+        " ",
+        "x",
+        "a b",
+        "é",
+        "\udcff\udc80",
+        "%s%n%",
+        "../../x",
+        "-",
+        "--",
+        "'",
+        '"x',
+        "\\",
+        "$(id)",
+        "\x1b[2J",
+        "a\nb",
+    ),
+    *("[", "*", "{}", "0", "x" * 5000, "/dev/null/x", "/", ".", "http://127.0.0.1:1", "daily@", "@", "ks.t.u", "node1"),
+]
+LINES = [
+    *("export A=b", "=", "A", "1A=b", "A='", 'A="x', "CASSBACKUP_TREADS=1", "CASSBACKUP_=", "BUKET_NAME=x", "# x", ";"),
+    *("A=\0b", "CASSBACKUP_PREFIX=\0", "\0", "\udcff=\udcfe", "CASSBACKUP_SERVICE_HOST=x", "A = b # c", "\x85"),
+]
+
+
+class Mess:
+    """One call of the program as nobody should write it: words, environment, settings file."""
+
+    def __init__(self, chance: random.Random, name: str, environ: dict[str, str]) -> None:
+        self.chance, self.name = chance, name
+        self.words, self.environ, self.lines = list[str](), dict(environ), list[str]()
+        self.is_bad = chance.random() < 0.5  # one thing at least is wrong, so that nothing but exit 2 will do
+        options = [one for one in COMMANDS[name].options if one.key not in ("config", "into", "data_dir")]
+        chance.shuffle(options)
+        if self.is_bad:
+            wrong = next(one for one in options if one.metavar in BAD)
+            options.remove(wrong)
+            self.give(wrong, chance.choice(BAD[wrong.metavar]))
+        for option in options[: chance.randrange(5)]:
+            if option.metavar != "BUCKET":
+                self.give(option, chance.choice(GOOD.get(option.metavar, TEXTS if option.metavar else ["yes"])))
+        self.lines += chance.sample(LINES, chance.choice([0, 0, 0, 1, 3]))
+        chance.shuffle(self.lines)
+        if chance.random() < 0.1:
+            self.words.insert(chance.randrange(len(self.words) + 1), chance.choice(["--no-such", "-Z", *TEXTS]))
+        self.words.insert(0, name)
+
+    def give(self, option: cassbackup.Option, text: str) -> None:
+        """Write a value for an option as a flag, into the environment or into the file."""
+        places = ["flag", "environment", "file"] if option.variable and text else ["flag"]
+        place = self.chance.choice(places)
+        if place == "environment":
+            self.environ[option.variable] = text
+        elif place == "file" and not set("'\"\\\n") & set(text) and option.variable not in self.environ:
+            self.lines.append(f"{option.variable}={text}")
+        elif not option.flags.startswith("-"):
+            self.words.append(text)
+        elif option.metavar:
+            self.words.append(f"{option.flags.split()[0]}={text}")
+        else:
+            self.words.append(option.flags.split()[0])
+
+
+@pytest.fixture
+def harmless(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Keep a mess from doing more than to be read, and return the environment of each."""
+    patient = cassbackup.Patient
+
+    def watch(options: cassbackup.WatchOptions, environ: dict[str, str]) -> int:
+        """Watch."""
+        options.filters()
+        cassbackup.data_directories(options.paths)
+        cassbackup.identify(options.bucket, options.prefix, options.name, options.store.region, environ, None)
+        cassbackup.open_store(options.bucket, options.store, new=True)
+        return 0
+
+    def doctor(options: cassbackup.DoctorOptions) -> cassbackup.Answer:
+        """Check."""
+        cassbackup.open_bucket(options, new=True)
+        return cassbackup.Answer(0, {}, "")
+
+    monkeypatch.setattr(cassbackup, "detect_cloud", lambda environ: None)
+    monkeypatch.setattr(cassbackup, "Patient", lambda store, patience_s: patient(store, 0.0))
+    for name, stand_in in (("watch", watch), ("doctor", doctor)):
+        monkeypatch.setitem(COMMANDS, name, COMMANDS[name]._replace(run=stand_in))
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/b/c")
+    files = {"owner.json": b'{"version": 2, "id": "x"}', "heartbeat/20261101T010000.000000Z.json": b"{}"}
+    for folder in ("ks/t-1/snapshots/daily/20261101T010000.000000Z", "ks/t-1/backups"):
+        files[f"{folder}/20261101T010000.000000Z-complete-10-2048.json"] = b"{}"
+    for name, body in files.items():
+        path = tmp_path / "bucket/node1.listings" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "BUCKET_NAME": f"file://{tmp_path}/bucket",
+        "CASSBACKUP_NAME": "node1",
+        "CASSBACKUP_INTO": "into",
+        "CASSBACKUP_NODETOOL": "/nonexistent/nodetool",
+        "CASSBACKUP_CONFIG": str(tmp_path / "settings"),
+    }
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.by_hand) for seed in range(2, 12))])
+def test_whatever_is_written_ends_with_a_sentence_and_what_is_wrong_with_exit_2_p8(
+    cli: Any, harmless: dict[str, str], tmp_path: Path, seed: int
+) -> None:
+    chance = random.Random(seed)
+    for _ in range(200):
+        mess = Mess(chance, chance.choice(list(COMMANDS)), harmless)
+        (tmp_path / "settings").write_text("\n".join(mess.lines), errors="surrogateescape")
+        os.environ.clear()
+        os.environ.update(mess.environ)
+        told = f"{mess.words} {mess.environ} {mess.lines}"
+        try:
+            code, shown, said = cli(*mess.words)
+        except Exception as error:
+            raise AssertionError(told) from error
+        assert code in ((2,) if mess.is_bad else (0, 1, 2, 3)), (told, shown, said)
+        assert "Traceback" not in said, (told, said)
+        assert code == 0 or shown or "cassbackup: " in said, told
+        assert code != 2 or not shown, told
 
 
 # ------------------------------------------------------------------------------------------------------------

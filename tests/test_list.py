@@ -232,11 +232,10 @@ def test_no_name_of_a_keyspace_is_taken_for_a_folder_of_ours(scene: Scene, node:
 
 
 @pytest.mark.parametrize("options", [{"tag": "dayly"}, {"table": ("ks1.user",)}, {"table": ("no",), "tag": "daily"}])
-def test_where_nothing_matches_it_is_told_what_there_is(shelf: Shelf, options: dict[str, Any]) -> None:
+def test_where_nothing_matches_it_is_told_how_to_see_what_there_is(shelf: Shelf, options: dict[str, Any]) -> None:
     shelf.snapshot("node1", "daily", T1, f"ks1/{USERS}")
-    with pytest.raises(Missing, match="there are") as caught:
+    with pytest.raises(Missing, match="`cassbackup list` alone shows what there is; put globs in quotes"):
         shelf.list(**options)
-    assert ("ks1.users" if "table" in options else "daily") in str(caught.value)
 
 
 def test_an_empty_bucket_says_so(shelf: Shelf) -> None:
