@@ -2283,14 +2283,29 @@ def cassandra_pids() -> list[str]:
     return pids
 
 
-def yaml_list(text: str, key: str) -> list[str]:
-    """Read one list of strings from a YAML file, in either of its spellings: - a on lines below, or [a, b]."""
+def yaml_texts(text: str, key: str) -> list[str]:
+    """Read one text or a list of them from a YAML file: key: a, key: [a, b], or - a on lines below."""
     text = re.sub(r"(^|[ \t])#.*", "", text, flags=re.M)
-    match = re.search(rf"^{key}:\s*(?:\[([^\]]*)\]|((?:\s*-[ \t].*)*))", text, re.M)
+    match = re.search(rf"^{key}:[ \t]*(?:\[([^\]]*)\]|(\S.*)|((?:\s*-[ \t].*)*))", text, re.M)
     if not match:
         return []
-    items = match[1].split(",") if match[1] else re.findall(r"^\s*-\s(.*)", match[2] or "", re.M)
+    listed, alone, below = match.groups(default="")
+    items = [*listed.split(","), alone, *re.findall(r"^\s*-\s(.*)", below, re.M)]
     return [name for item in items if (name := item.strip().strip("\"'"))]
+
+
+def configured_directories() -> list[str]:
+    """Return the data directories that cassandra.yaml names.
+
+    Since 4.0 Cassandra may keep its own tables, and with them host id, tokens and schema, on a disk of their own
+    (CASSANDRA-14793).
+    """
+    for path in _YAMLS:
+        if os.path.exists(path):
+            with open(path, errors="surrogateescape") as file:
+                text = file.read()
+            return yaml_texts(text, "data_file_directories") + yaml_texts(text, "local_system_data_file_directory")
+    return []
 
 
 def data_directories(paths: Sequence[str] = ()) -> list[str]:
@@ -2298,11 +2313,7 @@ def data_directories(paths: Sequence[str] = ()) -> list[str]:
 
     They need not be there: a disk may be mounted late. Raises Usage where none is named, or one lies in another.
     """
-    found = list(paths)
-    for path in _YAMLS:
-        if not found and os.path.exists(path):
-            with open(path, errors="surrogateescape") as file:
-                found = yaml_list(file.read(), "data_file_directories")
+    found = list(paths) or configured_directories()
     found = found or [path for path in ("/var/lib/cassandra/data", "/data") if os.path.isdir(f"{path}/system")]
     if not found:
         raise Usage("no data directory found", "name it: cassbackup /var/lib/cassandra/data")
@@ -8015,6 +8026,10 @@ def _check_user(options: DoctorOptions) -> str:
 
 
 def _check_data(options: DoctorOptions) -> str:
+    named = {os.path.realpath(path) for path in data_directories(options.paths)}
+    for path in configured_directories():
+        if os.path.realpath(path) not in named:
+            raise Fault(f"{quote(path)} of cassandra.yaml is not backed up", "name it as a PATH, too")
     names = set[str]()
     count = 0
     for root in data_directories(options.paths):
