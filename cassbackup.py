@@ -674,6 +674,20 @@ class Source(Protocol):
         """Return exactly these bytes. Raises Changed, OSError."""
 
 
+def pieces(source: Source) -> Iterator[Piece]:
+    """Yield all that a source has, a megabyte at a time."""
+    for start in range(0, source.size, MIB):
+        yield source.read(start, min(start + MIB, source.size))
+
+
+def crc32_of(body: Iterable[Piece]) -> str:
+    """Return the CRC-32 of all these bytes as it stands in listings."""
+    crc = 0
+    for piece in body:
+        crc = zlib.crc32(piece, crc)
+    return hex32(crc)
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """Bytes in memory, as a Source."""
@@ -749,11 +763,16 @@ class Store(Protocol):
     def head(self, key: str) -> ObjectInfo | None:
         """Return what the store knows of an object, None if there is none."""
 
+    def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
+        """Tell whether an object has the bytes of a source, of which it has the size."""
+        # Some servers, and file://, know no CRC-32 and can only give us the bytes.
+        return crc32 == (info.crc32 or crc32_of(self.get(info.key)))
+
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects under a prefix in the order of their keys, those after a key where one is given."""
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
-        """Yield the components that come next after a prefix ("" or ending in /) and have something below them."""
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        """Return the components that come next after a prefix ("" or ending in /) and have something below them."""
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         """Delete objects; return why for each that stayed. An absent one is no error."""
@@ -765,10 +784,6 @@ class Store(Protocol):
     def now(self) -> float:
         """Return the store's own time, by its last reply."""
         return time.time()
-
-    def close(self) -> None:
-        """Close the connections that nobody uses."""
-        return
 
 
 def read_object(store: Store, key: str) -> bytes:
@@ -863,20 +878,14 @@ class Patient(Store):
         begin = functools.partial(self._store.list, prefix)
         return self._stream(begin, after, lambda _, info: info.key)
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
-        yield from insist(lambda: [*self._store.prefixes(prefix)], self._patience_s)
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        return insist(lambda: self._store.prefixes(prefix), self._patience_s)
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         return insist(lambda: self._store.delete(keys), self._patience_s)
 
-    def abandon_uploads(self, before: float) -> int:
-        return insist(lambda: self._store.abandon_uploads(before), self._patience_s)
-
     def now(self) -> float:
         return self._store.now()
-
-    def close(self) -> None:
-        self._store.close()
 
 
 # ---- file://
@@ -934,9 +943,6 @@ class FileStore(Store):
             crc32 = self._copy(source, file)
             with self._faults():
                 info = os.fstat(file.fileno())
-                etag = f"{info.st_mtime_ns:x}"
-                with contextlib.suppress(OSError):  # a file system without attributes: who must know reads the file
-                    os.setxattr(temporary, "user.crc32", f"{crc32} {etag}".encode())
                 # So the kernel begins to write, and nobody waits for it yet.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 yield None
@@ -948,7 +954,7 @@ class FileStore(Store):
                 for folder in folders - synced:
                     self._sync_folder(folder)
             synced |= folders
-            yield ObjectInfo(key, info.st_size, etag, info.st_mtime, crc32)
+            yield ObjectInfo(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime, crc32)
         finally:
             file.close()
             with contextlib.suppress(OSError):
@@ -957,13 +963,13 @@ class FileStore(Store):
     def _copy(self, source: Source, file: Any) -> str:
         """Write all bytes; return their CRC-32."""
         crc32 = 0
-        for start in range(0, source.size, MIB):
-            piece = memoryview(source.read(start, min(start + MIB, source.size)))
+        for piece in pieces(source):
             crc32 = zlib.crc32(piece, crc32)
             self._rate.take(len(piece))
+            left = memoryview(piece)
             with self._faults():
-                while piece:
-                    piece = piece[file.write(piece) :]
+                while left:
+                    left = left[file.write(left) :]
         return hex32(crc32)
 
     def _link(self, temporary: str, path: str) -> set[str]:
@@ -1009,22 +1015,15 @@ class FileStore(Store):
                 yield piece
 
     def head(self, key: str) -> ObjectInfo | None:
-        crc32 = then = ""
         try:
-            path = self._path(key)
             with self._faults():
-                info = os.stat(path)
+                info = os.stat(self._path(key))
         except Missing:
             self._check_mounted()
             return None
         if not stat.S_ISREG(info.st_mode):
             return None
-        etag = f"{info.st_mtime_ns:x}"
-        with contextlib.suppress(OSError):
-            crc32, _, then = os.getxattr(path, "user.crc32").decode().partition(" ")
-        if then != etag:  # somebody has written to it since
-            crc32 = ""
-        return ObjectInfo(key, info.st_size, etag, info.st_mtime, crc32)
+        return ObjectInfo(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime)
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         return self._walk(prefix.rpartition("/")[0], prefix, after)
@@ -1051,10 +1050,9 @@ class FileStore(Store):
         # NFS itself makes .nfs files of what is deleted while somebody reads it.
         return [name for name in names if not re.fullmatch(r"\.unfinished/|\.nfs[0-9a-f]{16,}", name)]
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
-        for name in self._names(prefix.rstrip("/")):
-            if name.endswith("/") and any(self.list(prefix + name)):
-                yield name[:-1]
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        folders = [name for name in self._names(prefix.rstrip("/")) if name.endswith("/")]
+        return [name[:-1] for name in folders if any(self.list(prefix + name))]
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -1084,8 +1082,17 @@ class FileStore(Store):
 
     def _check_mounted(self) -> None:
         """Tell an absent object from an absent disk: an empty mount point says nothing."""
-        if not self._new and not (os.path.isdir(self._root) and os.listdir(self._root)):
-            raise Unreachable(f"{self.url} is empty", "is its disk mounted?")
+        if self._new:
+            return
+        if not os.path.isdir(self._root):
+            what = f"the directory {self._root} does not exist"
+        elif not os.listdir(self._root):
+            what = f"the directory {self._root} is empty"
+        else:
+            return
+        raise Unreachable(
+            what, "either its disk is not mounted, or --bucket names a place where no node has stored yet"
+        )
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -1153,9 +1160,14 @@ def class_of(options: StoreOptions, key: str, size: int) -> str:
     return options.storage_class
 
 
-def unanswered(url: str, error: BaseException) -> Fault:
-    """Return the fault of a request that nobody answered: Denied where no second try can mend it."""
-    text = f"{error} {error.__context__ or ''}".strip() or repr(error)
+def unanswered(url: str, error: BaseException, cure: str = "") -> Fault:
+    """Return the fault of a request that nobody answered: Denied where no second try can mend it.
+
+    `cure` is what to do where it was never sent, for want of credentials.
+    """
+    text, cause = str(error).strip() or repr(error), str(error.__context__ or "")
+    if cause not in text:
+        text += f" {cause}"
     text = text.encode("unicode_escape").decode()
     if re.search(r"WRONG_VERSION_NUMBER|x15\\+x03", text):  # plain HTTP came, or the alert of who expects TLS
         return Denied(f"{url}: {text}", "the scheme looks wrong: write http:// or https:// as the server speaks it")
@@ -1164,6 +1176,8 @@ def unanswered(url: str, error: BaseException) -> Fault:
         return Denied(f"{url}: its certificate is not trusted ({text})", hint)
     if "Invalid header value" in text:  # and do not repeat it: it has the key
         return Denied(f"{url}: these credentials cannot be sent", "a key ends with a line end")
+    if cure:
+        return Denied(f"no credentials for {url} ({text})", cure)
     return Unreachable(f"{url}: {text}", "check the network, REGION and --endpoint-url")
 
 
@@ -1252,11 +1266,6 @@ class Wire:
         except BaseException:
             connection.close()
             raise
-
-    def close(self) -> None:
-        """Close the connections that nobody uses."""
-        while self._idle:
-            self._idle.pop().close()
 
 
 def _tag(text: str, name: str) -> str:
@@ -1369,11 +1378,6 @@ class _Remote(Store):
             if left > 0:
                 raise Unreachable(f"{self.url}: {quote(key)} broke off {left} bytes early")
 
-    def close(self) -> None:
-        self._wire.close()
-        if self._client:
-            self._client.close()
-
     def now(self) -> float:
         date, then = self._date
         if not date:
@@ -1423,6 +1427,8 @@ class _Remote(Store):
         if not message:
             found = re.search(r'"message":\s*"([^"]*)"', text)
             message = found[1] if found else text[:200]
+        if reply.status == 301:
+            message += f" It is in {reply.headers.get('x-amz-bucket-region')}."
         return self._fault(key, reply.status, _tag(text, "Code"), message, is_object)
 
     def _fault(self, key: str, status: int, code: str, message: str, is_object: bool = False) -> Fault:
@@ -1477,18 +1483,18 @@ class S3Store(_Remote):
     def __init__(self, bucket: str, prefix: str, options: StoreOptions) -> None:
         super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), prefix, options)
         self._bucket = bucket
-        self._lacks = frozenset[str]()  # what the server does not know: if-none-match, checksum, uploads
-        self._echoes = False  # it repeats a CRC-32, so it knows them
+        self._checks: bool | None = None  # does the server check bodies by their CRC-32? The first put finds out
+        self._lists_uploads = True
         encryption = {
             "": options.sse,
             "-bucket-key-enabled": "true" if options.sse == "aws:kms" else "",  # one KMS call for many objects
             "-aws-kms-key-id": options.kms_key if options.sse == "aws:kms" else "",
         }
         self._kept = {f"x-amz-server-side-encryption{name}": value for name, value in encryption.items() if value}
-        self._connect(options.region)
+        self._connect()
 
-    def _connect(self, region: str) -> None:
-        """Make the clients for a region; nothing is sent, but perhaps for credentials. Raises Usage."""
+    def _connect(self) -> None:
+        """Make what makes clients, and the wire; nothing is sent, but perhaps for credentials. Raises Usage."""
         try:
             import boto3
             import botocore.session
@@ -1512,7 +1518,7 @@ class S3Store(_Remote):
             core = botocore.session.get_session()
             core.get_component("credential_provider")  # made now: later two threads might make it at once
             keys = (options.access_key or None, options.secret_key or None)
-            self._session = boto3.session.Session(*keys, region_name=region or None, botocore_session=core)
+            self._session = boto3.session.Session(*keys, region_name=options.region or None, botocore_session=core)
             bundle = options.ca_file or core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
             where = {"endpoint_url": options.endpoint_url or None, "verify": bundle or None}
             self._make_client = functools.partial(self._session.client, "s3", config=Config(**how), **where)
@@ -1555,9 +1561,9 @@ class S3Store(_Remote):
             params["context"].pop("checksum", None)
         if operation == "CreateMultipartUpload":
             headers.update(self._kept)
-        if operation in ("CreateMultipartUpload", "CompleteMultipartUpload") and "checksum" not in self._lacks:
+        if operation in ("CreateMultipartUpload", "CompleteMultipartUpload") and self._checks is not False:
             headers["x-amz-checksum-type"] = "FULL_OBJECT"
-        if operation == "CompleteMultipartUpload" and "if-none-match" not in self._lacks:
+        if operation == "CompleteMultipartUpload" and self._refuses is not False:
             headers["If-None-Match"] = "*"
 
     # bodies
@@ -1576,25 +1582,20 @@ class S3Store(_Remote):
     def _send(self, key: str, query: str, headers: Mapping[str, str], body: Piece, crc32: int) -> Mapping[str, str]:
         """PUT a body with what the server checks it by; return the headers of the reply."""
         headers = dict(headers)
-        if "checksum" not in self._lacks:
+        if self._checks is not False:
             headers["x-amz-checksum-crc32"] = _base64_crc(crc32)
             headers["x-amz-sdk-checksum-algorithm"] = "CRC32"  # said once more, or a bucket with object lock refuses
-        if not self._echoes:
+        if self._checks is not True:
             headers["content-md5"] = _base64(_md5(body).digest())
         with self._ask("PUT", self._target(key) + query, headers, body) as reply:
             text = reply.read()
         told: Mapping[str, str] = reply.headers
         if reply.status != 200 or not told.get("etag"):
-            region = told.get("x-amz-bucket-region") or _tag(text.decode("latin-1"), "Region")
-            if region in ("", self._region):
-                raise self._refusal(key, reply, text)
-            self._connect(region)
-            raise Unreachable(f"bucket {self._bucket} is in {region}", "set REGION; the next try goes there")
-        if told.get("x-amz-checksum-crc32"):
-            self._echoes = True
-        elif "checksum" not in self._lacks:
-            self._lacks |= {"checksum"}
+            raise self._refusal(key, reply, text)
+        repeats = "x-amz-checksum-crc32" in told  # as a server does that has checked it
+        if not repeats and self._checks is not False:
             log.warning("store knows no CRC-32, Content-MD5 is sent instead store=%s", self.url)
+        self._checks = repeats
         return told
 
     def put(self, key: str, source: Source) -> ObjectInfo:
@@ -1602,13 +1603,12 @@ class S3Store(_Remote):
         try:
             return super().put(key, source)
         except _Unknown as fault:
-            header = "if-none-match"
-            if "checksum" in str(fault).lower() or header in self._lacks:
-                header = "checksum"
-            if header in self._lacks:
+            if self._refuses is not False and "checksum" not in str(fault).lower():
+                header, self._refuses = "if-none-match", False
+            elif self._checks is not False:
+                header, self._checks = "checksum", False
+            else:
                 raise  # so it was something else, perhaps an option
-            self._lacks |= {header}
-            self._refuses = None
         log.warning("store refuses a header, it is left out store=%s header=%s", self.url, header)
         return self.put(key, source)
 
@@ -1617,7 +1617,7 @@ class S3Store(_Remote):
         headers = {**self._kept, "x-amz-meta-crc32": hex32(crc32)}
         if kind := class_of(self._options, key, len(body)):
             headers["x-amz-storage-class"] = kind
-        if "if-none-match" not in self._lacks:
+        if self._refuses is not False:
             headers["if-none-match"] = "*"
         told = self._send(key, "", headers, body, crc32)
         self._check_encryption(told.get("x-amz-server-side-encryption"))
@@ -1656,18 +1656,14 @@ class S3Store(_Remote):
 
     def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, dict[str, Any]]]:
         """Return the newest upload of this key whose parts are as long as ours would be, and its parts by number."""
-        uploads = sorted(self._uploads(key), key=lambda upload: upload["Initiated"])
-        for upload in reversed(uploads):
-            which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            if which["Key"] != self._prefix + key:
+        for upload in sorted(self._uploads(key), key=lambda one: one["Initiated"], reverse=True):
+            if upload["Key"] != self._prefix + key:  # it only begins like ours
                 continue
-            held, fits = {}, True
-            for part in self._paged("list_parts", "Parts", key, **which):
-                number = part["PartNumber"]
-                held[number] = part
-                fits = fits and part["Size"] == min(step, size - (number - 1) * step)
-            if fits:
-                return which["UploadId"], held
+            which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            held = {part["PartNumber"]: part for part in self._paged("list_parts", "Parts", key, **which)}
+            ours = {number: min(step, size - (number - 1) * step) for number in held}
+            if all(part["Size"] == ours[number] for number, part in held.items()):
+                return upload["UploadId"], held
         return "", {}
 
     def _paged(self, operation: str, items: str, key: str, **more: str) -> Iterator[Any]:
@@ -1681,12 +1677,12 @@ class S3Store(_Remote):
         except Missing:  # rclone's way to say that there are none
             return
         except _Unknown:
-            if "uploads" not in self._lacks:
+            if self._lists_uploads:
                 log.warning("store lists no uploads, so none is gone on with or ended store=%s", self.url)
-            self._lacks |= {"uploads"}
+            self._lists_uploads = False
 
     def _begin(self, key: str, size: int) -> str:
-        more = {} if "checksum" in self._lacks else {"ChecksumAlgorithm": "CRC32"}
+        more = {} if self._checks is False else {"ChecksumAlgorithm": "CRC32"}
         if kind := class_of(self._options, key, size):
             more["StorageClass"] = kind
         reply = self._call("create_multipart_upload", key, **more)
@@ -1722,21 +1718,21 @@ class S3Store(_Remote):
         for number, (crc, size, etag) in enumerate(sent, 1):
             crc32 = crc32_combine(crc32, crc, size)
             total += size
-            parts.append({"PartNumber": number, "ETag": etag, "ChecksumCRC32": _base64_crc(crc)})
-        more = {"ChecksumCRC32": _base64_crc(crc32)}
-        if "checksum" in self._lacks:
-            for part in [*parts, more]:
-                del part["ChecksumCRC32"]
+            parts.append({"PartNumber": number, "ETag": etag, **self._sum(crc)})
+        more = {"MultipartUpload": {"Parts": parts}, **self._sum(crc32)}
         if not self._refuses:
             self._check_free(key)
         with contextlib.suppress(Missing):  # perhaps the reply to an earlier try was lost, and the upload has ended
-            self._call("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts}, **more)
+            self._call("complete_multipart_upload", key, UploadId=upload, **more)
         info = self.head(key)
         if info is None:
             raise Unreachable(f"{self.url}: the upload of {quote(key)} is gone", "it begins anew")
         if info.size != total or info.crc32 not in ("", hex32(crc32)):
             raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the server or the way to it is broken")
         return replace(info, crc32=hex32(crc32))
+
+    def _sum(self, crc32: int) -> dict[str, str]:
+        return {} if self._checks is False else {"ChecksumCRC32": _base64_crc(crc32)}
 
     # what is rare
 
@@ -1747,10 +1743,8 @@ class S3Store(_Remote):
             return None
         if not told.get("ETag") and "x-amz-request-id" not in told["ResponseMetadata"]["HTTPHeaders"]:
             raise self._no_answer("ETag")
-        crc32 = ""
-        for name, value in told["Metadata"].items():
-            if name.lower() == "crc32":
-                crc32 = value
+        metadata = {name.lower(): value for name, value in told["Metadata"].items()}
+        crc32 = metadata.get("crc32", "")
         if "-" not in told.get("ChecksumCRC32", "-"):  # -N is a composite
             crc32 = base64.b64decode(told["ChecksumCRC32"]).hex()  # the server's own, better than what we said
         return self._info({**told, "Key": self._prefix + key, "Size": told["ContentLength"]}, crc32)
@@ -1784,10 +1778,10 @@ class S3Store(_Remote):
                 raise Denied(f"{self.url} cuts its lists short", "it does not know ListObjectsV2: use another server")
             more["ContinuationToken"] = page["NextContinuationToken"]
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
-        for page in self._pages(prefix, Delimiter="/"):
-            for item in page.get("CommonPrefixes", ()):
-                yield item["Prefix"].removeprefix(self._prefix + prefix).rstrip("/")
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        pages = self._pages(prefix, Delimiter="/")
+        found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return [name.removeprefix(self._prefix + prefix).rstrip("/") for name in found]
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -1824,7 +1818,6 @@ class S3Store(_Remote):
     def _faults(self, key: str, is_object: bool = False) -> Iterator[None]:
         from botocore import exceptions as aws
 
-        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
         try:
             yield
         except aws.ClientError as error:
@@ -1833,10 +1826,11 @@ class S3Store(_Remote):
             where = told.get("Region") or told.get("Endpoint") or ""
             message = f"{told.get('Message', '')} {where}".strip()
             raise self._fault(key, status, str(told.get("Code", "")), message, is_object) from error
+        except (aws.HTTPClientError, aws.ConnectionError) as error:
+            raise unanswered(self.url, error) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
-            if isinstance(error, aws.HTTPClientError | aws.ConnectionError):
-                raise unanswered(self.url, error) from error
-            raise Denied(f"no credentials for {self.url} ({error})", hint) from error
+            cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
+            raise unanswered(self.url, error, cure) from error
 
 
 # ---- gs://
@@ -1886,7 +1880,7 @@ class GCSStore(_Remote):
         endpoint = {"api_endpoint": options.endpoint_url} if options.endpoint_url else None
         with self._faults(""):  # objects need no project, but the client insists
             self._client = storage.Client(project="none", client_options=endpoint)
-        self._bucket, self._crc32c = self._client.bucket(bucket), google_crc32c.value
+        self._bucket, self._extend = self._client.bucket(bucket), google_crc32c.extend
         session, bundle = self._client._http, options.ca_file or os.environ.get("REQUESTS_CA_BUNDLE", "")
         if options.ca_file:  # said with each request, or REQUESTS_CA_BUNDLE would win
             session.request = functools.partial(session.request, verify=options.ca_file)
@@ -1902,12 +1896,20 @@ class GCSStore(_Remote):
     def _authorize(self, method: str, target: str, headers: dict[str, str], body: Piece) -> None:
         self._credentials.before_request(self._request, method, self._origin + target, headers)
 
+    def _crc32c(self, body: Iterable[Piece]) -> str:
+        """Return the CRC-32C of all these bytes as GCS writes it."""
+        crc = 0
+        for piece in body:
+            for start in range(0, len(piece), MIB):  # the library takes bytes alone, and a copy of all would be large
+                crc = self._extend(crc, bytes(piece[start : start + MIB]))
+        return _base64_crc(crc)
+
     def _put_body(self, key: str, body: Piece) -> ObjectInfo:
         crc32 = hex32(zlib.crc32(body))
         about = {
             "name": self._prefix + key,
             "metadata": {"crc32": crc32},
-            "crc32c": _base64_crc(self._crc32c(bytes(body))),  # GCS refuses what is not as it says
+            "crc32c": self._crc32c([body]),  # GCS refuses what is not as it says
         }
         if kind := class_of(self._options, key, len(body)):
             about["storageClass"] = kind
@@ -1953,6 +1955,14 @@ class GCSStore(_Remote):
             blob = self._bucket.get_blob(self._prefix + key, **self._limits)
         return self._info(blob) if blob else None
 
+    def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
+        if info.crc32:
+            return info.crc32 == crc32
+        # A session cannot tell a CRC-32 that is known at its end. CRC-32C is what GCS itself knows of every object.
+        with self._faults(info.key):
+            blob = self._bucket.get_blob(self._prefix + info.key, **self._limits)
+        return blob is not None and blob.crc32c == self._crc32c(pieces(source))
+
     def _info(self, blob: Any) -> ObjectInfo:
         key = blob.name.removeprefix(self._prefix)
         crc32 = (blob.metadata or {}).get("crc32", "")
@@ -1966,13 +1976,12 @@ class GCSStore(_Remote):
             blobs = self._client.list_blobs(self._bucket, prefix=whole, **more, **self._limits)
             yield from self._in_order(map(self._info, blobs), after)
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        whole = self._prefix + prefix
         with self._faults(""):
-            whole = self._prefix + prefix
             blobs = self._client.list_blobs(self._bucket, prefix=whole, delimiter="/", **self._limits)
             found = {name for page in blobs.pages for name in page.prefixes}
-        for name in sorted(found):
-            yield name.removeprefix(whole).rstrip("/")
+        return [name.removeprefix(whole).rstrip("/") for name in sorted(found)]
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         with ThreadPoolExecutor(8) as pool:
@@ -2005,8 +2014,8 @@ class GCSStore(_Remote):
         except (RequestException, TransportError) as error:
             raise unanswered(self.url, error) from error
         except GoogleAuthError as error:
-            hint = "set GOOGLE_APPLICATION_CREDENTIALS, or give the instance a service account"
-            raise Denied(f"no credentials for {self.url} ({error})", hint) from error
+            cure = "set GOOGLE_APPLICATION_CREDENTIALS, or give the instance a service account"
+            raise unanswered(self.url, error, cure) from error
 
 
 def open_store(url: str, options: StoreOptions, new: bool = True) -> Store:
@@ -3685,50 +3694,36 @@ class Pinner(threading.Thread):
 # ======================================================================================================
 
 _DONTCACHE: Final = 0x80  # RWF_DONTCACHE, Linux 6.14: the kernel drops again what this read brought in
+_WAYS: Final = (  # flags of preadv2(2), and status of the descriptor
+    (_DONTCACHE, 0),
+    (0, os.O_DIRECT),  # past the cache
+    (0, 0),  # tmpfs and its like have no disk below their cache
+)
 _UNABLE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
-def _read_direct(fd: int, start: int, body: bytearray) -> int:
-    """Read past the page cache. open(2) wants everything aligned, so we read whole pages into whole pages."""
+def read_quietly(fd: int, start: int, end: int) -> memoryview:
+    """Read a range of a file, and leave the page cache as Cassandra filled it. Raises Changed where the file ends.
+
+    POSIX_FADV_DONTNEED after a plain read would drop from the cache what Cassandra has there, too.
+    """
     skipped = start % mmap.PAGESIZE
-    pages = (skipped + len(body)) // mmap.PAGESIZE + 1
-    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
-    with mmap.mmap(-1, pages * mmap.PAGESIZE) as window:
-        got = os.preadv(fd, [window], start - skipped) - skipped
-        got = max(0, min(got, len(body)))
-        body[:got] = window[skipped : skipped + got]
-    return got
-
-
-def _read_uncached(fd: int, start: int, body: bytearray) -> int:
-    return os.preadv(fd, [body], start, _DONTCACHE)
-
-
-def read_quietly(fd: int, start: int, end: int) -> bytearray:
-    """Read a range of a file, and leave the page cache as Cassandra filled it. Raises Changed where the file ends."""
-    body = bytearray(end - start)
-    # POSIX_FADV_DONTNEED after a plain read would drop from the cache what Cassandra has there, too.
-    for read in (_read_uncached, _read_direct):
+    pages = (skipped + end - start) // mmap.PAGESIZE + 1
+    # O_DIRECT wants whole pages. And what is mapped goes back to the kernel with the last view of it, where malloc
+    # would keep megabytes for every thread.
+    window = mmap.mmap(-1, pages * mmap.PAGESIZE, mmap.MAP_PRIVATE)
+    got = 0
+    for flags, status in _WAYS:
         try:
-            got = read(fd, start, body)
+            fcntl.fcntl(fd, fcntl.F_SETFL, status)
+            got = os.preadv(fd, [window], start - skipped, flags)
             break
         except OSError as error:
-            if error.errno not in _UNABLE:
+            if error.errno not in _UNABLE or (flags, status) == _WAYS[-1]:
                 raise
-    else:  # tmpfs and its like have no disk below their cache
-        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
-        got = os.preadv(fd, [body], start)
-    if got < len(body):
+    if got < skipped + end - start:
         raise Changed(f"the file ends before byte {end}", "it is read again")
-    return body
-
-
-def crc32_of(pieces: Iterable[bytes | bytearray]) -> str:
-    """Return the CRC-32 of all these bytes as it stands in listings."""
-    crc = 0
-    for piece in pieces:
-        crc = zlib.crc32(piece, crc)
-    return hex32(crc)
+    return memoryview(window)[skipped : skipped + end - start]
 
 
 @dataclass(frozen=True, slots=True)
@@ -3742,7 +3737,7 @@ class PinnedSource:
         """Return the bytes of the file as it was pinned."""
         return self.pinned.fingerprint.size
 
-    def read(self, start: int, end: int) -> bytearray:
+    def read(self, start: int, end: int) -> memoryview:
         """Read a range. Raises Changed if these are not the bytes that were pinned; OSError if the disk refuses."""
         with open(self.pinned.pin, "rb", buffering=0) as file:
             body = read_quietly(file.fileno(), start, end)
@@ -3750,11 +3745,6 @@ class PinnedSource:
             if Fingerprint.of(os.fstat(file.fileno())) != self.pinned.fingerprint:
                 raise Changed(f"{quote(file.name)} changed while it was read", "it is read again")
         return body
-
-    def crc32(self) -> str:
-        """Read it all; return its CRC-32."""
-        starts = range(0, self.size, 8 * MIB)
-        return crc32_of(self.read(start, min(start + 8 * MIB, self.size)) for start in starts)
 
 
 @functools.lru_cache(1000)
@@ -3782,17 +3772,14 @@ def as_stored(known: Known) -> Stored:
 def _find_place(store: Store, pin: Pinned, key: str, moment: str) -> ObjectInfo:
     """Store a file whose key is taken. What is there may be these very bytes: then a reply of the store was lost."""
     source = PinnedSource(pin)
-    crc32 = source.crc32()
+    crc32 = crc32_of(pieces(source))
     for candidate in (key, f"{key}@{crc32}", f"{key}@{crc32}.{moment}"):
         info = store.head(candidate)
         if not info:
             with contextlib.suppress(Conflict):
                 return store.put(candidate, source)
-        elif info.size == source.size:
-            # Some servers, and file systems without attributes, know no CRC-32 and can only give us the bytes.
-            there = info.crc32 or crc32_of(store.get(candidate))
-            if there == crc32:
-                return replace(info, crc32=crc32)
+        elif info.size == source.size and store.holds(info, source, crc32):
+            return replace(info, crc32=crc32)
     raise Conflict(f"{quote(key)} is taken, whatever is added to it", "nobody but cassbackup should write there")
 
 
@@ -3831,12 +3818,12 @@ def check_digest(store: Store, data: Pinned, digest: Pinned, stored: Known, mome
 
     Return what is stored, after another reading where the two differ; None where they go on differing.
     """
-    text = PinnedSource(digest).read(0, min(20, digest.fingerprint.size)).strip()
+    text = bytes(PinnedSource(digest).read(0, min(20, digest.fingerprint.size))).strip()
     crc32 = hex32(int(text)) if text.isdigit() else stored.crc32
     if crc32 == stored.crc32:
         return stored
     # Scrub can leave a stale digest behind (SSTableRewriter), so the caller warns, and lists it all the same.
-    if PinnedSource(data).crc32() != crc32:
+    if crc32_of(pieces(PinnedSource(data))) != crc32:
         return None
     return send_one(store, data, f"{stored.key}@{moment}", moment)
 
