@@ -655,8 +655,7 @@ def hex32(crc: int) -> str:
 # ======================================================================================================
 
 PART_BYTES: Final = 8 * MIB  # what is larger travels in parts; S3 takes parts from 5 MiB on
-PART_THREADS: Final = 4  # of one large file
-SEATS: Final = 5  # so many bodies of more than 1 MiB are in memory at once, of parts and of other objects
+LARGE_BODIES: Final = 4  # so many of more than 1 MiB are in memory at once, of parts and of other objects
 PART_PATIENCE_S: Final = 30.0  # a part is tried again for so long: to begin anew is to read the whole file anew
 CONNECT_S, ANSWER_S = 10.0, 60.0  # nothing waits longer for a connection, for an answer
 
@@ -798,7 +797,8 @@ def pauses(patience_s: float) -> Iterator[float]:
     """
     began = time.monotonic()
     for failures in itertools.count():
-        wait = min(60.0, 0.25 * 2 ** min(failures, 8)) * random.uniform(0.5, 1.0)
+        longest = min(60.0, 0.25 * 2 ** min(failures, 8))
+        wait = longest * random.uniform(0.5, 1.0)
         if time.monotonic() - began + wait > patience_s:
             return
         yield wait
@@ -851,32 +851,35 @@ class Patient(Store):
         self.url = store.url
         self._store, self._patience_s = store, patience_s
 
-    def _stream(self, begin: Callable[[Any], Iterator[T]], at: Any, beyond: Callable[[Any, T], Any]) -> Iterator[T]:
-        waits = pauses(self._patience_s)
-        while True:
-            try:
-                for item in begin(at):
-                    at, waits = beyond(at, item), pauses(self._patience_s)
-                    yield item
-                return
-            except Unreachable as fault:
-                _pause(waits, fault)
-
     def put(self, key: str, source: Source) -> ObjectInfo:
         return insist(lambda: self._store.put(key, source), self._patience_s)
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        def begin(at: int) -> Iterator[bytes]:
-            return self._store.get(key, at, end)
-
-        return self._stream(begin, start, lambda at, piece: at + len(piece))
+        waits = pauses(self._patience_s)
+        while True:
+            try:
+                for piece in self._store.get(key, start, end):
+                    yield piece
+                    start += len(piece)
+                    waits = pauses(self._patience_s)
+                return
+            except Unreachable as fault:
+                _pause(waits, fault)
 
     def head(self, key: str) -> ObjectInfo | None:
         return insist(lambda: self._store.head(key), self._patience_s)
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        begin = functools.partial(self._store.list, prefix)
-        return self._stream(begin, after, lambda _, info: info.key)
+        waits = pauses(self._patience_s)
+        while True:
+            try:
+                for info in self._store.list(prefix, after):
+                    yield info
+                    after = info.key
+                    waits = pauses(self._patience_s)
+                return
+            except Unreachable as fault:
+                _pause(waits, fault)
 
     def prefixes(self, prefix: str) -> Sequence[str]:
         return insist(lambda: self._store.prefixes(prefix), self._patience_s)
@@ -920,7 +923,8 @@ class FileStore(Store):
                 os.makedirs(self._unfinished, exist_ok=True)
             elif not os.path.isdir(self._unfinished):
                 raise Unreachable(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
-        synced, results = set[str](), [cast(Any, None)] * len(items)
+        synced = set[str]()
+        results: list[Any] = [None] * len(items)
         files = [self._store(key, source, synced) for key, source in items]
         for _ in range(4):
             for number, file in enumerate(files):
@@ -936,7 +940,8 @@ class FileStore(Store):
     def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
         """Store one file, stopping three times to wait for the others of its group. The fourth time it is stored."""
         path = self._path(key)
-        temporary = os.path.join(self._unfinished, f"{os.getpid()}-{random.getrandbits(64):016x}")
+        number = random.getrandbits(64)
+        temporary = f"{self._unfinished}/{os.getpid()}-{number:016x}"
         with self._faults():
             file = open(temporary, "xb", buffering=0)  # noqa: SIM115 - it is closed at the end, as it is unlinked
         try:
@@ -1026,17 +1031,15 @@ class FileStore(Store):
         return ObjectInfo(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime)
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        return self._walk(prefix.rpartition("/")[0], prefix, after)
-
-    def _walk(self, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
+        folder = prefix.rpartition("/")[0]
         for name in self._names(folder):
             key = f"{folder}/{name}" if folder else name
-            if not key.startswith(prefix) and not prefix.startswith(key):
+            if not key.startswith(prefix):
                 continue
             if name.endswith("/"):
                 if key > after or after.startswith(key):
-                    yield from self._walk(key[:-1], prefix, after)
-            elif key > after and key.startswith(prefix) and (info := self.head(key)):
+                    yield from self.list(key, after)
+            elif key > after and (info := self.head(key)):
                 yield info
 
     def _names(self, folder: str) -> Sequence[str]:
@@ -1068,12 +1071,12 @@ class FileStore(Store):
 
     def abandon_uploads(self, before: float) -> int:
         """Delete temporary files to which nobody has written since: other nodes may use the same directory."""
+        old: list[str] = []
         with contextlib.suppress(Missing), self._faults(), os.scandir(self._unfinished) as entries:
-            old = [entry.path for entry in entries if entry.stat().st_mtime < before]
+            old += [entry.path for entry in entries if entry.stat().st_mtime < before]
             for path in old:
                 os.unlink(path)
-            return len(old)
-        return 0
+        return len(old)
 
     def _path(self, key: str) -> str:
         if key.startswith(".unfinished") or not {"", ".", ".."}.isdisjoint(key.split("/")):
@@ -1154,8 +1157,9 @@ def class_of(options: StoreOptions, key: str, size: int) -> str:
     as if it were that (Amazon S3 User Guide, "Understanding and managing Amazon S3 storage classes").
     """
     node, _, path = key.partition("/")
+    name = path.rpartition("/")[2]
     is_ours = not path or node.endswith((".listings", ".pending-delete"))
-    if is_ours or size < 128 * KIB or path.rpartition("/")[2].startswith((MANIFEST, SCHEMA)):
+    if is_ours or name.startswith((MANIFEST, SCHEMA)) or size < 128 * KIB:
         return ""
     return options.storage_class
 
@@ -1165,7 +1169,8 @@ def unanswered(url: str, error: BaseException, cure: str = "") -> Fault:
 
     `cure` is what to do where it was never sent, for want of credentials.
     """
-    text, cause = str(error).strip() or repr(error), str(error.__context__ or "")
+    text = str(error).strip() or repr(error)
+    cause = str(error.__context__ or "")
     if cause not in text:
         text += f" {cause}"
     text = text.encode("unicode_escape").decode()
@@ -1319,9 +1324,8 @@ class _Remote(Store):
         self._sent = " and ".join(sent) or "--endpoint-url, and its scheme"
         self._date = ("", 0.0)  # of the last reply, and time.monotonic() then
         self._refuses: bool | None = None  # does the server refuse to overwrite? The first put finds out
-        self._seats = queue.SimpleQueue[None]()
-        for _ in range(SEATS):
-            self._seats.put(None)
+        # First come, first served: neither memory nor time of the others goes to one who has many.
+        self._large_bodies = ThreadPoolExecutor(LARGE_BODIES, "body")
 
     def put(self, key: str, source: Source) -> ObjectInfo:
         # A large file that is there must not be sent in vain; and who overwrites is not given the chance.
@@ -1330,32 +1334,32 @@ class _Remote(Store):
             self._check_free(key)
         if is_large:
             return self._put_large(key, source)
-        with self._seated(source.size):
-            body = source.read(0, source.size)
-            self._rate.take(len(body))
-            info = self._put_body(key, body)
-            if self._refuses is None:
-                self._find_out(key, body)
-        if not self._refuses:
-            there = self.head(key)
-            if not there or there.size != info.size or there.crc32 not in ("", info.crc32):
-                raise Conflict(f"{quote(key)} was taken by other content meanwhile")
-            return replace(there, crc32=info.crc32)
+        put = functools.partial(self._put_small, key, source)
+        info = put() if source.size <= MIB else self._large_bodies.submit(put).result()
+        if self._refuses:
+            return info
+        there = self.head(key)
+        if not there or there.size != info.size or there.crc32 not in ("", info.crc32):
+            raise Conflict(f"{quote(key)} was taken by other content meanwhile")
+        return replace(there, crc32=info.crc32)
+
+    def _put_small(self, key: str, source: Source) -> ObjectInfo:
+        body = source.read(0, source.size)
+        self._rate.take(len(body))
+        info = self._put_body(key, body)
+        if self._refuses is None:
+            # The same bytes once more do no harm: a server that takes them would overwrite others, too.
+            try:
+                self._put_body(key, body)
+                self._refuses = False
+                log.warning("store overwrites, so each key is asked for before and after store=%s", self.url)
+            except Conflict:
+                self._refuses = True
         return info
 
     def _check_free(self, key: str) -> None:
         if self.head(key):
             raise Conflict(f"{quote(key)} is taken")
-
-    def _find_out(self, key: str, body: Piece) -> None:
-        """Put the same bytes once more, which does no harm: a server that takes them would overwrite others, too."""
-        try:
-            self._put_body(key, body)
-        except Conflict:
-            self._refuses = True
-            return
-        self._refuses = False
-        log.warning("store overwrites, so each key is asked for before and after store=%s", self.url)
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         if end is not None and end <= start:
@@ -1387,17 +1391,6 @@ class _Remote(Store):
     def _note(self, reply: Any, *_: Any, **__: Any) -> None:
         """Take the time from a reply."""
         self._date = (reply.headers.get("date"), time.monotonic())
-
-    @contextlib.contextmanager
-    def _seated(self, size: int) -> Iterator[None]:
-        """Wait for a place in memory, and leave it at the end."""
-        if size > MIB:
-            self._seats.get()
-        try:
-            yield
-        finally:
-            if size > MIB:
-                self._seats.put(None)
 
     @contextlib.contextmanager
     def _ask(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Iterator[Any]:
@@ -1435,7 +1428,8 @@ class _Remote(Store):
         text = f"{status} {code} {message.replace(key, '')}"
         if status == 404 and is_object:  # of anything else it may as well be an ingress that speaks
             text += " NoSuchKey"
-        what = f"{self.url}: {status} {code} for {quote(key) or 'the bucket'} ({message})"
+        subject = quote(key) or "the bucket"
+        what = f"{self.url}: {status} {code} for {subject} ({message})"
         for pattern, kind, hint in _ANSWERS:
             if re.search(pattern, text):
                 return kind(what, hint.format(self._sent))
@@ -1485,12 +1479,12 @@ class S3Store(_Remote):
         self._bucket = bucket
         self._checks: bool | None = None  # does the server check bodies by their CRC-32? The first put finds out
         self._lists_uploads = True
-        encryption = {
-            "": options.sse,
-            "-bucket-key-enabled": "true" if options.sse == "aws:kms" else "",  # one KMS call for many objects
-            "-aws-kms-key-id": options.kms_key if options.sse == "aws:kms" else "",
-        }
-        self._kept = {f"x-amz-server-side-encryption{name}": value for name, value in encryption.items() if value}
+        name = "x-amz-server-side-encryption"
+        self._kept = {name: options.sse} if options.sse else {}
+        if options.sse == "aws:kms":
+            self._kept[f"{name}-bucket-key-enabled"] = "true"  # one KMS call for many objects
+            if options.kms_key:
+                self._kept[f"{name}-aws-kms-key-id"] = options.kms_key
         self._connect()
 
     def _connect(self) -> None:
@@ -1529,9 +1523,11 @@ class S3Store(_Remote):
             hint = "correct the bucket's name, --endpoint-url, AWS_PROFILE or ~/.aws/config"
             raise Usage(f"{self.url}: {error}", hint) from error
         found = urllib.parse.urlsplit(shown)
-        self._host, self._base, self._is_secure = found.netloc, found.path.removesuffix("KEY"), found.scheme == "https"
+        self._host, self._base = found.netloc, found.path.removesuffix("KEY")
+        self._is_secure = found.scheme == "https"
         self._region = str(plain.meta.region_name).replace("aws-global", "us-east-1")
-        self._wire, self._client = Wire(f"{found.scheme}://{found.netloc}", bundle or ""), None
+        self._wire = Wire(f"{found.scheme}://{found.netloc}", bundle or "")
+        self._client = None
 
     def _sdk(self) -> Any:
         """Return boto3's client. It looks for credentials when it is made, and an instance may get its role later."""
@@ -1633,26 +1629,20 @@ class S3Store(_Remote):
         step = max(PART_BYTES, -(-source.size // (9000 * MIB)) * MIB)
         upload, held = self._find_upload(key, source.size, step)
         upload = upload or self._begin(key, source.size)
+
+        def send(start: int) -> tuple[int, int, str]:
+            number = start // step + 1
+            body = source.read(start, min(start + step, source.size))
+            return self._send_part(key, upload, number, body, held.get(number))
+
         try:
-            return self._complete(key, upload, self._send_parts(key, upload, source, step, held))
+            return self._complete(key, upload, self._send_parts(send, range(0, source.size, step)))
         except (Changed, Conflict):  # nobody will go on with it
             with contextlib.suppress(Fault):
                 self._call("abort_multipart_upload", key, UploadId=upload)
             raise
         except Missing as fault:
             raise Unreachable(fault.what, "the upload is gone, and begins anew") from fault
-
-    def _send_parts(
-        self, key: str, upload: str, source: Source, step: int, held: Mapping[int, Any]
-    ) -> list[tuple[int, int, str]]:
-        """Send all parts; return CRC-32, size and ETag of each."""
-        send = functools.partial(self._send_part, key, upload, source, step, held)
-        pool = ThreadPoolExecutor(PART_THREADS, "part")
-        try:
-            futures = [pool.submit(send, start) for start in range(0, source.size, step)]
-            return [future.result() for future in futures]
-        finally:
-            pool.shutdown(cancel_futures=True)  # waits for those that have begun: they read the source
 
     def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, dict[str, Any]]]:
         """Return the newest upload of this key whose parts are as long as ours would be, and its parts by number."""
@@ -1691,26 +1681,34 @@ class S3Store(_Remote):
         self._check_encryption(reply.get("ServerSideEncryption"))
         return str(reply["UploadId"])
 
-    def _send_part(
-        self, key: str, upload: str, source: Source, step: int, held: Mapping[int, Any], start: int
-    ) -> tuple[int, int, str]:
-        number = start // step + 1
+    def _send_parts(self, send: Callable[[int], T], starts: Iterable[int]) -> list[T]:
+        futures: list[Future[T]] = []
+        try:
+            for start in starts:
+                if len(futures) >= LARGE_BODIES:  # no more of one file wait for their turn
+                    futures[-LARGE_BODIES].result()
+                futures.append(self._large_bodies.submit(send, start))
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                if not future.cancel():
+                    future.exception()  # waits for what has begun: it reads the source
+
+    def _send_part(self, key: str, upload: str, number: int, body: Piece, held: Any) -> tuple[int, int, str]:
+        """Send a part unless it is held already; return its CRC-32, size and ETag."""
+        crc32 = zlib.crc32(body)
+        if held:
+            # A server that knows no CRC-32 has the MD5 as ETag.
+            told = held.get("ChecksumCRC32", held["ETag"].strip('"'))
+            if told in (_base64_crc(crc32), _md5(body).hexdigest()):
+                return crc32, len(body), held["ETag"]
         query = f"?partNumber={number}&uploadId={urllib.parse.quote(upload, safe='')}"
-        with self._seated(step):
-            body = source.read(start, min(start + step, source.size))
-            crc32 = zlib.crc32(body)
-            if there := held.get(number):
-                # A server that knows no CRC-32 has the MD5 as ETag.
-                told = there.get("ChecksumCRC32", there["ETag"].strip('"'))
-                if told in (_base64_crc(crc32), _md5(body).hexdigest()):
-                    return crc32, len(body), there["ETag"]
 
-            def send() -> Mapping[str, str]:
-                self._rate.take(len(body))
-                return self._send(key, query, {}, body, crc32)
+        def send() -> Mapping[str, str]:
+            self._rate.take(len(body))
+            return self._send(key, query, {}, body, crc32)
 
-            reply = insist(send, PART_PATIENCE_S)
-            return crc32, len(body), reply["etag"]
+        return crc32, len(body), insist(send, PART_PATIENCE_S)["etag"]
 
     def _complete(self, key: str, upload: str, sent: Sequence[tuple[int, int, str]]) -> ObjectInfo:
         crc32 = total = 0
@@ -1794,7 +1792,8 @@ class S3Store(_Remote):
                 why.update(dict.fromkeys(some, fault.what))
                 continue
             for error in reply.get("Errors", ()):
-                why[error["Key"].removeprefix(self._prefix)] = f"{error['Code']}: {error.get('Message', '')}"
+                key = error["Key"].removeprefix(self._prefix)
+                why[key] = f"{error['Code']}: {error.get('Message', '')}"
         return why
 
     def abandon_uploads(self, before: float) -> int:
@@ -1836,33 +1835,6 @@ class S3Store(_Remote):
 # ---- gs://
 
 
-class _Stream:
-    """A Source as a file that is read in order, and its CRC-32 as far as it was read."""
-
-    def __init__(self, source: Source, take: Callable[[int], None]) -> None:
-        self.crc32 = 0
-        self._source, self._take, self._at, self._summed = source, take, 0, 0
-
-    def read(self, size: int) -> bytes:
-        """Return the next bytes."""
-        end = min(self._at + size, self._source.size)
-        piece = bytes(self._source.read(self._at, end))
-        self._take(len(piece))
-        new = max(0, self._summed - self._at)  # what is read again is summed already
-        self.crc32 = zlib.crc32(piece[new:], self.crc32)
-        self._at = end
-        self._summed = max(self._summed, end)
-        return piece
-
-    def tell(self) -> int:
-        """Return how far it was read."""
-        return self._at
-
-    def seek(self, at: int) -> None:
-        """Go back to what did not arrive."""
-        self._at = at
-
-
 class GCSStore(_Remote):
     """gs://bucket[/prefix]: google-cloud-storage for all that is rare; bodies travel over Wire."""
 
@@ -1891,64 +1863,94 @@ class GCSStore(_Remote):
         self._limits = {"timeout": (CONNECT_S, ANSWER_S), "retry": None}
 
     def _target(self, key: str) -> str:
-        return f"/download/storage/v1/b/{self._bucket.name}/o/{urllib.parse.quote(self._prefix + key, '')}?alt=media"
+        name = urllib.parse.quote(self._prefix + key, "")
+        return f"/download/storage/v1/b/{self._bucket.name}/o/{name}?alt=media"
 
     def _authorize(self, method: str, target: str, headers: dict[str, str], body: Piece) -> None:
         self._credentials.before_request(self._request, method, self._origin + target, headers)
 
-    def _crc32c(self, body: Iterable[Piece]) -> str:
-        """Return the CRC-32C of all these bytes as GCS writes it."""
-        crc = 0
-        for piece in body:
-            for start in range(0, len(piece), MIB):  # the library takes bytes alone, and a copy of all would be large
-                crc = self._extend(crc, bytes(piece[start : start + MIB]))
-        return _base64_crc(crc)
+    def _crc32c(self, body: Piece, crc: int = 0) -> int:
+        """Return the CRC-32C of these bytes, or of others and these after them."""
+        for start in range(0, len(body), MIB):  # the library takes bytes alone, and a copy of all would be large
+            crc = self._extend(crc, bytes(body[start : start + MIB]))
+        return crc
+
+    def _begin(self, key: str, kind: str, size: int, about: dict[str, Any]) -> tuple[str, bytes]:
+        """Return where an upload is sent to, and what GCS must know of the object."""
+        query = {"uploadType": kind, "ifGenerationMatch": "0"}
+        if self._options.kms_key:
+            query["kmsKeyName"] = self._options.kms_key
+        target = f"/upload/storage/v1/b/{self._bucket.name}/o?{urllib.parse.urlencode(query)}"
+        about = {"name": self._prefix + key, **about}
+        if storage_class := class_of(self._options, key, size):
+            about["storageClass"] = storage_class
+        return target, json.dumps(about).encode()
+
+    def _send(self, key: str, method: str, target: str, headers: dict[str, str], body: Any) -> tuple[Any, Any]:
+        """Send a request; return the reply and what it tells. A session that has not all answers 308."""
+        with self._ask(method, target, headers, body) as reply:
+            text = reply.read()
+            told = json.loads(text) if text and reply.status in (200, 201) else {}
+        if reply.status not in (200, 201, 308):
+            raise self._refusal(key, reply, text)
+        return reply, told
 
     def _put_body(self, key: str, body: Piece) -> ObjectInfo:
         crc32 = hex32(zlib.crc32(body))
         about = {
-            "name": self._prefix + key,
             "metadata": {"crc32": crc32},
-            "crc32c": self._crc32c([body]),  # GCS refuses what is not as it says
+            "crc32c": _base64_crc(self._crc32c(body)),  # GCS refuses what is not as it says
         }
-        if kind := class_of(self._options, key, len(body)):
-            about["storageClass"] = kind
-        edge = f"{random.getrandbits(128):032x}"
-        head = f"--{edge}\r\nContent-Type: application/json\r\n\r\n{json.dumps(about)}\r\n"
-        head += f"--{edge}\r\nContent-Type: application/octet-stream\r\n\r\n"
-        sent = (head.encode(), body, f"\r\n--{edge}--\r\n".encode())
+        target, head = self._begin(key, "multipart", len(body), about)
+        edge = f"--{random.getrandbits(128):032x}".encode()
+        head = edge + b"\r\nContent-Type: application/json\r\n\r\n" + head + b"\r\n"
+        head += edge + b"\r\nContent-Type: application/octet-stream\r\n\r\n"
+        sent = (head, body, b"\r\n" + edge + b"--\r\n")
         headers = {
-            "content-type": f"multipart/related; boundary={edge}",
+            "content-type": f"multipart/related; boundary={edge[2:].decode()}",
             "content-length": str(sum(len(piece) for piece in sent)),
         }
-        query = {"uploadType": "multipart", "ifGenerationMatch": "0"}
-        if self._options.kms_key:
-            query["kmsKeyName"] = self._options.kms_key
-        target = f"/upload/storage/v1/b/{self._bucket.name}/o?{urllib.parse.urlencode(query)}"
-        with self._ask("POST", target, headers, sent) as reply:
-            text = reply.read()
-            told = json.loads(text) if reply.status == 200 else {}
+        reply, told = self._send(key, "POST", target, headers, sent)
         if "generation" not in told:
-            raise self._refusal(key, reply, text)
+            raise self._refusal(key, reply, b"")
         return ObjectInfo(key, len(body), str(told["generation"]), self.now(), crc32)
 
     def _put_large(self, key: str, source: Source) -> ObjectInfo:
         """Send a file in one resumable session, in order. GCS refuses its end if its CRC-32C is another."""
-        from google.cloud.storage.retry import DEFAULT_RETRY
+        target, about = self._begin(key, "resumable", source.size, {})
+        reply, _ = self._send(key, "POST", target, {"content-type": "application/json"}, about)
+        if "location" not in reply.headers:
+            raise self._refusal(key, reply, b"")
+        session = urllib.parse.urlsplit(reply.headers["location"])
+        target = f"{session.path}?{session.query}"
+        crc32 = crc32c = 0
 
-        stream = _Stream(source, self._rate.take)
-        blob = self._bucket.blob(self._prefix + key, PART_BYTES, kms_key_name=self._options.kms_key or None)
-        blob.storage_class = class_of(self._options, key, source.size) or None
-        how = {
-            "size": source.size,
-            "if_generation_match": 0,
-            "checksum": "crc32c",
-            "timeout": (CONNECT_S, ANSWER_S),
-            "retry": DEFAULT_RETRY.with_timeout(PART_PATIENCE_S),
-        }
-        with self._seated(PART_BYTES), self._faults(key):
-            blob.upload_from_file(stream, **how)
-        return replace(self._info(blob), crc32=hex32(stream.crc32))
+        def send(start: int) -> Any:
+            nonlocal crc32, crc32c
+            end = min(start + PART_BYTES, source.size)
+            body = source.read(start, end)
+            crc32 = zlib.crc32(body, crc32)
+            crc32c = self._crc32c(body, crc32c)
+            headers = {"content-range": f"bytes {start}-{end - 1}/{source.size}"}
+            if end == source.size:
+                headers["x-goog-hash"] = f"crc32c={_base64_crc(crc32c)}"
+            return insist(functools.partial(self._send_part, key, target, headers, body), PART_PATIENCE_S)
+
+        told: Any = {}
+        for start in range(0, source.size, PART_BYTES):
+            told = self._large_bodies.submit(send, start).result()
+        if told.get("crc32c") != _base64_crc(crc32c):
+            raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the way to the store is broken")
+        return ObjectInfo(key, source.size, str(told["generation"]), self.now(), hex32(crc32))
+
+    def _send_part(self, key: str, target: str, headers: dict[str, str], body: Piece) -> Any:
+        """Send a part, of which GCS passes over what it has; return what it tells at the end of all parts."""
+        self._rate.take(len(body))
+        reply, told = self._send(key, "PUT", target, headers, body)
+        last = headers["content-range"].partition("/")[0].rpartition("-")[2]
+        if not told and reply.headers.get("range") != f"bytes=0-{last}":
+            raise Unreachable(f"{self.url}: not all of a part of {quote(key)} has arrived", "it is sent again")
+        return told
 
     def head(self, key: str) -> ObjectInfo | None:
         with self._faults(key):
@@ -1961,7 +1963,10 @@ class GCSStore(_Remote):
         # A session cannot tell a CRC-32 that is known at its end. CRC-32C is what GCS itself knows of every object.
         with self._faults(info.key):
             blob = self._bucket.get_blob(self._prefix + info.key, **self._limits)
-        return blob is not None and blob.crc32c == self._crc32c(pieces(source))
+        crc32c = 0
+        for piece in pieces(source):
+            crc32c = self._crc32c(piece, crc32c)
+        return blob is not None and blob.crc32c == _base64_crc(crc32c)
 
     def _info(self, blob: Any) -> ObjectInfo:
         key = blob.name.removeprefix(self._prefix)
@@ -2002,15 +2007,12 @@ class GCSStore(_Remote):
     def _faults(self, key: str, is_object: bool = False) -> Iterator[None]:
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError, TransportError
-        from google.cloud.storage.exceptions import DataCorruption
         from requests import RequestException
 
         try:
             yield
         except GoogleAPICallError as error:
             raise self._fault(key, int(error.code or 500), "", error.message, is_object) from error
-        except DataCorruption as error:
-            raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the way to the store is broken") from error
         except (RequestException, TransportError) as error:
             raise unanswered(self.url, error) from error
         except GoogleAuthError as error:
@@ -2105,7 +2107,8 @@ def detect_cloud(environ: Mapping[str, str], dmi: str = DMI_VENDOR, limit_s: flo
     vendor = None
     with contextlib.suppress(OSError), open(dmi, errors="replace") as file:
         vendor = file.read().strip()
-    answers, asked, is_cloud = queue.SimpleQueue[Cloud | None](), 0, False
+    answers = queue.SimpleQueue[Cloud | None]()
+    asked: list[str] = []
 
     def ask(how: Callable[[str], Cloud | None], address: str) -> None:
         try:
@@ -2117,19 +2120,18 @@ def detect_cloud(environ: Mapping[str, str], dmi: str = DMI_VENDOR, limit_s: flo
     for maker, how, switch, address in _CLOUDS:
         is_wanted = vendor in (None, maker) or environ.get(address)
         if is_wanted and environ.get(switch, "").lower() != "true":
-            asked, is_cloud = asked + 1, is_cloud or vendor == maker
+            asked.append(maker)
             # A daemon: an answer that drips for ever holds nobody up.
             threading.Thread(target=ask, args=(how, environ.get(address, "")), daemon=True).start()
     deadline = time.monotonic() + limit_s
-    for _ in range(asked):
+    for _ in asked:
         with contextlib.suppress(queue.Empty):
             if cloud := answers.get(timeout=max(0.0, deadline - time.monotonic())):
                 return cloud
-    if is_cloud:
+    if vendor in asked:
         what = f"cannot determine the instance id: this is {vendor}, and no metadata service answers"
-        raise Unreachable(
-            what, "let this process reach 169.254.169.254, or pass --name and a bucket with s3:// or gs://"
-        )
+        hint = "let this process reach 169.254.169.254, or pass --name and a bucket with s3:// or gs://"
+        raise Unreachable(what, hint)
     return None
 
 
@@ -3766,7 +3768,8 @@ def known_of(pin: Pinned, key: str, etag: str, crc32: str) -> Known:
 
 def as_stored(known: Known) -> Stored:
     # Only `send` and `confirm` may say so: the store itself has just told them.
-    return Stored(*[getattr(known, one.name) for one in fields(known)])
+    values = [getattr(known, one.name) for one in fields(known)]
+    return Stored(*values)
 
 
 def _find_place(store: Store, pin: Pinned, key: str, moment: str) -> ObjectInfo:

@@ -813,6 +813,34 @@ def test_another_process_goes_on_where_the_first_died(
     assert bucket.objects() == {KEY: body}
 
 
+def test_one_large_file_leaves_others_their_turn(weak: Store, moto: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An incremental of two megabytes must not wait until a file of 300 GB is stored."""
+    monkeypatch.setattr(cassbackup, "PART_BYTES", 2 << 20)
+    started, parts = threading.Event(), list[int]()
+
+    class Slow(Body):
+        def read(self, start: int, end: int) -> bytes:
+            parts.append(start)
+            started.set()
+            time.sleep(0.1)
+            return bytes(end - start)
+
+        size = 64 << 20  # type: ignore[assignment]
+
+    def send() -> None:
+        with contextlib.suppress(Fault):  # S3 takes no parts as small as these
+            weak.put(KEY, Slow(b""))
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    assert started.wait(60)
+    put(weak, "second", noise(3 << 19))
+    assert len(parts) < 32
+    sending.join(100)
+    assert moto.get("second") == noise(3 << 19)
+    weak.abandon_uploads(time.time() + 999)
+
+
 def test_parts_of_a_file_of_another_size_are_left_alone(moto: Bucket, faulty: FaultProxy, opened: Opener) -> None:
     store = opened(moto, faulty.url)
     refuse_part(faulty, 2)

@@ -240,6 +240,33 @@ def test_bytes_are_the_right_ones_wherever_they_are(
             path.unlink()
 
 
+@ANYWHERE
+def test_p5_memory_goes_back_as_soon_as_nobody_looks_at_it(tmp_path: Path, kernel: Callable[..., Any]) -> None:
+    """P5 Do no harm: malloc would keep some megabytes for every thread that has ever read a part."""
+    part = 8 << 20
+    (tmp_path / "f").write_bytes(bytes(part))
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+    def read_all() -> list[int]:
+        grown = []
+        with (tmp_path / "f").open("rb") as file:
+            for _ in range(4):
+                before = resident()
+                body = read_quietly(file.fileno(), 1, part)
+                grown.append(resident() - before)
+                assert len(body) == part - 1
+                del body
+                grown.append(resident() - before)
+        return grown
+
+    grown = kernel(read_all)
+    for held, dropped in zip(grown[::2], grown[1::2], strict=True):
+        assert held < part + (2 << 20)  # there is one copy of it
+        assert dropped < 2 << 20
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.EPERM])
 def test_other_refusals_are_errors(tmp_path: Path, code: int) -> None:
     make(tmp_path / "f")
