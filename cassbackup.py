@@ -660,6 +660,8 @@ PART_PATIENCE_S: Final = 30.0  # a part is tried again for so long: to begin ane
 CONNECT_S, ANSWER_S = 10.0, 60.0  # nothing waits longer for a connection, for an answer
 
 Piece = bytes | bytearray | memoryview
+PutResult = ObjectInfo | Fault | OSError
+Headers = dict[str, str]
 
 
 class Source(Protocol):
@@ -744,9 +746,9 @@ class Store(Protocol):
     def put(self, key: str, source: Source) -> ObjectInfo:
         """Create an object, checked by its CRC-32. Raises Conflict if there is one, and what the source raises."""
 
-    def put_all(self, items: Sequence[tuple[str, Source]]) -> list[ObjectInfo | Fault | OSError]:
+    def put_all(self, items: Sequence[tuple[str, Source]]) -> list[PutResult]:
         """Create small objects; return what became of each."""
-        results: list[ObjectInfo | Fault | OSError] = []
+        results: list[PutResult] = []
         for key, source in items:
             try:
                 results.append(self.put(key, source))
@@ -913,7 +915,7 @@ class FileStore(Store):
             return result
         raise result
 
-    def put_all(self, items: Sequence[tuple[str, Source]]) -> list[ObjectInfo | Fault | OSError]:
+    def put_all(self, items: Sequence[tuple[str, Source]]) -> list[PutResult]:
         """Store a group: its bytes are durable first, visible then, its names durable last.
 
         Each step is made for all before the next, since the kernel's journal then commits many files at once.
@@ -1014,7 +1016,8 @@ class FileStore(Store):
     def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         with self._faults(), open(self._path(key), "rb", buffering=0) as file:
             file.seek(start)
-            while piece := file.read(MIB if end is None else min(MIB, end - start)):
+            last = sys.maxsize if end is None else end
+            while piece := file.read(min(MIB, last - start)):
                 self._rate.take(len(piece))
                 start += len(piece)
                 yield piece
@@ -1079,7 +1082,8 @@ class FileStore(Store):
         return len(old)
 
     def _path(self, key: str) -> str:
-        if key.startswith(".unfinished") or not {"", ".", ".."}.isdisjoint(key.split("/")):
+        odd = {"", ".", ".."} & set(key.split("/"))
+        if odd or key.startswith(".unfinished"):
             raise Missing(f"no object {quote(key)}", "a key is a relative path")
         return os.path.join(self._root, key)
 
@@ -1212,7 +1216,7 @@ class Wire:
         self._context = tls_context(bundle) if address.scheme == "https" else None
         self._idle = deque[http.client.HTTPConnection]()  # the last used is taken first, so few are kept
         self._proxy = None
-        self._to_proxy: dict[str, str] = {}
+        self._to_proxy: Headers = {}
         found = proxies.get(address.scheme, proxies.get("all"))
         if found and not proxy_bypass(self._host):
             proxy = urllib.parse.urlsplit(found if "://" in found else f"http://{found}")
@@ -1222,7 +1226,7 @@ class Wire:
                 self._to_proxy["proxy-authorization"] = "Basic " + _base64(who.encode())
 
     @contextlib.contextmanager
-    def ask(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Iterator[Any]:
+    def ask(self, method: str, target: str, headers: Headers, body: Any = b"") -> Iterator[Any]:
         """Yield the reply (status, headers, read). Raises Unreachable, also while it is read, and Denied."""
         connection = None
         try:
@@ -1259,7 +1263,7 @@ class Wire:
         return connection
 
     def _send(
-        self, connection: http.client.HTTPConnection, method: str, target: str, headers: dict[str, str], body: Any
+        self, connection: http.client.HTTPConnection, method: str, target: str, headers: Headers, body: Any
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         if self._proxy and not self._context:
             target, headers = self._origin + target, {**headers, **self._to_proxy}
@@ -1312,7 +1316,7 @@ class _Remote(Store):
     _put_body: Callable[[str, Piece], ObjectInfo]
     _put_large: Callable[[str, Source], ObjectInfo]
     _target: Callable[[str], str]  # of GET
-    _authorize: Callable[[str, str, dict[str, str], Piece], None]  # adds headers
+    _authorize: Callable[[str, str, Headers, Piece], None]  # adds headers
     _faults: Callable[..., contextlib.AbstractContextManager[None]]  # translates what the SDK raises
 
     def __init__(self, url: str, prefix: str, options: StoreOptions) -> None:
@@ -1366,7 +1370,8 @@ class _Remote(Store):
             return
         headers = {}
         if start or end is not None:
-            headers["range"] = f"bytes={start}-{'' if end is None else end - 1}"
+            last = "" if end is None else end - 1
+            headers["range"] = f"bytes={start}-{last}"
         with self._ask("GET", self._target(key), headers) as reply:
             if reply.status == 416:  # the object ends before
                 return
@@ -1393,7 +1398,7 @@ class _Remote(Store):
         self._date = (reply.headers.get("date"), time.monotonic())
 
     @contextlib.contextmanager
-    def _ask(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Iterator[Any]:
+    def _ask(self, method: str, target: str, headers: Headers, body: Any = b"") -> Iterator[Any]:
         """Yield the reply to a request that we make ourselves."""
         headers = dict(headers)
         with self._faults(""):
@@ -1447,7 +1452,7 @@ def _signing_key(secret: str, day: str, region: str) -> bytes:
     return key
 
 
-def sign(method: str, target: str, headers: dict[str, str], who: Any, region: str) -> None:
+def sign(method: str, target: str, headers: Headers, who: Any, region: str) -> None:
     """Sign a request by AWS Signature Version 4. Its headers, in lower case, have host, date and body's hash.
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
@@ -1469,6 +1474,14 @@ def sign(method: str, target: str, headers: dict[str, str], who: Any, region: st
     signature = hmac.digest(key, text.encode(), "sha256").hex()
     credential = f"AWS4-HMAC-SHA256 Credential={who.access_key}/{scope}"
     headers["authorization"] = f"{credential}, SignedHeaders={signed}, Signature={signature}"
+
+
+class _Part(NamedTuple):
+    """What S3 has taken of a large file."""
+
+    crc32: int
+    size: int
+    etag: str
 
 
 class S3Store(_Remote):
@@ -1567,7 +1580,7 @@ class S3Store(_Remote):
     def _target(self, key: str) -> str:
         return self._base + urllib.parse.quote(self._prefix + key)
 
-    def _authorize(self, method: str, target: str, headers: dict[str, str], body: Piece) -> None:
+    def _authorize(self, method: str, target: str, headers: Headers, body: Piece) -> None:
         headers["host"] = self._host
         headers["x-amz-date"] = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         headers["x-amz-content-sha256"] = "UNSIGNED-PAYLOAD"
@@ -1630,7 +1643,7 @@ class S3Store(_Remote):
         upload, held = self._find_upload(key, source.size, step)
         upload = upload or self._begin(key, source.size)
 
-        def send(start: int) -> tuple[int, int, str]:
+        def send(start: int) -> _Part:
             number = start // step + 1
             body = source.read(start, min(start + step, source.size))
             return self._send_part(key, upload, number, body, held.get(number))
@@ -1644,7 +1657,7 @@ class S3Store(_Remote):
         except Missing as fault:
             raise Unreachable(fault.what, "the upload is gone, and begins anew") from fault
 
-    def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, dict[str, Any]]]:
+    def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, Any]]:
         """Return the newest upload of this key whose parts are as long as ours would be, and its parts by number."""
         for upload in sorted(self._uploads(key), key=lambda one: one["Initiated"], reverse=True):
             if upload["Key"] != self._prefix + key:  # it only begins like ours
@@ -1681,8 +1694,8 @@ class S3Store(_Remote):
         self._check_encryption(reply.get("ServerSideEncryption"))
         return str(reply["UploadId"])
 
-    def _send_parts(self, send: Callable[[int], T], starts: Iterable[int]) -> list[T]:
-        futures: list[Future[T]] = []
+    def _send_parts(self, send: Callable[[int], _Part], starts: Iterable[int]) -> list[_Part]:
+        futures: list[Future[_Part]] = []
         try:
             for start in starts:
                 if len(futures) >= LARGE_BODIES:  # no more of one file wait for their turn
@@ -1694,29 +1707,30 @@ class S3Store(_Remote):
                 if not future.cancel():
                     future.exception()  # waits for what has begun: it reads the source
 
-    def _send_part(self, key: str, upload: str, number: int, body: Piece, held: Any) -> tuple[int, int, str]:
+    def _send_part(self, key: str, upload: str, number: int, body: Piece, held: Any) -> _Part:
         """Send a part unless it is held already; return its CRC-32, size and ETag."""
         crc32 = zlib.crc32(body)
         if held:
             # A server that knows no CRC-32 has the MD5 as ETag.
             told = held.get("ChecksumCRC32", held["ETag"].strip('"'))
             if told in (_base64_crc(crc32), _md5(body).hexdigest()):
-                return crc32, len(body), held["ETag"]
+                return _Part(crc32, len(body), held["ETag"])
         query = f"?partNumber={number}&uploadId={urllib.parse.quote(upload, safe='')}"
 
         def send() -> Mapping[str, str]:
             self._rate.take(len(body))
             return self._send(key, query, {}, body, crc32)
 
-        return crc32, len(body), insist(send, PART_PATIENCE_S)["etag"]
+        told = insist(send, PART_PATIENCE_S)
+        return _Part(crc32, len(body), told["etag"])
 
-    def _complete(self, key: str, upload: str, sent: Sequence[tuple[int, int, str]]) -> ObjectInfo:
+    def _complete(self, key: str, upload: str, sent: Sequence[_Part]) -> ObjectInfo:
         crc32 = total = 0
         parts: list[dict[str, Any]] = []
-        for number, (crc, size, etag) in enumerate(sent, 1):
-            crc32 = crc32_combine(crc32, crc, size)
-            total += size
-            parts.append({"PartNumber": number, "ETag": etag, **self._sum(crc)})
+        for number, part in enumerate(sent, 1):
+            crc32 = crc32_combine(crc32, part.crc32, part.size)
+            total += part.size
+            parts.append({"PartNumber": number, "ETag": part.etag, **self._sum(part.crc32)})
         more = {"MultipartUpload": {"Parts": parts}, **self._sum(crc32)}
         if not self._refuses:
             self._check_free(key)
@@ -1853,7 +1867,8 @@ class GCSStore(_Remote):
         with self._faults(""):  # objects need no project, but the client insists
             self._client = storage.Client(project="none", client_options=endpoint)
         self._bucket, self._extend = self._client.bucket(bucket), google_crc32c.extend
-        session, bundle = self._client._http, options.ca_file or os.environ.get("REQUESTS_CA_BUNDLE", "")
+        session = self._client._http
+        bundle = options.ca_file or os.environ.get("REQUESTS_CA_BUNDLE", "")
         if options.ca_file:  # said with each request, or REQUESTS_CA_BUNDLE would win
             session.request = functools.partial(session.request, verify=options.ca_file)
         session.hooks["response"].append(self._note)
@@ -1866,7 +1881,7 @@ class GCSStore(_Remote):
         name = urllib.parse.quote(self._prefix + key, "")
         return f"/download/storage/v1/b/{self._bucket.name}/o/{name}?alt=media"
 
-    def _authorize(self, method: str, target: str, headers: dict[str, str], body: Piece) -> None:
+    def _authorize(self, method: str, target: str, headers: Headers, body: Piece) -> None:
         self._credentials.before_request(self._request, method, self._origin + target, headers)
 
     def _crc32c(self, body: Piece, crc: int = 0) -> int:
@@ -1886,7 +1901,7 @@ class GCSStore(_Remote):
             about["storageClass"] = storage_class
         return target, json.dumps(about).encode()
 
-    def _send(self, key: str, method: str, target: str, headers: dict[str, str], body: Any) -> tuple[Any, Any]:
+    def _send(self, key: str, method: str, target: str, headers: Headers, body: Any) -> tuple[Any, Any]:
         """Send a request; return the reply and what it tells. A session that has not all answers 308."""
         with self._ask(method, target, headers, body) as reply:
             text = reply.read()
@@ -1943,11 +1958,12 @@ class GCSStore(_Remote):
             raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the way to the store is broken")
         return ObjectInfo(key, source.size, str(told["generation"]), self.now(), hex32(crc32))
 
-    def _send_part(self, key: str, target: str, headers: dict[str, str], body: Piece) -> Any:
+    def _send_part(self, key: str, target: str, headers: Headers, body: Piece) -> Any:
         """Send a part, of which GCS passes over what it has; return what it tells at the end of all parts."""
         self._rate.take(len(body))
         reply, told = self._send(key, "PUT", target, headers, body)
-        last = headers["content-range"].partition("/")[0].rpartition("-")[2]
+        span = headers["content-range"].partition("/")[0]
+        last = span.rpartition("-")[2]
         if not told and reply.headers.get("range") != f"bytes=0-{last}":
             raise Unreachable(f"{self.url}: not all of a part of {quote(key)} has arrived", "it is sent again")
         return told
@@ -3821,7 +3837,8 @@ def check_digest(store: Store, data: Pinned, digest: Pinned, stored: Known, mome
 
     Return what is stored, after another reading where the two differ; None where they go on differing.
     """
-    text = bytes(PinnedSource(digest).read(0, min(20, digest.fingerprint.size))).strip()
+    body = PinnedSource(digest).read(0, min(20, digest.fingerprint.size))
+    text = bytes(body).strip()
     crc32 = hex32(int(text)) if text.isdigit() else stored.crc32
     if crc32 == stored.crc32:
         return stored
