@@ -662,6 +662,7 @@ CONNECT_S, ANSWER_S = 10.0, 60.0  # nothing waits longer for a connection, for a
 Piece = bytes | bytearray | memoryview
 PutResult = ObjectInfo | Fault | OSError
 Headers = dict[str, str]
+Connection = http.client.HTTPConnection
 
 
 class Source(Protocol):
@@ -1097,9 +1098,7 @@ class FileStore(Store):
             what = f"the directory {self._root} is empty"
         else:
             return
-        raise Unreachable(
-            what, "either its disk is not mounted, or --bucket names a place where no node has stored yet"
-        )
+        raise Unreachable(what, "its disk is not mounted, or --bucket names a place where no node has stored yet")
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -1214,7 +1213,7 @@ class Wire:
         self._origin = origin
         self._host, self._port = str(address.hostname), address.port
         self._context = tls_context(bundle) if address.scheme == "https" else None
-        self._idle = deque[http.client.HTTPConnection]()  # the last used is taken first, so few are kept
+        self._idle = deque[Connection]()  # the last used is taken first, so few are kept
         self._proxy = None
         self._to_proxy: Headers = {}
         found = proxies.get(address.scheme, proxies.get("all"))
@@ -1241,19 +1240,19 @@ class Wire:
             if connection:
                 connection.close()
 
-    def _exchange(self, *request: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _exchange(self, *request: Any) -> tuple[Connection, http.client.HTTPResponse]:
         if self._idle:
             with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError, http.client.HTTPException):
                 # Servers close a kept connection between two requests: that says nothing, and we ask once more.
                 return self._send(self._idle.pop(), *request)
         return self._send(self._open(), *request)
 
-    def _open(self) -> http.client.HTTPConnection:
+    def _open(self) -> Connection:
         host, port = self._host, self._port
         if self._proxy:
             host, port = str(self._proxy.hostname), self._proxy.port
         if not self._context:
-            connection = http.client.HTTPConnection(host, port, CONNECT_S)
+            connection = Connection(host, port, CONNECT_S)
         else:
             connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_S, context=self._context)
             if self._proxy:
@@ -1263,8 +1262,8 @@ class Wire:
         return connection
 
     def _send(
-        self, connection: http.client.HTTPConnection, method: str, target: str, headers: Headers, body: Any
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        self, connection: Connection, method: str, target: str, headers: Headers, body: Any
+    ) -> tuple[Connection, http.client.HTTPResponse]:
         if self._proxy and not self._context:
             target, headers = self._origin + target, {**headers, **self._to_proxy}
         try:
@@ -1695,6 +1694,7 @@ class S3Store(_Remote):
         return str(reply["UploadId"])
 
     def _send_parts(self, send: Callable[[int], _Part], starts: Iterable[int]) -> list[_Part]:
+        """Send all parts, some at once. After a fault no further part is begun."""
         futures: list[Future[_Part]] = []
         try:
             for start in starts:
@@ -2197,8 +2197,10 @@ def identify(
     if not bucket:
         raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
     known = known or Identity("", "", "", "")
-    instance, cloud, is_bare = machine_id()[:12], None, "://" not in bucket
-    if is_bare or not (name or known.instance == instance != ""):
+    instance, cloud = machine_id()[:12], None
+    is_bare = "://" not in bucket
+    is_named = name or (instance and instance == known.instance)
+    if is_bare or not is_named:
         try:
             cloud = detect_cloud(environ)
         except Unreachable:

@@ -1170,6 +1170,18 @@ def test_a_header_that_the_server_does_not_know_is_left_out(
         assert caplog.text.count("refuses a header") == (2 if quirk == "both" else 1)
 
 
+def test_p1_a_server_that_no_longer_checks_a_crc32_is_sent_an_md5(
+    moto: Bucket, faulty: FaultProxy, opened: Opener
+) -> None:
+    """P1 Listed means restorable: behind one address there may be servers of two kinds."""
+    store = opened(moto, faulty.url, fresh=True)
+    put(store, "first")
+    faulty.on("PUT", KEY + "1", Respond(200, b"", {"ETag": '"x"'}))
+    put(store, KEY + "1")
+    put(store, KEY + "2")
+    assert sent(faulty, "PUT", KEY + "2").headers["content-md5"]
+
+
 def test_a_refused_option_is_not_taken_for_a_header(faulty: FaultProxy, moto: Bucket, opened: Opener) -> None:
     """501 may be for --sse as well: it is named, and the next put asks with everything again."""
     faulty.on("PUT", "", Without("x-amz-server-side-encryption", 501), count=None)

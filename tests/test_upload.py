@@ -406,7 +406,7 @@ def test_the_same_content_at_the_key_is_recognized_and_not_stored_twice(bench: B
 
 @pytest.mark.parametrize("there", [b"bytes", b"other"])
 def test_where_the_store_knows_no_checksum_the_bytes_decide(bench: Bench, there: bytes) -> None:
-    """As older servers, and file systems without attributes."""
+    """As older servers, and directories."""
     head = bench.store.head
 
     def forgetful(key: str) -> ObjectInfo | None:
