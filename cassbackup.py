@@ -660,12 +660,14 @@ def hex32(crc: int) -> str:
 # ======================================================================================================
 
 PART_BYTES: Final = 8 * MIB  # what is larger travels in parts; S3 takes parts from 5 MiB on
-PART_THREADS: Final = 4  # of one large file
-SEATS: Final = 5  # so many bodies of more than 1 MiB are in memory at once, of parts and of other objects
+LARGE_BODIES: Final = 4  # so many of more than 1 MiB are in memory at once, of parts and of other objects
 PART_PATIENCE_S: Final = 30.0  # a part is tried again for so long: to begin anew is to read the whole file anew
 CONNECT_S, ANSWER_S = 10.0, 60.0  # nothing waits longer for a connection, for an answer
 
 Piece = bytes | bytearray | memoryview
+PutResult = ObjectInfo | Fault | OSError
+Headers = dict[str, str]
+Connection = http.client.HTTPConnection
 
 
 class Source(Protocol):
@@ -677,6 +679,20 @@ class Source(Protocol):
 
     def read(self, start: int, end: int) -> Piece:
         """Return exactly these bytes. Raises Changed, OSError."""
+
+
+def pieces(source: Source) -> Iterator[Piece]:
+    """Yield all that a source has, a megabyte at a time."""
+    for start in range(0, source.size, MIB):
+        yield source.read(start, min(start + MIB, source.size))
+
+
+def crc32_of(body: Iterable[Piece]) -> str:
+    """Return the CRC-32 of all these bytes as it stands in listings."""
+    crc = 0
+    for piece in body:
+        crc = zlib.crc32(piece, crc)
+    return hex32(crc)
 
 
 @dataclass(frozen=True, slots=True)
@@ -736,9 +752,9 @@ class Store(Protocol):
     def put(self, key: str, source: Source) -> ObjectInfo:
         """Create an object, checked by its CRC-32. Raises Conflict if there is one, and what the source raises."""
 
-    def put_all(self, items: Sequence[tuple[str, Source]]) -> list[ObjectInfo | Fault | OSError]:
+    def put_all(self, items: Sequence[tuple[str, Source]]) -> list[PutResult]:
         """Create small objects; return what became of each."""
-        results: list[ObjectInfo | Fault | OSError] = []
+        results: list[PutResult] = []
         for key, source in items:
             try:
                 results.append(self.put(key, source))
@@ -754,11 +770,16 @@ class Store(Protocol):
     def head(self, key: str) -> ObjectInfo | None:
         """Return what the store knows of an object, None if there is none."""
 
+    def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
+        """Tell whether an object has the bytes of a source, of which it has the size."""
+        # Some servers, and file://, know no CRC-32 and can only give us the bytes.
+        return crc32 == (info.crc32 or crc32_of(self.get(info.key)))
+
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         """Yield the objects under a prefix in the order of their keys, those after a key where one is given."""
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
-        """Yield the components that come next after a prefix ("" or ending in /) and have something below them."""
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        """Return the components that come next after a prefix ("" or ending in /) and have something below them."""
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         """Delete objects; return why for each that stayed. An absent one is no error."""
@@ -770,10 +791,6 @@ class Store(Protocol):
     def now(self) -> float:
         """Return the store's own time, by its last reply."""
         return time.time()
-
-    def close(self) -> None:
-        """Close the connections that nobody uses."""
-        return
 
 
 def read_object(store: Store, key: str) -> bytes:
@@ -788,7 +805,8 @@ def pauses(patience_s: float) -> Iterator[float]:
     """
     began = time.monotonic()
     for failures in itertools.count():
-        wait = min(60.0, 0.25 * 2 ** min(failures, 8)) * random.uniform(0.5, 1.0)
+        longest = min(60.0, 0.25 * 2 ** min(failures, 8))
+        wait = longest * random.uniform(0.5, 1.0)
         if time.monotonic() - began + wait > patience_s:
             return
         yield wait
@@ -841,47 +859,44 @@ class Patient(Store):
         self.url = store.url
         self._store, self._patience_s = store, patience_s
 
-    def _stream(self, begin: Callable[[Any], Iterator[T]], at: Any, beyond: Callable[[Any, T], Any]) -> Iterator[T]:
-        waits = pauses(self._patience_s)
-        while True:
-            try:
-                for item in begin(at):
-                    at, waits = beyond(at, item), pauses(self._patience_s)
-                    yield item
-                return
-            except Unreachable as fault:
-                _pause(waits, fault)
-
     def put(self, key: str, source: Source) -> ObjectInfo:
         return insist(lambda: self._store.put(key, source), self._patience_s)
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        def begin(at: int) -> Iterator[bytes]:
-            return self._store.get(key, at, end)
-
-        return self._stream(begin, start, lambda at, piece: at + len(piece))
+        waits = pauses(self._patience_s)
+        while True:
+            try:
+                for piece in self._store.get(key, start, end):
+                    yield piece
+                    start += len(piece)
+                    waits = pauses(self._patience_s)
+                return
+            except Unreachable as fault:
+                _pause(waits, fault)
 
     def head(self, key: str) -> ObjectInfo | None:
         return insist(lambda: self._store.head(key), self._patience_s)
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        begin = functools.partial(self._store.list, prefix)
-        return self._stream(begin, after, lambda _, info: info.key)
+        waits = pauses(self._patience_s)
+        while True:
+            try:
+                for info in self._store.list(prefix, after):
+                    yield info
+                    after = info.key
+                    waits = pauses(self._patience_s)
+                return
+            except Unreachable as fault:
+                _pause(waits, fault)
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
-        yield from insist(lambda: [*self._store.prefixes(prefix)], self._patience_s)
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        return insist(lambda: self._store.prefixes(prefix), self._patience_s)
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         return insist(lambda: self._store.delete(keys), self._patience_s)
 
-    def abandon_uploads(self, before: float) -> int:
-        return insist(lambda: self._store.abandon_uploads(before), self._patience_s)
-
     def now(self) -> float:
         return self._store.now()
-
-    def close(self) -> None:
-        self._store.close()
 
 
 # ---- file://
@@ -906,7 +921,7 @@ class FileStore(Store):
             return result
         raise result
 
-    def put_all(self, items: Sequence[tuple[str, Source]]) -> list[ObjectInfo | Fault | OSError]:
+    def put_all(self, items: Sequence[tuple[str, Source]]) -> list[PutResult]:
         """Store a group: its bytes are durable first, visible then, its names durable last.
 
         Each step is made for all before the next, since the kernel's journal then commits many files at once.
@@ -916,7 +931,8 @@ class FileStore(Store):
                 os.makedirs(self._unfinished, exist_ok=True)
             elif not os.path.isdir(self._unfinished):
                 raise Unreachable(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
-        synced, results = set[str](), [cast(Any, None)] * len(items)
+        synced = set[str]()
+        results: list[Any] = [None] * len(items)
         files = [self._store(key, source, synced) for key, source in items]
         for _ in range(4):
             for number, file in enumerate(files):
@@ -932,16 +948,14 @@ class FileStore(Store):
     def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
         """Store one file, stopping three times to wait for the others of its group. The fourth time it is stored."""
         path = self._path(key)
-        temporary = os.path.join(self._unfinished, f"{os.getpid()}-{random.getrandbits(64):016x}")
+        number = random.getrandbits(64)
+        temporary = f"{self._unfinished}/{os.getpid()}-{number:016x}"
         with self._faults():
             file = open(temporary, "xb", buffering=0)  # noqa: SIM115 - it is closed at the end, as it is unlinked
         try:
             crc32 = self._copy(source, file)
             with self._faults():
                 info = os.fstat(file.fileno())
-                etag = f"{info.st_mtime_ns:x}"
-                with contextlib.suppress(OSError):  # a file system without attributes: who must know reads the file
-                    os.setxattr(temporary, "user.crc32", f"{crc32} {etag}".encode())
                 # So the kernel begins to write, and nobody waits for it yet.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 yield None
@@ -953,7 +967,7 @@ class FileStore(Store):
                 for folder in folders - synced:
                     self._sync_folder(folder)
             synced |= folders
-            yield ObjectInfo(key, info.st_size, etag, info.st_mtime, crc32)
+            yield ObjectInfo(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime, crc32)
         finally:
             file.close()
             with contextlib.suppress(OSError):
@@ -962,13 +976,13 @@ class FileStore(Store):
     def _copy(self, source: Source, file: Any) -> str:
         """Write all bytes; return their CRC-32."""
         crc32 = 0
-        for start in range(0, source.size, MIB):
-            piece = memoryview(source.read(start, min(start + MIB, source.size)))
+        for piece in pieces(source):
             crc32 = zlib.crc32(piece, crc32)
             self._rate.take(len(piece))
+            left = memoryview(piece)
             with self._faults():
-                while piece:
-                    piece = piece[file.write(piece) :]
+                while left:
+                    left = left[file.write(left) :]
         return hex32(crc32)
 
     def _link(self, temporary: str, path: str) -> set[str]:
@@ -1008,41 +1022,33 @@ class FileStore(Store):
     def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         with self._faults(), open(self._path(key), "rb", buffering=0) as file:
             file.seek(start)
-            while piece := file.read(MIB if end is None else min(MIB, end - start)):
+            last = sys.maxsize if end is None else end
+            while piece := file.read(min(MIB, last - start)):
                 self._rate.take(len(piece))
                 start += len(piece)
                 yield piece
 
     def head(self, key: str) -> ObjectInfo | None:
-        crc32 = then = ""
         try:
-            path = self._path(key)
             with self._faults():
-                info = os.stat(path)
+                info = os.stat(self._path(key))
         except Missing:
             self._check_mounted()
             return None
         if not stat.S_ISREG(info.st_mode):
             return None
-        etag = f"{info.st_mtime_ns:x}"
-        with contextlib.suppress(OSError):
-            crc32, _, then = os.getxattr(path, "user.crc32").decode().partition(" ")
-        if then != etag:  # somebody has written to it since
-            crc32 = ""
-        return ObjectInfo(key, info.st_size, etag, info.st_mtime, crc32)
+        return ObjectInfo(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime)
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        return self._walk(prefix.rpartition("/")[0], prefix, after)
-
-    def _walk(self, folder: str, prefix: str, after: str) -> Iterator[ObjectInfo]:
+        folder = prefix.rpartition("/")[0]
         for name in self._names(folder):
             key = f"{folder}/{name}" if folder else name
-            if not key.startswith(prefix) and not prefix.startswith(key):
+            if not key.startswith(prefix):
                 continue
             if name.endswith("/"):
                 if key > after or after.startswith(key):
-                    yield from self._walk(key[:-1], prefix, after)
-            elif key > after and key.startswith(prefix) and (info := self.head(key)):
+                    yield from self.list(key, after)
+            elif key > after and (info := self.head(key)):
                 yield info
 
     def _names(self, folder: str) -> Sequence[str]:
@@ -1056,10 +1062,9 @@ class FileStore(Store):
         # NFS itself makes .nfs files of what is deleted while somebody reads it.
         return [name for name in names if not re.fullmatch(r"\.unfinished/|\.nfs[0-9a-f]{16,}", name)]
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
-        for name in self._names(prefix.rstrip("/")):
-            if name.endswith("/") and any(self.list(prefix + name)):
-                yield name[:-1]
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        folders = [name for name in self._names(prefix.rstrip("/")) if name.endswith("/")]
+        return [name[:-1] for name in folders if any(self.list(prefix + name))]
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -1075,22 +1080,30 @@ class FileStore(Store):
 
     def abandon_uploads(self, before: float) -> int:
         """Delete temporary files to which nobody has written since: other nodes may use the same directory."""
+        old: list[str] = []
         with contextlib.suppress(Missing), self._faults(), os.scandir(self._unfinished) as entries:
-            old = [entry.path for entry in entries if entry.stat().st_mtime < before]
+            old += [entry.path for entry in entries if entry.stat().st_mtime < before]
             for path in old:
                 os.unlink(path)
-            return len(old)
-        return 0
+        return len(old)
 
     def _path(self, key: str) -> str:
-        if key.startswith(".unfinished") or not {"", ".", ".."}.isdisjoint(key.split("/")):
+        odd = {"", ".", ".."} & set(key.split("/"))
+        if odd or key.startswith(".unfinished"):
             raise Missing(f"no object {quote(key)}", "a key is a relative path")
         return os.path.join(self._root, key)
 
     def _check_mounted(self) -> None:
         """Tell an absent object from an absent disk: an empty mount point says nothing."""
-        if not self._new and not (os.path.isdir(self._root) and os.listdir(self._root)):
-            raise Unreachable(f"{self.url} is empty", "is its disk mounted?")
+        if self._new:
+            return
+        if not os.path.isdir(self._root):
+            what = f"the directory {self._root} does not exist"
+        elif not os.listdir(self._root):
+            what = f"the directory {self._root} is empty"
+        else:
+            return
+        raise Unreachable(what, "its disk is not mounted, or --bucket names a place where no node has stored yet")
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -1152,15 +1165,22 @@ def class_of(options: StoreOptions, key: str, size: int) -> str:
     as if it were that (Amazon S3 User Guide, "Understanding and managing Amazon S3 storage classes").
     """
     node, _, path = key.partition("/")
+    name = path.rpartition("/")[2]
     is_ours = not path or node.endswith((".listings", ".pending-delete"))
-    if is_ours or size < 128 * KIB or path.rpartition("/")[2].startswith((MANIFEST, SCHEMA)):
+    if is_ours or name.startswith((MANIFEST, SCHEMA)) or size < 128 * KIB:
         return ""
     return options.storage_class
 
 
-def unanswered(url: str, error: BaseException) -> Fault:
-    """Return the fault of a request that nobody answered: Denied where no second try can mend it."""
-    text = f"{error} {error.__context__ or ''}".strip() or repr(error)
+def unanswered(url: str, error: BaseException, cure: str = "") -> Fault:
+    """Return the fault of a request that nobody answered: Denied where no second try can mend it.
+
+    `cure` is what to do where it was never sent, for want of credentials.
+    """
+    text = str(error).strip() or repr(error)
+    cause = str(error.__context__ or "")
+    if cause not in text:
+        text += f" {cause}"
     text = text.encode("unicode_escape").decode()
     if re.search(r"WRONG_VERSION_NUMBER|x15\\+x03", text):  # plain HTTP came, or the alert of who expects TLS
         return Denied(f"{url}: {text}", "the scheme looks wrong: write http:// or https:// as the server speaks it")
@@ -1169,6 +1189,8 @@ def unanswered(url: str, error: BaseException) -> Fault:
         return Denied(f"{url}: its certificate is not trusted ({text})", hint)
     if "Invalid header value" in text:  # and do not repeat it: it has the key
         return Denied(f"{url}: these credentials cannot be sent", "a key ends with a line end")
+    if cure:
+        return Denied(f"no credentials for {url} ({text})", cure)
     return Unreachable(f"{url}: {text}", "check the network, REGION and --endpoint-url")
 
 
@@ -1196,9 +1218,9 @@ class Wire:
         self._origin = origin
         self._host, self._port = str(address.hostname), address.port
         self._context = tls_context(bundle) if address.scheme == "https" else None
-        self._idle = deque[http.client.HTTPConnection]()  # the last used is taken first, so few are kept
+        self._idle = deque[Connection]()  # the last used is taken first, so few are kept
         self._proxy = None
-        self._to_proxy: dict[str, str] = {}
+        self._to_proxy: Headers = {}
         found = proxies.get(address.scheme, proxies.get("all"))
         if found and not proxy_bypass(self._host):
             proxy = urllib.parse.urlsplit(found if "://" in found else f"http://{found}")
@@ -1208,7 +1230,7 @@ class Wire:
                 self._to_proxy["proxy-authorization"] = "Basic " + _base64(who.encode())
 
     @contextlib.contextmanager
-    def ask(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Iterator[Any]:
+    def ask(self, method: str, target: str, headers: Headers, body: Any = b"") -> Iterator[Any]:
         """Yield the reply (status, headers, read). Raises Unreachable, also while it is read, and Denied."""
         connection = None
         try:
@@ -1223,19 +1245,19 @@ class Wire:
             if connection:
                 connection.close()
 
-    def _exchange(self, *request: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _exchange(self, *request: Any) -> tuple[Connection, http.client.HTTPResponse]:
         if self._idle:
             with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError, http.client.HTTPException):
                 # Servers close a kept connection between two requests: that says nothing, and we ask once more.
                 return self._send(self._idle.pop(), *request)
         return self._send(self._open(), *request)
 
-    def _open(self) -> http.client.HTTPConnection:
+    def _open(self) -> Connection:
         host, port = self._host, self._port
         if self._proxy:
             host, port = str(self._proxy.hostname), self._proxy.port
         if not self._context:
-            connection = http.client.HTTPConnection(host, port, CONNECT_S)
+            connection = Connection(host, port, CONNECT_S)
         else:
             connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_S, context=self._context)
             if self._proxy:
@@ -1245,8 +1267,8 @@ class Wire:
         return connection
 
     def _send(
-        self, connection: http.client.HTTPConnection, method: str, target: str, headers: dict[str, str], body: Any
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        self, connection: Connection, method: str, target: str, headers: Headers, body: Any
+    ) -> tuple[Connection, http.client.HTTPResponse]:
         if self._proxy and not self._context:
             target, headers = self._origin + target, {**headers, **self._to_proxy}
         try:
@@ -1257,11 +1279,6 @@ class Wire:
         except BaseException:
             connection.close()
             raise
-
-    def close(self) -> None:
-        """Close the connections that nobody uses."""
-        while self._idle:
-            self._idle.pop().close()
 
 
 def _tag(text: str, name: str) -> str:
@@ -1303,7 +1320,7 @@ class _Remote(Store):
     _put_body: Callable[[str, Piece], ObjectInfo]
     _put_large: Callable[[str, Source], ObjectInfo]
     _target: Callable[[str], str]  # of GET
-    _authorize: Callable[[str, str, dict[str, str], Piece], None]  # adds headers
+    _authorize: Callable[[str, str, Headers, Piece], None]  # adds headers
     _faults: Callable[..., contextlib.AbstractContextManager[None]]  # translates what the SDK raises
 
     def __init__(self, url: str, prefix: str, options: StoreOptions) -> None:
@@ -1315,9 +1332,8 @@ class _Remote(Store):
         self._sent = " and ".join(sent) or "--endpoint-url, and its scheme"
         self._date = ("", 0.0)  # of the last reply, and time.monotonic() then
         self._refuses: bool | None = None  # does the server refuse to overwrite? The first put finds out
-        self._seats = queue.SimpleQueue[None]()
-        for _ in range(SEATS):
-            self._seats.put(None)
+        # First come, first served: neither memory nor time of the others goes to one who has many.
+        self._large_bodies = ThreadPoolExecutor(LARGE_BODIES, "body")
 
     def put(self, key: str, source: Source) -> ObjectInfo:
         # A large file that is there must not be sent in vain; and who overwrites is not given the chance.
@@ -1326,39 +1342,40 @@ class _Remote(Store):
             self._check_free(key)
         if is_large:
             return self._put_large(key, source)
-        with self._seated(source.size):
-            body = source.read(0, source.size)
-            self._rate.take(len(body))
-            info = self._put_body(key, body)
-            if self._refuses is None:
-                self._find_out(key, body)
-        if not self._refuses:
-            there = self.head(key)
-            if not there or there.size != info.size or there.crc32 not in ("", info.crc32):
-                raise Conflict(f"{quote(key)} was taken by other content meanwhile")
-            return replace(there, crc32=info.crc32)
+        put = functools.partial(self._put_small, key, source)
+        info = put() if source.size <= MIB else self._large_bodies.submit(put).result()
+        if self._refuses:
+            return info
+        there = self.head(key)
+        if not there or there.size != info.size or there.crc32 not in ("", info.crc32):
+            raise Conflict(f"{quote(key)} was taken by other content meanwhile")
+        return replace(there, crc32=info.crc32)
+
+    def _put_small(self, key: str, source: Source) -> ObjectInfo:
+        body = source.read(0, source.size)
+        self._rate.take(len(body))
+        info = self._put_body(key, body)
+        if self._refuses is None:
+            # The same bytes once more do no harm: a server that takes them would overwrite others, too.
+            try:
+                self._put_body(key, body)
+                self._refuses = False
+                log.warning("store overwrites, so each key is asked for before and after store=%s", self.url)
+            except Conflict:
+                self._refuses = True
         return info
 
     def _check_free(self, key: str) -> None:
         if self.head(key):
             raise Conflict(f"{quote(key)} is taken")
 
-    def _find_out(self, key: str, body: Piece) -> None:
-        """Put the same bytes once more, which does no harm: a server that takes them would overwrite others, too."""
-        try:
-            self._put_body(key, body)
-        except Conflict:
-            self._refuses = True
-            return
-        self._refuses = False
-        log.warning("store overwrites, so each key is asked for before and after store=%s", self.url)
-
     def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         if end is not None and end <= start:
             return
         headers = {}
         if start or end is not None:
-            headers["range"] = f"bytes={start}-{'' if end is None else end - 1}"
+            last = "" if end is None else end - 1
+            headers["range"] = f"bytes={start}-{last}"
         with self._ask("GET", self._target(key), headers) as reply:
             if reply.status == 416:  # the object ends before
                 return
@@ -1374,11 +1391,6 @@ class _Remote(Store):
             if left > 0:
                 raise Unreachable(f"{self.url}: {quote(key)} broke off {left} bytes early")
 
-    def close(self) -> None:
-        self._wire.close()
-        if self._client:
-            self._client.close()
-
     def now(self) -> float:
         date, then = self._date
         if not date:
@@ -1390,18 +1402,7 @@ class _Remote(Store):
         self._date = (reply.headers.get("date"), time.monotonic())
 
     @contextlib.contextmanager
-    def _seated(self, size: int) -> Iterator[None]:
-        """Wait for a place in memory, and leave it at the end."""
-        if size > MIB:
-            self._seats.get()
-        try:
-            yield
-        finally:
-            if size > MIB:
-                self._seats.put(None)
-
-    @contextlib.contextmanager
-    def _ask(self, method: str, target: str, headers: dict[str, str], body: Any = b"") -> Iterator[Any]:
+    def _ask(self, method: str, target: str, headers: Headers, body: Any = b"") -> Iterator[Any]:
         """Yield the reply to a request that we make ourselves."""
         headers = dict(headers)
         with self._faults(""):
@@ -1428,13 +1429,16 @@ class _Remote(Store):
         if not message:
             found = re.search(r'"message":\s*"([^"]*)"', text)
             message = found[1] if found else text[:200]
+        if reply.status == 301:
+            message += f" It is in {reply.headers.get('x-amz-bucket-region')}."
         return self._fault(key, reply.status, _tag(text, "Code"), message, is_object)
 
     def _fault(self, key: str, status: int, code: str, message: str, is_object: bool = False) -> Fault:
         text = f"{status} {code} {message.replace(key, '')}"
         if status == 404 and is_object:  # of anything else it may as well be an ingress that speaks
             text += " NoSuchKey"
-        what = f"{self.url}: {status} {code} for {quote(key) or 'the bucket'} ({message})"
+        subject = quote(key) or "the bucket"
+        what = f"{self.url}: {status} {code} for {subject} ({message})"
         for pattern, kind, hint in _ANSWERS:
             if re.search(pattern, text):
                 return kind(what, hint.format(self._sent))
@@ -1452,7 +1456,7 @@ def _signing_key(secret: str, day: str, region: str) -> bytes:
     return key
 
 
-def sign(method: str, target: str, headers: dict[str, str], who: Any, region: str) -> None:
+def sign(method: str, target: str, headers: Headers, who: Any, region: str) -> None:
     """Sign a request by AWS Signature Version 4. Its headers, in lower case, have host, date and body's hash.
 
     https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
@@ -1476,24 +1480,32 @@ def sign(method: str, target: str, headers: dict[str, str], who: Any, region: st
     headers["authorization"] = f"{credential}, SignedHeaders={signed}, Signature={signature}"
 
 
+class _Part(NamedTuple):
+    """What S3 has taken of a large file."""
+
+    crc32: int
+    size: int
+    etag: str
+
+
 class S3Store(_Remote):
     """s3://bucket[/prefix]: boto3 for all that is rare; bodies travel over Wire, signed by us."""
 
     def __init__(self, bucket: str, prefix: str, options: StoreOptions) -> None:
         super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), prefix, options)
         self._bucket = bucket
-        self._lacks = frozenset[str]()  # what the server does not know: if-none-match, checksum, uploads
-        self._echoes = False  # it repeats a CRC-32, so it knows them
-        encryption = {
-            "": options.sse,
-            "-bucket-key-enabled": "true" if options.sse == "aws:kms" else "",  # one KMS call for many objects
-            "-aws-kms-key-id": options.kms_key if options.sse == "aws:kms" else "",
-        }
-        self._kept = {f"x-amz-server-side-encryption{name}": value for name, value in encryption.items() if value}
-        self._connect(options.region)
+        self._checks: bool | None = None  # does the server check bodies by their CRC-32? The first put finds out
+        self._lists_uploads = True
+        name = "x-amz-server-side-encryption"
+        self._kept = {name: options.sse} if options.sse else {}
+        if options.sse == "aws:kms":
+            self._kept[f"{name}-bucket-key-enabled"] = "true"  # one KMS call for many objects
+            if options.kms_key:
+                self._kept[f"{name}-aws-kms-key-id"] = options.kms_key
+        self._connect()
 
-    def _connect(self, region: str) -> None:
-        """Make the clients for a region; nothing is sent, but perhaps for credentials. Raises Usage."""
+    def _connect(self) -> None:
+        """Make what makes clients, and the wire; nothing is sent, but perhaps for credentials. Raises Usage."""
         try:
             import boto3
             import botocore.session
@@ -1517,7 +1529,7 @@ class S3Store(_Remote):
             core = botocore.session.get_session()
             core.get_component("credential_provider")  # made now: later two threads might make it at once
             keys = (options.access_key or None, options.secret_key or None)
-            self._session = boto3.session.Session(*keys, region_name=region or None, botocore_session=core)
+            self._session = boto3.session.Session(*keys, region_name=options.region or None, botocore_session=core)
             bundle = options.ca_file or core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
             where = {"endpoint_url": options.endpoint_url or None, "verify": bundle or None}
             self._make_client = functools.partial(self._session.client, "s3", config=Config(**how), **where)
@@ -1528,9 +1540,11 @@ class S3Store(_Remote):
             hint = "correct the bucket's name, --endpoint-url, AWS_PROFILE or ~/.aws/config"
             raise Usage(f"{self.url}: {error}", hint) from error
         found = urllib.parse.urlsplit(shown)
-        self._host, self._base, self._is_secure = found.netloc, found.path.removesuffix("KEY"), found.scheme == "https"
+        self._host, self._base = found.netloc, found.path.removesuffix("KEY")
+        self._is_secure = found.scheme == "https"
         self._region = str(plain.meta.region_name).replace("aws-global", "us-east-1")
-        self._wire, self._client = Wire(f"{found.scheme}://{found.netloc}", bundle or ""), None
+        self._wire = Wire(f"{found.scheme}://{found.netloc}", bundle or "")
+        self._client = None
 
     def _sdk(self) -> Any:
         """Return boto3's client. It looks for credentials when it is made, and an instance may get its role later."""
@@ -1560,9 +1574,9 @@ class S3Store(_Remote):
             params["context"].pop("checksum", None)
         if operation == "CreateMultipartUpload":
             headers.update(self._kept)
-        if operation in ("CreateMultipartUpload", "CompleteMultipartUpload") and "checksum" not in self._lacks:
+        if operation in ("CreateMultipartUpload", "CompleteMultipartUpload") and self._checks is not False:
             headers["x-amz-checksum-type"] = "FULL_OBJECT"
-        if operation == "CompleteMultipartUpload" and "if-none-match" not in self._lacks:
+        if operation == "CompleteMultipartUpload" and self._refuses is not False:
             headers["If-None-Match"] = "*"
 
     # bodies
@@ -1570,7 +1584,7 @@ class S3Store(_Remote):
     def _target(self, key: str) -> str:
         return self._base + urllib.parse.quote(self._prefix + key)
 
-    def _authorize(self, method: str, target: str, headers: dict[str, str], body: Piece) -> None:
+    def _authorize(self, method: str, target: str, headers: Headers, body: Piece) -> None:
         headers["host"] = self._host
         headers["x-amz-date"] = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         headers["x-amz-content-sha256"] = "UNSIGNED-PAYLOAD"
@@ -1581,25 +1595,20 @@ class S3Store(_Remote):
     def _send(self, key: str, query: str, headers: Mapping[str, str], body: Piece, crc32: int) -> Mapping[str, str]:
         """PUT a body with what the server checks it by; return the headers of the reply."""
         headers = dict(headers)
-        if "checksum" not in self._lacks:
+        if self._checks is not False:
             headers["x-amz-checksum-crc32"] = _base64_crc(crc32)
             headers["x-amz-sdk-checksum-algorithm"] = "CRC32"  # said once more, or a bucket with object lock refuses
-        if not self._echoes:
+        if self._checks is not True:
             headers["content-md5"] = _base64(_md5(body).digest())
         with self._ask("PUT", self._target(key) + query, headers, body) as reply:
             text = reply.read()
         told: Mapping[str, str] = reply.headers
         if reply.status != 200 or not told.get("etag"):
-            region = told.get("x-amz-bucket-region") or _tag(text.decode("latin-1"), "Region")
-            if region in ("", self._region):
-                raise self._refusal(key, reply, text)
-            self._connect(region)
-            raise Unreachable(f"bucket {self._bucket} is in {region}", "set REGION; the next try goes there")
-        if told.get("x-amz-checksum-crc32"):
-            self._echoes = True
-        elif "checksum" not in self._lacks:
-            self._lacks |= {"checksum"}
+            raise self._refusal(key, reply, text)
+        repeats = "x-amz-checksum-crc32" in told  # as a server does that has checked it
+        if not repeats and self._checks is not False:
             log.warning("store knows no CRC-32, Content-MD5 is sent instead store=%s", self.url)
+        self._checks = repeats
         return told
 
     def put(self, key: str, source: Source) -> ObjectInfo:
@@ -1607,13 +1616,12 @@ class S3Store(_Remote):
         try:
             return super().put(key, source)
         except _Unknown as fault:
-            header = "if-none-match"
-            if "checksum" in str(fault).lower() or header in self._lacks:
-                header = "checksum"
-            if header in self._lacks:
+            if self._refuses is not False and "checksum" not in str(fault).lower():
+                header, self._refuses = "if-none-match", False
+            elif self._checks is not False:
+                header, self._checks = "checksum", False
+            else:
                 raise  # so it was something else, perhaps an option
-            self._lacks |= {header}
-            self._refuses = None
         log.warning("store refuses a header, it is left out store=%s header=%s", self.url, header)
         return self.put(key, source)
 
@@ -1622,7 +1630,7 @@ class S3Store(_Remote):
         headers = {**self._kept, "x-amz-meta-crc32": hex32(crc32)}
         if kind := class_of(self._options, key, len(body)):
             headers["x-amz-storage-class"] = kind
-        if "if-none-match" not in self._lacks:
+        if self._refuses is not False:
             headers["if-none-match"] = "*"
         told = self._send(key, "", headers, body, crc32)
         self._check_encryption(told.get("x-amz-server-side-encryption"))
@@ -1638,8 +1646,14 @@ class S3Store(_Remote):
         step = max(PART_BYTES, -(-source.size // (9000 * MIB)) * MIB)
         upload, held = self._find_upload(key, source.size, step)
         upload = upload or self._begin(key, source.size)
+
+        def send(start: int) -> _Part:
+            number = start // step + 1
+            body = source.read(start, min(start + step, source.size))
+            return self._send_part(key, upload, number, body, held.get(number))
+
         try:
-            return self._complete(key, upload, self._send_parts(key, upload, source, step, held))
+            return self._complete(key, upload, self._send_parts(send, range(0, source.size, step)))
         except (Changed, Conflict):  # nobody will go on with it
             with contextlib.suppress(Fault):
                 self._call("abort_multipart_upload", key, UploadId=upload)
@@ -1647,32 +1661,16 @@ class S3Store(_Remote):
         except Missing as fault:
             raise Unreachable(fault.what, "the upload is gone, and begins anew") from fault
 
-    def _send_parts(
-        self, key: str, upload: str, source: Source, step: int, held: Mapping[int, Any]
-    ) -> list[tuple[int, int, str]]:
-        """Send all parts; return CRC-32, size and ETag of each."""
-        send = functools.partial(self._send_part, key, upload, source, step, held)
-        pool = ThreadPoolExecutor(PART_THREADS, "part")
-        try:
-            futures = [pool.submit(send, start) for start in range(0, source.size, step)]
-            return [future.result() for future in futures]
-        finally:
-            pool.shutdown(cancel_futures=True)  # waits for those that have begun: they read the source
-
-    def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, dict[str, Any]]]:
+    def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, Any]]:
         """Return the newest upload of this key whose parts are as long as ours would be, and its parts by number."""
-        uploads = sorted(self._uploads(key), key=lambda upload: upload["Initiated"])
-        for upload in reversed(uploads):
-            which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            if which["Key"] != self._prefix + key:
+        for upload in sorted(self._uploads(key), key=lambda one: one["Initiated"], reverse=True):
+            if upload["Key"] != self._prefix + key:  # it only begins like ours
                 continue
-            held, fits = {}, True
-            for part in self._paged("list_parts", "Parts", key, **which):
-                number = part["PartNumber"]
-                held[number] = part
-                fits = fits and part["Size"] == min(step, size - (number - 1) * step)
-            if fits:
-                return which["UploadId"], held
+            which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            held = {part["PartNumber"]: part for part in self._paged("list_parts", "Parts", key, **which)}
+            ours = {number: min(step, size - (number - 1) * step) for number in held}
+            if all(part["Size"] == ours[number] for number, part in held.items()):
+                return upload["UploadId"], held
         return "", {}
 
     def _paged(self, operation: str, items: str, key: str, **more: str) -> Iterator[Any]:
@@ -1686,12 +1684,12 @@ class S3Store(_Remote):
         except Missing:  # rclone's way to say that there are none
             return
         except _Unknown:
-            if "uploads" not in self._lacks:
+            if self._lists_uploads:
                 log.warning("store lists no uploads, so none is gone on with or ended store=%s", self.url)
-            self._lacks |= {"uploads"}
+            self._lists_uploads = False
 
     def _begin(self, key: str, size: int) -> str:
-        more = {} if "checksum" in self._lacks else {"ChecksumAlgorithm": "CRC32"}
+        more = {} if self._checks is False else {"ChecksumAlgorithm": "CRC32"}
         if kind := class_of(self._options, key, size):
             more["StorageClass"] = kind
         reply = self._call("create_multipart_upload", key, **more)
@@ -1700,48 +1698,58 @@ class S3Store(_Remote):
         self._check_encryption(reply.get("ServerSideEncryption"))
         return str(reply["UploadId"])
 
-    def _send_part(
-        self, key: str, upload: str, source: Source, step: int, held: Mapping[int, Any], start: int
-    ) -> tuple[int, int, str]:
-        number = start // step + 1
+    def _send_parts(self, send: Callable[[int], _Part], starts: Iterable[int]) -> list[_Part]:
+        """Send all parts, some at once. After a fault no further part is begun."""
+        futures: list[Future[_Part]] = []
+        try:
+            for start in starts:
+                if len(futures) >= LARGE_BODIES:  # no more of one file wait for their turn
+                    futures[-LARGE_BODIES].result()
+                futures.append(self._large_bodies.submit(send, start))
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                if not future.cancel():
+                    future.exception()  # waits for what has begun: it reads the source
+
+    def _send_part(self, key: str, upload: str, number: int, body: Piece, held: Any) -> _Part:
+        """Send a part unless it is held already; return its CRC-32, size and ETag."""
+        crc32 = zlib.crc32(body)
+        if held:
+            # A server that knows no CRC-32 has the MD5 as ETag.
+            told = held.get("ChecksumCRC32", held["ETag"].strip('"'))
+            if told in (_base64_crc(crc32), _md5(body).hexdigest()):
+                return _Part(crc32, len(body), held["ETag"])
         query = f"?partNumber={number}&uploadId={urllib.parse.quote(upload, safe='')}"
-        with self._seated(step):
-            body = source.read(start, min(start + step, source.size))
-            crc32 = zlib.crc32(body)
-            if there := held.get(number):
-                # A server that knows no CRC-32 has the MD5 as ETag.
-                told = there.get("ChecksumCRC32", there["ETag"].strip('"'))
-                if told in (_base64_crc(crc32), _md5(body).hexdigest()):
-                    return crc32, len(body), there["ETag"]
 
-            def send() -> Mapping[str, str]:
-                self._rate.take(len(body))
-                return self._send(key, query, {}, body, crc32)
+        def send() -> Mapping[str, str]:
+            self._rate.take(len(body))
+            return self._send(key, query, {}, body, crc32)
 
-            reply = insist(send, PART_PATIENCE_S)
-            return crc32, len(body), reply["etag"]
+        told = insist(send, PART_PATIENCE_S)
+        return _Part(crc32, len(body), told["etag"])
 
-    def _complete(self, key: str, upload: str, sent: Sequence[tuple[int, int, str]]) -> ObjectInfo:
+    def _complete(self, key: str, upload: str, sent: Sequence[_Part]) -> ObjectInfo:
         crc32 = total = 0
         parts: list[dict[str, Any]] = []
-        for number, (crc, size, etag) in enumerate(sent, 1):
-            crc32 = crc32_combine(crc32, crc, size)
-            total += size
-            parts.append({"PartNumber": number, "ETag": etag, "ChecksumCRC32": _base64_crc(crc)})
-        more = {"ChecksumCRC32": _base64_crc(crc32)}
-        if "checksum" in self._lacks:
-            for part in [*parts, more]:
-                del part["ChecksumCRC32"]
+        for number, part in enumerate(sent, 1):
+            crc32 = crc32_combine(crc32, part.crc32, part.size)
+            total += part.size
+            parts.append({"PartNumber": number, "ETag": part.etag, **self._sum(part.crc32)})
+        more = {"MultipartUpload": {"Parts": parts}, **self._sum(crc32)}
         if not self._refuses:
             self._check_free(key)
         with contextlib.suppress(Missing):  # perhaps the reply to an earlier try was lost, and the upload has ended
-            self._call("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts}, **more)
+            self._call("complete_multipart_upload", key, UploadId=upload, **more)
         info = self.head(key)
         if info is None:
             raise Unreachable(f"{self.url}: the upload of {quote(key)} is gone", "it begins anew")
         if info.size != total or info.crc32 not in ("", hex32(crc32)):
             raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the server or the way to it is broken")
         return replace(info, crc32=hex32(crc32))
+
+    def _sum(self, crc32: int) -> dict[str, str]:
+        return {} if self._checks is False else {"ChecksumCRC32": _base64_crc(crc32)}
 
     # what is rare
 
@@ -1752,10 +1760,8 @@ class S3Store(_Remote):
             return None
         if not told.get("ETag") and "x-amz-request-id" not in told["ResponseMetadata"]["HTTPHeaders"]:
             raise self._no_answer("ETag")
-        crc32 = ""
-        for name, value in told["Metadata"].items():
-            if name.lower() == "crc32":
-                crc32 = value
+        metadata = {name.lower(): value for name, value in told["Metadata"].items()}
+        crc32 = metadata.get("crc32", "")
         if "-" not in told.get("ChecksumCRC32", "-"):  # -N is a composite
             crc32 = base64.b64decode(told["ChecksumCRC32"]).hex()  # the server's own, better than what we said
         return self._info({**told, "Key": self._prefix + key, "Size": told["ContentLength"]}, crc32)
@@ -1789,10 +1795,10 @@ class S3Store(_Remote):
                 raise Denied(f"{self.url} cuts its lists short", "it does not know ListObjectsV2: use another server")
             more["ContinuationToken"] = page["NextContinuationToken"]
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
-        for page in self._pages(prefix, Delimiter="/"):
-            for item in page.get("CommonPrefixes", ()):
-                yield item["Prefix"].removeprefix(self._prefix + prefix).rstrip("/")
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        pages = self._pages(prefix, Delimiter="/")
+        found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return [name.removeprefix(self._prefix + prefix).rstrip("/") for name in found]
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         why = {}
@@ -1805,7 +1811,8 @@ class S3Store(_Remote):
                 why.update(dict.fromkeys(some, fault.what))
                 continue
             for error in reply.get("Errors", ()):
-                why[error["Key"].removeprefix(self._prefix)] = f"{error['Code']}: {error.get('Message', '')}"
+                key = error["Key"].removeprefix(self._prefix)
+                why[key] = f"{error['Code']}: {error.get('Message', '')}"
         return why
 
     def abandon_uploads(self, before: float) -> int:
@@ -1829,7 +1836,6 @@ class S3Store(_Remote):
     def _faults(self, key: str, is_object: bool = False) -> Iterator[None]:
         from botocore import exceptions as aws
 
-        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
         try:
             yield
         except aws.ClientError as error:
@@ -1838,40 +1844,14 @@ class S3Store(_Remote):
             where = told.get("Region") or told.get("Endpoint") or ""
             message = f"{told.get('Message', '')} {where}".strip()
             raise self._fault(key, status, str(told.get("Code", "")), message, is_object) from error
+        except (aws.HTTPClientError, aws.ConnectionError) as error:
+            raise unanswered(self.url, error) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
-            if isinstance(error, aws.HTTPClientError | aws.ConnectionError):
-                raise unanswered(self.url, error) from error
-            raise Denied(f"no credentials for {self.url} ({error})", hint) from error
+            cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
+            raise unanswered(self.url, error, cure) from error
 
 
 # ---- gs://
-
-
-class _Stream:
-    """A Source as a file that is read in order, and its CRC-32 as far as it was read."""
-
-    def __init__(self, source: Source, take: Callable[[int], None]) -> None:
-        self.crc32 = 0
-        self._source, self._take, self._at, self._summed = source, take, 0, 0
-
-    def read(self, size: int) -> bytes:
-        """Return the next bytes."""
-        end = min(self._at + size, self._source.size)
-        piece = bytes(self._source.read(self._at, end))
-        self._take(len(piece))
-        new = max(0, self._summed - self._at)  # what is read again is summed already
-        self.crc32 = zlib.crc32(piece[new:], self.crc32)
-        self._at = end
-        self._summed = max(self._summed, end)
-        return piece
-
-    def tell(self) -> int:
-        """Return how far it was read."""
-        return self._at
-
-    def seek(self, at: int) -> None:
-        """Go back to what did not arrive."""
-        self._at = at
 
 
 class GCSStore(_Remote):
@@ -1891,8 +1871,9 @@ class GCSStore(_Remote):
         endpoint = {"api_endpoint": options.endpoint_url} if options.endpoint_url else None
         with self._faults(""):  # objects need no project, but the client insists
             self._client = storage.Client(project="none", client_options=endpoint)
-        self._bucket, self._crc32c = self._client.bucket(bucket), google_crc32c.value
-        session, bundle = self._client._http, options.ca_file or os.environ.get("REQUESTS_CA_BUNDLE", "")
+        self._bucket, self._extend = self._client.bucket(bucket), google_crc32c.extend
+        session = self._client._http
+        bundle = options.ca_file or os.environ.get("REQUESTS_CA_BUNDLE", "")
         if options.ca_file:  # said with each request, or REQUESTS_CA_BUNDLE would win
             session.request = functools.partial(session.request, verify=options.ca_file)
         session.hooks["response"].append(self._note)
@@ -1902,61 +1883,111 @@ class GCSStore(_Remote):
         self._limits = {"timeout": (CONNECT_S, ANSWER_S), "retry": None}
 
     def _target(self, key: str) -> str:
-        return f"/download/storage/v1/b/{self._bucket.name}/o/{urllib.parse.quote(self._prefix + key, '')}?alt=media"
+        name = urllib.parse.quote(self._prefix + key, "")
+        return f"/download/storage/v1/b/{self._bucket.name}/o/{name}?alt=media"
 
-    def _authorize(self, method: str, target: str, headers: dict[str, str], body: Piece) -> None:
+    def _authorize(self, method: str, target: str, headers: Headers, body: Piece) -> None:
         self._credentials.before_request(self._request, method, self._origin + target, headers)
+
+    def _crc32c(self, body: Piece, crc: int = 0) -> int:
+        """Return the CRC-32C of these bytes, or of others and these after them."""
+        for start in range(0, len(body), MIB):  # the library takes bytes alone, and a copy of all would be large
+            crc = self._extend(crc, bytes(body[start : start + MIB]))
+        return crc
+
+    def _begin(self, key: str, kind: str, size: int, about: dict[str, Any]) -> tuple[str, bytes]:
+        """Return where an upload is sent to, and what GCS must know of the object."""
+        query = {"uploadType": kind, "ifGenerationMatch": "0"}
+        if self._options.kms_key:
+            query["kmsKeyName"] = self._options.kms_key
+        target = f"/upload/storage/v1/b/{self._bucket.name}/o?{urllib.parse.urlencode(query)}"
+        about = {"name": self._prefix + key, **about}
+        if storage_class := class_of(self._options, key, size):
+            about["storageClass"] = storage_class
+        return target, json.dumps(about).encode()
+
+    def _send(self, key: str, method: str, target: str, headers: Headers, body: Any) -> tuple[Any, Any]:
+        """Send a request; return the reply and what it tells. A session that has not all answers 308."""
+        with self._ask(method, target, headers, body) as reply:
+            text = reply.read()
+            told = json.loads(text) if text and reply.status in (200, 201) else {}
+        if reply.status not in (200, 201, 308):
+            raise self._refusal(key, reply, text)
+        return reply, told
 
     def _put_body(self, key: str, body: Piece) -> ObjectInfo:
         crc32 = hex32(zlib.crc32(body))
         about = {
-            "name": self._prefix + key,
             "metadata": {"crc32": crc32},
-            "crc32c": _base64_crc(self._crc32c(bytes(body))),  # GCS refuses what is not as it says
+            "crc32c": _base64_crc(self._crc32c(body)),  # GCS refuses what is not as it says
         }
-        if kind := class_of(self._options, key, len(body)):
-            about["storageClass"] = kind
-        edge = f"{random.getrandbits(128):032x}"
-        head = f"--{edge}\r\nContent-Type: application/json\r\n\r\n{json.dumps(about)}\r\n"
-        head += f"--{edge}\r\nContent-Type: application/octet-stream\r\n\r\n"
-        sent = (head.encode(), body, f"\r\n--{edge}--\r\n".encode())
+        target, head = self._begin(key, "multipart", len(body), about)
+        edge = f"--{random.getrandbits(128):032x}".encode()
+        head = edge + b"\r\nContent-Type: application/json\r\n\r\n" + head + b"\r\n"
+        head += edge + b"\r\nContent-Type: application/octet-stream\r\n\r\n"
+        sent = (head, body, b"\r\n" + edge + b"--\r\n")
         headers = {
-            "content-type": f"multipart/related; boundary={edge}",
+            "content-type": f"multipart/related; boundary={edge[2:].decode()}",
             "content-length": str(sum(len(piece) for piece in sent)),
         }
-        query = {"uploadType": "multipart", "ifGenerationMatch": "0"}
-        if self._options.kms_key:
-            query["kmsKeyName"] = self._options.kms_key
-        target = f"/upload/storage/v1/b/{self._bucket.name}/o?{urllib.parse.urlencode(query)}"
-        with self._ask("POST", target, headers, sent) as reply:
-            text = reply.read()
-            told = json.loads(text) if reply.status == 200 else {}
+        reply, told = self._send(key, "POST", target, headers, sent)
         if "generation" not in told:
-            raise self._refusal(key, reply, text)
+            raise self._refusal(key, reply, b"")
         return ObjectInfo(key, len(body), str(told["generation"]), self.now(), crc32)
 
     def _put_large(self, key: str, source: Source) -> ObjectInfo:
         """Send a file in one resumable session, in order. GCS refuses its end if its CRC-32C is another."""
-        from google.cloud.storage.retry import DEFAULT_RETRY
+        target, about = self._begin(key, "resumable", source.size, {})
+        reply, _ = self._send(key, "POST", target, {"content-type": "application/json"}, about)
+        if "location" not in reply.headers:
+            raise self._refusal(key, reply, b"")
+        session = urllib.parse.urlsplit(reply.headers["location"])
+        target = f"{session.path}?{session.query}"
+        crc32 = crc32c = 0
 
-        stream = _Stream(source, self._rate.take)
-        blob = self._bucket.blob(self._prefix + key, PART_BYTES, kms_key_name=self._options.kms_key or None)
-        blob.storage_class = class_of(self._options, key, source.size) or None
-        how = {
-            "size": source.size,
-            "if_generation_match": 0,
-            "checksum": "crc32c",
-            "timeout": (CONNECT_S, ANSWER_S),
-            "retry": DEFAULT_RETRY.with_timeout(PART_PATIENCE_S),
-        }
-        with self._seated(PART_BYTES), self._faults(key):
-            blob.upload_from_file(stream, **how)
-        return replace(self._info(blob), crc32=hex32(stream.crc32))
+        def send(start: int) -> Any:
+            nonlocal crc32, crc32c
+            end = min(start + PART_BYTES, source.size)
+            body = source.read(start, end)
+            crc32 = zlib.crc32(body, crc32)
+            crc32c = self._crc32c(body, crc32c)
+            headers = {"content-range": f"bytes {start}-{end - 1}/{source.size}"}
+            if end == source.size:
+                headers["x-goog-hash"] = f"crc32c={_base64_crc(crc32c)}"
+            return insist(functools.partial(self._send_part, key, target, headers, body), PART_PATIENCE_S)
+
+        told: Any = {}
+        for start in range(0, source.size, PART_BYTES):
+            told = self._large_bodies.submit(send, start).result()
+        if told.get("crc32c") != _base64_crc(crc32c):
+            raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the way to the store is broken")
+        return ObjectInfo(key, source.size, str(told["generation"]), self.now(), hex32(crc32))
+
+    def _send_part(self, key: str, target: str, headers: Headers, body: Piece) -> Any:
+        """Send a part, of which GCS passes over what it has; return what it tells at the end of all parts."""
+        self._rate.take(len(body))
+        reply, told = self._send(key, "PUT", target, headers, body)
+        span = headers["content-range"].partition("/")[0]
+        last = span.rpartition("-")[2]
+        if not told and reply.headers.get("range") != f"bytes=0-{last}":
+            raise Unreachable(f"{self.url}: not all of a part of {quote(key)} has arrived", "it is sent again")
+        return told
 
     def head(self, key: str) -> ObjectInfo | None:
         with self._faults(key):
             blob = self._bucket.get_blob(self._prefix + key, **self._limits)
         return self._info(blob) if blob else None
+
+    def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
+        if info.crc32:
+            return info.crc32 == crc32
+        # A session cannot tell a CRC-32 that is known at its end. CRC-32C is what GCS itself knows of every object.
+        with self._faults(info.key):
+            blob = self._bucket.get_blob(self._prefix + info.key, **self._limits)
+        crc32c = 0
+        for piece in pieces(source):
+            crc32c = self._crc32c(piece, crc32c)
+        return blob is not None and blob.crc32c == _base64_crc(crc32c)
 
     def _info(self, blob: Any) -> ObjectInfo:
         key = blob.name.removeprefix(self._prefix)
@@ -1971,13 +2002,12 @@ class GCSStore(_Remote):
             blobs = self._client.list_blobs(self._bucket, prefix=whole, **more, **self._limits)
             yield from self._in_order(map(self._info, blobs), after)
 
-    def prefixes(self, prefix: str) -> Iterator[str]:
+    def prefixes(self, prefix: str) -> Sequence[str]:
+        whole = self._prefix + prefix
         with self._faults(""):
-            whole = self._prefix + prefix
             blobs = self._client.list_blobs(self._bucket, prefix=whole, delimiter="/", **self._limits)
             found = {name for page in blobs.pages for name in page.prefixes}
-        for name in sorted(found):
-            yield name.removeprefix(whole).rstrip("/")
+        return [name.removeprefix(whole).rstrip("/") for name in sorted(found)]
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         with ThreadPoolExecutor(8) as pool:
@@ -1998,20 +2028,17 @@ class GCSStore(_Remote):
     def _faults(self, key: str, is_object: bool = False) -> Iterator[None]:
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError, TransportError
-        from google.cloud.storage.exceptions import DataCorruption
         from requests import RequestException
 
         try:
             yield
         except GoogleAPICallError as error:
             raise self._fault(key, int(error.code or 500), "", error.message, is_object) from error
-        except DataCorruption as error:
-            raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the way to the store is broken") from error
         except (RequestException, TransportError) as error:
             raise unanswered(self.url, error) from error
         except GoogleAuthError as error:
-            hint = "set GOOGLE_APPLICATION_CREDENTIALS, or give the instance a service account"
-            raise Denied(f"no credentials for {self.url} ({error})", hint) from error
+            cure = "set GOOGLE_APPLICATION_CREDENTIALS, or give the instance a service account"
+            raise unanswered(self.url, error, cure) from error
 
 
 def open_store(url: str, options: StoreOptions, new: bool = True) -> Store:
@@ -2101,7 +2128,8 @@ def detect_cloud(environ: Mapping[str, str], dmi: str = DMI_VENDOR, limit_s: flo
     vendor = None
     with contextlib.suppress(OSError), open(dmi, errors="replace") as file:
         vendor = file.read().strip()
-    answers, asked, is_cloud = queue.SimpleQueue[Cloud | None](), 0, False
+    answers = queue.SimpleQueue[Cloud | None]()
+    asked: list[str] = []
 
     def ask(how: Callable[[str], Cloud | None], address: str) -> None:
         try:
@@ -2113,19 +2141,18 @@ def detect_cloud(environ: Mapping[str, str], dmi: str = DMI_VENDOR, limit_s: flo
     for maker, how, switch, address in _CLOUDS:
         is_wanted = vendor in (None, maker) or environ.get(address)
         if is_wanted and environ.get(switch, "").lower() != "true":
-            asked, is_cloud = asked + 1, is_cloud or vendor == maker
+            asked.append(maker)
             # A daemon: an answer that drips for ever holds nobody up.
             threading.Thread(target=ask, args=(how, environ.get(address, "")), daemon=True).start()
     deadline = time.monotonic() + limit_s
-    for _ in range(asked):
+    for _ in asked:
         with contextlib.suppress(queue.Empty):
             if cloud := answers.get(timeout=max(0.0, deadline - time.monotonic())):
                 return cloud
-    if is_cloud:
+    if vendor in asked:
         what = f"cannot determine the instance id: this is {vendor}, and no metadata service answers"
-        raise Unreachable(
-            what, "let this process reach 169.254.169.254, or pass --name and a bucket with s3:// or gs://"
-        )
+        hint = "let this process reach 169.254.169.254, or pass --name and a bucket with s3:// or gs://"
+        raise Unreachable(what, hint)
     return None
 
 
@@ -2175,8 +2202,10 @@ def identify(
     if not bucket:
         raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
     known = known or Identity("", "", "", "")
-    instance, cloud, is_bare = machine_id()[:12], None, "://" not in bucket
-    if is_bare or not (name or known.instance == instance != ""):
+    instance, cloud = machine_id()[:12], None
+    is_bare = "://" not in bucket
+    is_named = name or (instance and instance == known.instance)
+    if is_bare or not is_named:
         try:
             cloud = detect_cloud(environ)
         except Unreachable:
@@ -3706,50 +3735,36 @@ class Pinner(threading.Thread):
 # ======================================================================================================
 
 _DONTCACHE: Final = 0x80  # RWF_DONTCACHE, Linux 6.14: the kernel drops again what this read brought in
+_WAYS: Final = (  # flags of preadv2(2), and status of the descriptor
+    (_DONTCACHE, 0),
+    (0, os.O_DIRECT),  # past the cache
+    (0, 0),  # tmpfs and its like have no disk below their cache
+)
 _UNABLE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
-def _read_direct(fd: int, start: int, body: bytearray) -> int:
-    """Read past the page cache. open(2) wants everything aligned, so we read whole pages into whole pages."""
+def read_quietly(fd: int, start: int, end: int) -> memoryview:
+    """Read a range of a file, and leave the page cache as Cassandra filled it. Raises Changed where the file ends.
+
+    POSIX_FADV_DONTNEED after a plain read would drop from the cache what Cassandra has there, too.
+    """
     skipped = start % mmap.PAGESIZE
-    pages = (skipped + len(body)) // mmap.PAGESIZE + 1
-    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
-    with mmap.mmap(-1, pages * mmap.PAGESIZE) as window:
-        got = os.preadv(fd, [window], start - skipped) - skipped
-        got = max(0, min(got, len(body)))
-        body[:got] = window[skipped : skipped + got]
-    return got
-
-
-def _read_uncached(fd: int, start: int, body: bytearray) -> int:
-    return os.preadv(fd, [body], start, _DONTCACHE)
-
-
-def read_quietly(fd: int, start: int, end: int) -> bytearray:
-    """Read a range of a file, and leave the page cache as Cassandra filled it. Raises Changed where the file ends."""
-    body = bytearray(end - start)
-    # POSIX_FADV_DONTNEED after a plain read would drop from the cache what Cassandra has there, too.
-    for read in (_read_uncached, _read_direct):
+    pages = (skipped + end - start) // mmap.PAGESIZE + 1
+    # O_DIRECT wants whole pages. And what is mapped goes back to the kernel with the last view of it, where malloc
+    # would keep megabytes for every thread.
+    window = mmap.mmap(-1, pages * mmap.PAGESIZE, mmap.MAP_PRIVATE)
+    got = 0
+    for flags, status in _WAYS:
         try:
-            got = read(fd, start, body)
+            fcntl.fcntl(fd, fcntl.F_SETFL, status)
+            got = os.preadv(fd, [window], start - skipped, flags)
             break
         except OSError as error:
-            if error.errno not in _UNABLE:
+            if error.errno not in _UNABLE or (flags, status) == _WAYS[-1]:
                 raise
-    else:  # tmpfs and its like have no disk below their cache
-        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
-        got = os.preadv(fd, [body], start)
-    if got < len(body):
+    if got < skipped + end - start:
         raise Changed(f"the file ends before byte {end}", "it is read again")
-    return body
-
-
-def crc32_of(pieces: Iterable[bytes | bytearray]) -> str:
-    """Return the CRC-32 of all these bytes as it stands in listings."""
-    crc = 0
-    for piece in pieces:
-        crc = zlib.crc32(piece, crc)
-    return hex32(crc)
+    return memoryview(window)[skipped : skipped + end - start]
 
 
 @dataclass(frozen=True, slots=True)
@@ -3763,7 +3778,7 @@ class PinnedSource:
         """Return the bytes of the file as it was pinned."""
         return self.pinned.fingerprint.size
 
-    def read(self, start: int, end: int) -> bytearray:
+    def read(self, start: int, end: int) -> memoryview:
         """Read a range. Raises Changed if these are not the bytes that were pinned; OSError if the disk refuses."""
         with open(self.pinned.pin, "rb", buffering=0) as file:
             body = read_quietly(file.fileno(), start, end)
@@ -3771,11 +3786,6 @@ class PinnedSource:
             if Fingerprint.of(os.fstat(file.fileno())) != self.pinned.fingerprint:
                 raise Changed(f"{quote(file.name)} changed while it was read", "it is read again")
         return body
-
-    def crc32(self) -> str:
-        """Read it all; return its CRC-32."""
-        starts = range(0, self.size, 8 * MIB)
-        return crc32_of(self.read(start, min(start + 8 * MIB, self.size)) for start in starts)
 
 
 @functools.lru_cache(1000)
@@ -3797,23 +3807,21 @@ def known_of(pin: Pinned, key: str, etag: str, crc32: str) -> Known:
 
 def as_stored(known: Known) -> Stored:
     # Only `send` and `confirm` may say so: the store itself has just told them.
-    return Stored(*[getattr(known, one.name) for one in fields(known)])
+    values = [getattr(known, one.name) for one in fields(known)]
+    return Stored(*values)
 
 
 def _find_place(store: Store, pin: Pinned, key: str, moment: str) -> ObjectInfo:
     """Store a file whose key is taken. What is there may be these very bytes: then a reply of the store was lost."""
     source = PinnedSource(pin)
-    crc32 = source.crc32()
+    crc32 = crc32_of(pieces(source))
     for candidate in (key, f"{key}@{crc32}", f"{key}@{crc32}.{moment}"):
         info = store.head(candidate)
         if not info:
             with contextlib.suppress(Conflict):
                 return store.put(candidate, source)
-        elif info.size == source.size:
-            # Some servers, and file systems without attributes, know no CRC-32 and can only give us the bytes.
-            there = info.crc32 or crc32_of(store.get(candidate))
-            if there == crc32:
-                return replace(info, crc32=crc32)
+        elif info.size == source.size and store.holds(info, source, crc32):
+            return replace(info, crc32=crc32)
     raise Conflict(f"{quote(key)} is taken, whatever is added to it", "nobody but cassbackup should write there")
 
 
@@ -3852,12 +3860,13 @@ def check_digest(store: Store, data: Pinned, digest: Pinned, stored: Known, mome
 
     Return what is stored, after another reading where the two differ; None where they go on differing.
     """
-    text = PinnedSource(digest).read(0, min(20, digest.fingerprint.size)).strip()
+    body = PinnedSource(digest).read(0, min(20, digest.fingerprint.size))
+    text = bytes(body).strip()
     crc32 = hex32(int(text)) if text.isdigit() else stored.crc32
     if crc32 == stored.crc32:
         return stored
     # Scrub can leave a stale digest behind (SSTableRewriter), so the caller warns, and lists it all the same.
-    if PinnedSource(data).crc32() != crc32:
+    if crc32_of(pieces(PinnedSource(data))) != crc32:
         return None
     return send_one(store, data, f"{stored.key}@{moment}", moment)
 
