@@ -507,13 +507,18 @@ def test_what_nfs_makes_of_deleted_files_is_passed_over(tmp_bucket: FileBucket, 
 
 
 @pytest.mark.parametrize(
-    "url", ["file://relative", "ftp://x", "s3://", "bucket", "", "gs:///x", "s3://a b", "s3://arn:aws:s3:x/y"]
+    "url", ["file://relative", "ftp://x", "s3://", "bucket", "", "gs:///x", "s3://a b", "gs://a b", "s3://b?region=x"]
 )
 def test_a_url_of_no_known_kind_is_wrong_usage(url: str) -> None:
     with pytest.raises(Usage) as refused:
         open_store(url, StoreOptions(region="us-east-1"))
     assert refused.value.code == 2
     assert refused.value.hint
+
+
+def test_an_access_point_is_named_by_its_alias() -> None:
+    with pytest.raises(Usage, match=r"no bucket's name: .*alias, not its ARN"):
+        open_store("s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/ap1", StoreOptions(region="eu-west-1"))
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "gs://bucket"])
