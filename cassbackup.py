@@ -5829,6 +5829,35 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
+class BucketOptions:
+    """Which bucket a command uses. Without one it is the bucket that the daemon of this machine has used."""
+
+    environ: Mapping[str, str]
+    state_dir: str
+    store: StoreOptions
+    bucket: str = ""
+    prefix: str = ""
+    name: str = ""
+
+
+def open_bucket(options: BucketOptions, patience_s: float = 60.0, new: bool = False) -> Bucket:
+    """Open the bucket for a command; `new`: nothing need be in it yet. Raises Usage, Unreachable."""
+    known = load_identity(os.path.join(options.state_dir, "identity.json"))
+    bucket, prefix = options.bucket, options.prefix
+    if known and not bucket:
+        bucket, prefix = known.url, ""
+    try:
+        identity = identify(bucket, prefix, options.name, options.store.region, options.environ, known)
+    except Fault:
+        if "://" not in bucket or options.name:
+            raise
+        # A machine that cannot say who it is may still read a bucket whose URL is complete.
+        identity = Identity("", "", f"{bucket}/{prefix}".rstrip("/"), options.store.region)
+    store = open_store(identity.url, replace(options.store, region=identity.region), new=new and not known)
+    return Bucket(Patient(store, patience_s), options.store.threads, identity.node)
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a command returns: its exit code, and what is printed, as JSON or as text."""
 
@@ -5999,6 +6028,35 @@ def is_meant(snapshot: Snapshot, word: str) -> bool:
         return True
     tag, _, life = word.rpartition("@")
     return unit.tag == tag and unit.life.startswith(life)
+
+
+def put_dated(store: Patient, folder: str, document: Mapping[str, Any]) -> str:
+    """Store a document as <folder>/<UTC>.json, later than all that are there; return its key."""
+    moments = [info.key.rpartition("/")[2].removesuffix(".json") for info in store.list(f"{folder}/")]
+    newest = max(filter(is_utc, moments), default=utc(0))
+    # S3 tells whole seconds, and two commands may run at once.
+    moment = utc(store.now() + random.random())
+    key = f"{folder}/{later(moment, newest)}.json"
+    store.put(key, Body(dump_document(**document)))
+    return key
+
+
+def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
+    """Return the tag records by their keys, of each life of a tag the newest. Raises Corrupt."""
+    newest: dict[tuple[str, str], str] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for info, document in read_documents(store, f"{node}.listings/tags/"):
+        record = {"pruned": [], **document}
+        try:
+            life = typed(record, "tag", str), typed(record, "taken", str)
+            frozenset(typed(record, "listings", list) + typed(record, "pruned", list))
+        except (KeyError, TypeError) as error:
+            raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
+        # Prune writes a record anew, and then deletes the old one; where it died in between, both are there.
+        records.pop(newest.get(life, ""), None)
+        newest[life] = info.key
+        records[info.key] = record
+    return records
 
 
 @dataclass(frozen=True, slots=True)
@@ -7234,35 +7292,6 @@ class VerifyOptions(NodeChoice):
     repair: bool = False
 
 
-def put_dated(store: Patient, folder: str, document: Mapping[str, Any]) -> str:
-    """Store a document as <folder>/<UTC>.json, later than all that are there; return its key."""
-    moments = [info.key.rpartition("/")[2].removesuffix(".json") for info in store.list(f"{folder}/")]
-    newest = max(filter(is_utc, moments), default=utc(0))
-    # S3 tells whole seconds, and two commands may run at once.
-    moment = utc(store.now() + random.random())
-    key = f"{folder}/{later(moment, newest)}.json"
-    store.put(key, Body(dump_document(**document)))
-    return key
-
-
-def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
-    """Return the tag records by their keys, of each life of a tag the newest. Raises Corrupt."""
-    newest: dict[tuple[str, str], str] = {}
-    records: dict[str, dict[str, Any]] = {}
-    for info, document in read_documents(store, f"{node}.listings/tags/"):
-        record = {"pruned": [], **document}
-        try:
-            life = typed(record, "tag", str), typed(record, "taken", str)
-            frozenset(typed(record, "listings", list) + typed(record, "pruned", list))
-        except (KeyError, TypeError) as error:
-            raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
-        # Prune writes a record anew, and then deletes the old one; where it died in between, both are there.
-        records.pop(newest.get(life, ""), None)
-        newest[life] = info.key
-        records[info.key] = record
-    return records
-
-
 class Finding(NamedTuple):
     """What is wrong with an object or a listing."""
 
@@ -7951,35 +7980,6 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
 # ======================================================================================================
 # Doctor
 # ======================================================================================================
-
-
-@dataclass(frozen=True, slots=True)
-class BucketOptions:
-    """Which bucket a command uses. Without one it is the bucket that the daemon of this machine has used."""
-
-    environ: Mapping[str, str]
-    state_dir: str
-    store: StoreOptions
-    bucket: str = ""
-    prefix: str = ""
-    name: str = ""
-
-
-def open_bucket(options: BucketOptions, patience_s: float = 60.0, new: bool = False) -> Bucket:
-    """Open the bucket for a command; `new`: nothing need be in it yet. Raises Usage, Unreachable."""
-    known = load_identity(os.path.join(options.state_dir, "identity.json"))
-    bucket, prefix = options.bucket, options.prefix
-    if known and not bucket:
-        bucket, prefix = known.url, ""
-    try:
-        identity = identify(bucket, prefix, options.name, options.store.region, options.environ, known)
-    except Fault:
-        if "://" not in bucket or options.name:
-            raise
-        # A machine that cannot say who it is may still read a bucket whose URL is complete.
-        identity = Identity("", "", f"{bucket}/{prefix}".rstrip("/"), options.store.region)
-    store = open_store(identity.url, replace(options.store, region=identity.region), new=new and not known)
-    return Bucket(Patient(store, patience_s), options.store.threads, identity.node)
 
 
 @dataclass(frozen=True, slots=True)
