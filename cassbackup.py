@@ -5942,9 +5942,12 @@ def listings_of(store: Patient, node: str, strict: bool = False, folder: str = "
 
 def is_selected(unit: Unit, words: Sequence[str]) -> bool:
     """Tell whether one of ks, ks.table and ks.table-<id>, all of them globs, means this table; none means all."""
-    table = f"{unit.keyspace}.{unit.table}"
-    names = (unit.keyspace, f"{unit.keyspace}.{table_id_of(unit.table)[0]}", table)
-    return not words or any(fnmatchcase(name, word) for name in names for word in words)
+    name, _ = table_id_of(unit.table)
+    for word in words:
+        for called in (unit.keyspace, f"{unit.keyspace}.{name}", f"{unit.keyspace}.{unit.table}"):
+            if fnmatchcase(called, word):
+                return True
+    return not words
 
 
 def table_folders(store: Patient, node: str, words: Sequence[str] = (), exclude: Sequence[str] = ()) -> Iterator[str]:
@@ -5967,7 +5970,8 @@ def read_listing(store: Patient, node: str, info: ListingInfo) -> Listing[Known]
     """Read a listing. Raises Corrupt as `check_listing` does, and Missing."""
     if info.body > _LISTING_BYTES:
         raise Corrupt(f"{quote(info.key)} has {info.body} bytes", "that is no listing of ours")
-    return check_listing(node, info.key, b"".join(store.get(info.key, 0, info.body)))
+    body = b"".join(store.get(info.key, 0, info.body))
+    return check_listing(node, info.key, body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6030,30 +6034,37 @@ def is_meant(snapshot: Snapshot, word: str) -> bool:
     return unit.tag == tag and unit.life.startswith(life)
 
 
+def moment_of(key: str) -> str:
+    """Return the UTC in a key like <folder>/<UTC>.json."""
+    return key.rpartition("/")[2].removesuffix(".json")
+
+
 def put_dated(store: Patient, folder: str, document: Mapping[str, Any]) -> str:
     """Store a document as <folder>/<UTC>.json, later than all that are there; return its key."""
-    moments = [info.key.rpartition("/")[2].removesuffix(".json") for info in store.list(f"{folder}/")]
+    moments = [moment_of(info.key) for info in store.list(f"{folder}/")]
     newest = max(filter(is_utc, moments), default=utc(0))
     # S3 tells whole seconds, and two commands may run at once.
-    moment = utc(store.now() + random.random())
-    key = f"{folder}/{later(moment, newest)}.json"
+    now = utc(store.now() + random.random())
+    key = f"{folder}/{later(now, newest)}.json"
     store.put(key, Body(dump_document(**document)))
     return key
 
 
 def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
     """Return the tag records by their keys, of each life of a tag the newest. Raises Corrupt."""
-    newest: dict[tuple[str, str], str] = {}
     records: dict[str, dict[str, Any]] = {}
+    newest: dict[tuple[str, str], str] = {}  # the key of each life's record
     for info, document in read_documents(store, f"{node}.listings/tags/"):
         record = {"pruned": [], **document}
         try:
             life = typed(record, "tag", str), typed(record, "taken", str)
-            frozenset(typed(record, "listings", list) + typed(record, "pruned", list))
+            named = typed(record, "listings", list) + typed(record, "pruned", list)
+            frozenset(named)  # TypeError unless each can be a key
         except (KeyError, TypeError) as error:
             raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
         # Prune writes a record anew, and then deletes the old one; where it died in between, both are there.
-        records.pop(newest.get(life, ""), None)
+        if life in newest:
+            del records[newest[life]]
         newest[life] = info.key
         records[info.key] = record
     return records
@@ -6074,34 +6085,40 @@ class NodeInfo:
 
     def is_called(self, word: str) -> bool:
         """Tell whether a word means this node: its name, with or without the instance, its host id or an address."""
-        host = re.sub("-(i-)?[^-]*$", "", self.name)  # AWS' instance ids have a "-" themselves: db1-i-0abc
-        names = (self.name, self.name.rpartition("-")[0], host, self.host_id, *self.addresses)
-        return word != "" and word in names
+        before_last = self.name.rpartition("-")[0]
+        host = re.sub("-i-[^-]*$", "", self.name)  # AWS' instance ids have a "-" themselves: db1-i-0abc
+        names = {self.name, before_last, host, self.host_id, *self.addresses}
+        return word in names - {""}
 
 
 def node_info(store: Patient, name: str) -> NodeInfo:
     """Ask the bucket who a node is. Raises Usage where 0.1 wrote its listings; a damaged document is only logged."""
     heard = ""
     for info in store.list(f"{name}.listings/heartbeat/"):
-        heard = info.key.rpartition("/")[2].removesuffix(".json")
+        heard = moment_of(info.key)
     try:
         newest_document(store, f"{name}.listings/owner.")
         told = newest_document(store, f"{name}.listings/node.")
-        cluster, host_id, dc, rack = (str(told.get(word) or "") for word in ("cluster", "host_id", "dc", "rack"))
-        addresses, tokens = (tuple(map(str, told.get(word) or ())) for word in ("addresses", "tokens"))
+        words = {word: str(told.get(word) or "") for word in ("cluster", "host_id", "dc", "rack")}
+        addresses = tuple(map(str, told.get("addresses") or ()))
+        tokens = tuple(map(str, told.get("tokens") or ()))
+        return NodeInfo(name, heard, **words, addresses=addresses, tokens=tokens)
     except (Corrupt, TypeError) as fault:
         log.warning("skipped what tells the place in the ring node=%s error=%s", quote(name), quote(str(fault)))
         return NodeInfo(name, heard)
-    return NodeInfo(name, heard, cluster, host_id, dc, rack, addresses, tokens)
 
 
 def node_names(store: Patient) -> list[str]:
     """Return the names of the nodes that have listings."""
-    return [folder.removesuffix(".listings") for folder in store.prefixes("") if folder.endswith(".listings")]
+    folders = store.prefixes("")
+    return [folder.removesuffix(".listings") for folder in folders if folder.endswith(".listings")]
 
 
 def spread(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     """Do something with each item on so many threads; yield the results in order, and hold few of them."""
+    if threads == 1:
+        yield from map(work, items)
+        return
     pool = ThreadPoolExecutor(threads)
     waiting: deque[Future[R]] = deque()
     try:
@@ -6120,41 +6137,49 @@ def some_of(names: Sequence[str]) -> str:
     return quote(", ".join(names[:20])) or "none"
 
 
+def _no_node(store: Patient, names: Sequence[str], choice: NodeChoice) -> Missing:
+    what = "no node"
+    if choice.node:
+        what += f" {choice.node!r}"
+    if choice.cluster:
+        what += f" of cluster {choice.cluster!r}"
+    hint = f"there are {some_of(names)}"
+    prefixes = [] if names else list(store.prefixes(""))
+    if prefixes:
+        hint += f"; is a --prefix lacking? There are {some_of(prefixes)}"
+    return Missing(f"{what} in {store.url}", hint)
+
+
 def choose_nodes(bucket: Bucket, choice: NodeChoice) -> list[NodeInfo]:
-    """Return the nodes that are meant; without a word the node of this machine, else all.
+    """Return the one node that is meant; with `all_nodes` each that is. Without a word it is that of this machine.
 
     A word is a whole name, a name up to its last "-", a host id or an address, never a part of one: db1 is not db10.
-    Raises Missing, which names what there is.
+    Raises Missing, which names what there is, and Usage where several are meant and one is needed.
     """
     names = node_names(bucket.store)
     word = choice.node
-    if not word and not choice.all_nodes and not choice.cluster and bucket.here in names:
+    if bucket.here in names and not (word or choice.cluster or choice.all_nodes):
         word = bucket.here
-    work = functools.partial(node_info, bucket.store)
-    nodes = spread(work, [word] if word in names else names, bucket.threads)
-    found = [node for node in nodes if choice.cluster in ("", node.cluster) and (not word or node.is_called(word))]
-    if found:
-        return found
-    what = f"no node {word!r}" if word else "no node"
-    if choice.cluster:
-        what += f" of cluster {choice.cluster!r}"
-    raise Missing(f"{what} in {bucket.store.url}", f"there are {some_of(names)}")
-
-
-def choose_node(bucket: Bucket, choice: NodeChoice) -> NodeInfo:
-    """Return the one node that is meant. Raises Usage where several are, Missing."""
-    found = choose_nodes(bucket, choice)
-    if len(found) > 1:
-        names = some_of([node.name for node in found])
-        raise Usage(f"{len(found)} nodes match, and one is needed", f"pass --node; there are {names}")
-    return found[0]
+    asked = [word] if word in names else names
+    found = []
+    for node in spread(functools.partial(node_info, bucket.store), asked, bucket.threads):
+        is_named = not word or node.is_called(word)
+        if is_named and choice.cluster in ("", node.cluster):
+            found.append(node)
+    if not found:
+        raise _no_node(bucket.store, names, choice)
+    if len(found) > 1 and not choice.all_nodes:
+        there = some_of([node.name for node in found])
+        raise Usage(f"{len(found)} nodes match, and one is needed", f"pass --node; there are {there}")
+    return found
 
 
 def find_objects(store: Patient, keys: Iterable[str], threads: int) -> dict[str, ObjectInfo]:
     """Return what is there of these keys, each folder on a thread. LIST tells neither a CRC-32 nor a thaw."""
 
     def find(item: tuple[str, set[str]]) -> dict[str, ObjectInfo]:
-        return find_infos(store, *item)
+        folder, wanted = item
+        return find_infos(store, folder, wanted)
 
     found: dict[str, ObjectInfo] = {}
     for infos in spread(find, by_folder(keys).items(), threads):
@@ -6167,8 +6192,11 @@ def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
     # Some names are quoted already: %25 would be their % again.
     texts = [[quote(str(cell)).replace("%25", "%") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
-    return "\n".join(indent + line for line in lines)
+    lines = []
+    for row in texts:
+        cells = map(str.ljust, row, widths)
+        lines.append(indent + "  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 # ======================================================================================================
@@ -7249,7 +7277,7 @@ def check_options(options: RestoreOptions) -> None:
 def restore(bucket: Bucket, options: RestoreOptions) -> Answer:
     """Bring back tables. Exit 1: something went wrong; 3: restored, but the backup itself lacks something."""
     check_options(options)
-    node = choose_node(bucket, options)
+    [node] = choose_nodes(bucket, options)
     plan = make_plan(bucket, node, options, restore_directory(options.into))
     document, text = plan.document(), plan.text()
     refusal = plan.refusal(options.incomplete or options.schema_only)
@@ -7450,8 +7478,7 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
 
 def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     """Compare the bucket with its listings. Exit 1: something is bad; 3: something must be thawed first."""
-    chosen = choose_nodes(bucket, options) if options.all_nodes else [choose_node(bucket, options)]
-    pages = [Verification(bucket, node.name, options).run() for node in chosen]
+    pages = [Verification(bucket, node.name, options).run() for node in choose_nodes(bucket, options)]
     nodes = [page for page in pages if page]
     if not nodes:
         raise Missing("no listing matches", "`cassbackup list` shows what there is")
@@ -7967,10 +7994,8 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
         raise Usage("say what to keep", hint)
     if options.retire:
         names = [check_node_name(options.retire)]
-    elif options.all_nodes:
-        names = [node.name for node in choose_nodes(bucket, options)]
     else:
-        names = [choose_node(bucket, options).name]
+        names = [node.name for node in choose_nodes(bucket, options)]
     try:
         return _prune_nodes(bucket, names, options)
     except sqlite3.Error as error:
@@ -8402,7 +8427,8 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
     now = bucket.store.now()
     begin = now - max(1, options.days) * 86400.0
     histories = {}
-    for name in [node.name for node in choose_nodes(bucket, options)]:
+    chosen = choose_nodes(bucket, replace(options, all_nodes=True))
+    for name in [node.name for node in chosen]:
         history = History(bucket, name, begin, now, options.table)
         if history.tables:
             histories[name] = history
@@ -8800,7 +8826,7 @@ def _node_text(page: Mapping[str, Any]) -> str:
 
 def list_(bucket: Bucket, options: ListOptions) -> Answer:
     """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches; 3: something bad or gone."""
-    nodes = choose_nodes(bucket, replace(options, all_nodes=not options.node))
+    nodes = choose_nodes(bucket, replace(options, all_nodes=True))
     pages = list(spread(functools.partial(_list_node, bucket, options), nodes, bucket.threads))
     rows: list[Sequence[str]] = [("node", "cluster", "addresses", "last heard of", "newest snapshot")]
     found, wrong = 0, set[str]()
