@@ -6738,7 +6738,8 @@ class Reader:
     threads: int
     node: str
     bad: frozenset[str]
-    lacking: list[str] = field(default_factory=list)  # what was not to be read; many threads append to it
+    # What cannot be read, or was lost. Several threads append to it: that a list takes at once, without a lock.
+    lacking: list[str] = field(default_factory=list)
 
     def read(self, infos: Sequence[ListingInfo]) -> Listing[Known]:
         """Add up listings of one unit. One that cannot be read is lacking, unless the others are complete."""
