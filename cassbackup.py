@@ -338,6 +338,12 @@ class Listing(Generic[Entry]):
         """Return the bytes of all files."""
         return sum(entry.fingerprint.size for entry in self.files)
 
+    @property
+    def lacks(self) -> list[str]:
+        """Return the names of the files that it should have and has not, without their directories."""
+        names = [*self.missing, *(lost.name for lost in self.lost)]
+        return sorted({name.rpartition("/")[2] for name in names})
+
 
 # ======================================================================================================
 # Names
@@ -2271,7 +2277,8 @@ class Nodetool:
         except OSError as error:
             raise Usage(f"{name} cannot be run ({error.strerror})", "pass --nodetool") from None
         except subprocess.TimeoutExpired:
-            raise Fault(f"{name} {words[0]} did not answer in {self._timeout_s:.0f} s") from None
+            what = f"{name} {words[0]} did not answer in {self._timeout_s:.0f} s"
+            raise Fault(what, "is Cassandra up and answering? `nodetool status` should take a second") from None
         if not done.returncode:
             return done.stdout
         # It complains on either stream, and the JVM's warnings come first.
@@ -2292,16 +2299,6 @@ class Nodetool:
     def incremental_backup(self) -> bool:
         """Tell whether Cassandra links what it flushes, and what it imports, into backups/."""
         return re.search(r"^running\s*$", self("statusbackup"), re.M) is not None
-
-    def knows(self, *tables: str) -> bool:
-        """Tell whether Cassandra has all these tables, each as keyspace.table. Each call is the start of a JVM."""
-        try:
-            self("tablestats", *tables)
-        except Usage:
-            raise
-        except Fault:
-            return False
-        return True
 
 
 def cassandra_pids() -> list[str]:
@@ -5851,6 +5848,35 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
+class BucketOptions:
+    """Which bucket a command uses. Without one it is the bucket that the daemon of this machine has used."""
+
+    environ: Mapping[str, str]
+    state_dir: str
+    store: StoreOptions
+    bucket: str = ""
+    prefix: str = ""
+    name: str = ""
+
+
+def open_bucket(options: BucketOptions, patience_s: float = 60.0, new: bool = False) -> Bucket:
+    """Open the bucket for a command; `new`: nothing need be in it yet. Raises Usage, Unreachable."""
+    known = load_identity(os.path.join(options.state_dir, "identity.json"))
+    bucket, prefix = options.bucket, options.prefix
+    if known and not bucket:
+        bucket, prefix = known.url, ""
+    try:
+        identity = identify(bucket, prefix, options.name, options.store.region, options.environ, known)
+    except Fault:
+        if "://" not in bucket or options.name:
+            raise
+        # A machine that cannot say who it is may still read a bucket whose URL is complete.
+        identity = Identity("", "", f"{bucket}/{prefix}".rstrip("/"), options.store.region)
+    store = open_store(identity.url, replace(options.store, region=identity.region), new=new and not known)
+    return Bucket(Patient(store, patience_s), options.store.threads, identity.node)
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a command returns: its exit code, and what is printed, as JSON or as text."""
 
@@ -5935,9 +5961,12 @@ def listings_of(store: Patient, node: str, strict: bool = False, folder: str = "
 
 def is_selected(unit: Unit, words: Sequence[str]) -> bool:
     """Tell whether one of ks, ks.table and ks.table-<id>, all of them globs, means this table; none means all."""
-    table = f"{unit.keyspace}.{unit.table}"
-    names = (unit.keyspace, f"{unit.keyspace}.{table_id_of(unit.table)[0]}", table)
-    return not words or any(fnmatchcase(name, word) for name in names for word in words)
+    name, _ = table_id_of(unit.table)
+    for word in words:
+        for called in (unit.keyspace, f"{unit.keyspace}.{name}", f"{unit.keyspace}.{unit.table}"):
+            if fnmatchcase(called, word):
+                return True
+    return not words
 
 
 def table_folders(store: Patient, node: str, words: Sequence[str] = (), exclude: Sequence[str] = ()) -> Iterator[str]:
@@ -5960,7 +5989,8 @@ def read_listing(store: Patient, node: str, info: ListingInfo) -> Listing[Known]
     """Read a listing. Raises Corrupt as `check_listing` does, and Missing."""
     if info.body > _LISTING_BYTES:
         raise Corrupt(f"{quote(info.key)} has {info.body} bytes", "that is no listing of ours")
-    return check_listing(node, info.key, b"".join(store.get(info.key, 0, info.body)))
+    body = b"".join(store.get(info.key, 0, info.body))
+    return check_listing(node, info.key, body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6023,6 +6053,42 @@ def is_meant(snapshot: Snapshot, word: str) -> bool:
     return unit.tag == tag and unit.life.startswith(life)
 
 
+def moment_of(key: str) -> str:
+    """Return the UTC in a key like <folder>/<UTC>.json."""
+    return key.rpartition("/")[2].removesuffix(".json")
+
+
+def put_dated(store: Patient, folder: str, document: Mapping[str, Any]) -> str:
+    """Store a document as <folder>/<UTC>.json, later than all that are there; return its key."""
+    moments = [moment_of(info.key) for info in store.list(f"{folder}/")]
+    newest = max(filter(is_utc, moments), default=utc(0))
+    # S3 tells whole seconds, and two commands may run at once.
+    now = utc(store.now() + random.random())
+    key = f"{folder}/{later(now, newest)}.json"
+    store.put(key, Body(dump_document(**document)))
+    return key
+
+
+def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
+    """Return the tag records by their keys, of each life of a tag the newest. Raises Corrupt."""
+    records: dict[str, dict[str, Any]] = {}
+    newest: dict[tuple[str, str], str] = {}  # the key of each life's record
+    for info, document in read_documents(store, f"{node}.listings/tags/"):
+        record = {"pruned": [], **document}
+        try:
+            life = typed(record, "tag", str), typed(record, "taken", str)
+            named = typed(record, "listings", list) + typed(record, "pruned", list)
+            frozenset(named)  # TypeError unless each can be a key
+        except (KeyError, TypeError) as error:
+            raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
+        # Prune writes a record anew, and then deletes the old one; where it died in between, both are there.
+        if life in newest:
+            del records[newest[life]]
+        newest[life] = info.key
+        records[info.key] = record
+    return records
+
+
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
     """What the bucket tells of a node: its place in the ring (node.<UTC>.json), and when it was last heard of."""
@@ -6038,34 +6104,40 @@ class NodeInfo:
 
     def is_called(self, word: str) -> bool:
         """Tell whether a word means this node: its name, with or without the instance, its host id or an address."""
-        host = re.sub("-(i-)?[^-]*$", "", self.name)  # AWS' instance ids have a "-" themselves: db1-i-0abc
-        names = (self.name, self.name.rpartition("-")[0], host, self.host_id, *self.addresses)
-        return word != "" and word in names
+        before_last = self.name.rpartition("-")[0]
+        host = re.sub("-i-[^-]*$", "", self.name)  # AWS' instance ids have a "-" themselves: db1-i-0abc
+        names = {self.name, before_last, host, self.host_id, *self.addresses}
+        return word in names - {""}
 
 
 def node_info(store: Patient, name: str) -> NodeInfo:
     """Ask the bucket who a node is. Raises Usage where 0.1 wrote its listings; a damaged document is only logged."""
     heard = ""
     for info in store.list(f"{name}.listings/heartbeat/"):
-        heard = info.key.rpartition("/")[2].removesuffix(".json")
+        heard = moment_of(info.key)
     try:
         newest_document(store, f"{name}.listings/owner.")
         told = newest_document(store, f"{name}.listings/node.")
-        cluster, host_id, dc, rack = (str(told.get(word) or "") for word in ("cluster", "host_id", "dc", "rack"))
-        addresses, tokens = (tuple(map(str, told.get(word) or ())) for word in ("addresses", "tokens"))
+        words = {word: str(told.get(word) or "") for word in ("cluster", "host_id", "dc", "rack")}
+        addresses = tuple(map(str, told.get("addresses") or ()))
+        tokens = tuple(map(str, told.get("tokens") or ()))
+        return NodeInfo(name, heard, **words, addresses=addresses, tokens=tokens)
     except (Corrupt, TypeError) as fault:
         log.warning("skipped what tells the place in the ring node=%s error=%s", quote(name), quote(str(fault)))
         return NodeInfo(name, heard)
-    return NodeInfo(name, heard, cluster, host_id, dc, rack, addresses, tokens)
 
 
 def node_names(store: Patient) -> list[str]:
     """Return the names of the nodes that have listings."""
-    return [folder.removesuffix(".listings") for folder in store.prefixes("") if folder.endswith(".listings")]
+    folders = store.prefixes("")
+    return [folder.removesuffix(".listings") for folder in folders if folder.endswith(".listings")]
 
 
 def spread(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     """Do something with each item on so many threads; yield the results in order, and hold few of them."""
+    if threads == 1:
+        yield from map(work, items)
+        return
     pool = ThreadPoolExecutor(threads)
     waiting: deque[Future[R]] = deque()
     try:
@@ -6084,41 +6156,49 @@ def some_of(names: Sequence[str]) -> str:
     return quote(", ".join(names[:20])) or "none"
 
 
+def _no_node(store: Patient, names: Sequence[str], choice: NodeChoice) -> Missing:
+    what = "no node"
+    if choice.node:
+        what += f" {choice.node!r}"
+    if choice.cluster:
+        what += f" of cluster {choice.cluster!r}"
+    hint = f"there are {some_of(names)}"
+    prefixes = [] if names else list(store.prefixes(""))
+    if prefixes:
+        hint += f"; is a --prefix lacking? There are {some_of(prefixes)}"
+    return Missing(f"{what} in {store.url}", hint)
+
+
 def choose_nodes(bucket: Bucket, choice: NodeChoice) -> list[NodeInfo]:
-    """Return the nodes that are meant; without a word the node of this machine, else all.
+    """Return the one node that is meant; with `all_nodes` each that is. Without a word it is that of this machine.
 
     A word is a whole name, a name up to its last "-", a host id or an address, never a part of one: db1 is not db10.
-    Raises Missing, which names what there is.
+    Raises Missing, which names what there is, and Usage where several are meant and one is needed.
     """
     names = node_names(bucket.store)
     word = choice.node
-    if not word and not choice.all_nodes and not choice.cluster and bucket.here in names:
+    if bucket.here in names and not (word or choice.cluster or choice.all_nodes):
         word = bucket.here
-    work = functools.partial(node_info, bucket.store)
-    nodes = spread(work, [word] if word in names else names, bucket.threads)
-    found = [node for node in nodes if choice.cluster in ("", node.cluster) and (not word or node.is_called(word))]
-    if found:
-        return found
-    what = f"no node {word!r}" if word else "no node"
-    if choice.cluster:
-        what += f" of cluster {choice.cluster!r}"
-    raise Missing(f"{what} in {bucket.store.url}", f"there are {some_of(names)}")
-
-
-def choose_node(bucket: Bucket, choice: NodeChoice) -> NodeInfo:
-    """Return the one node that is meant. Raises Usage where several are, Missing."""
-    found = choose_nodes(bucket, choice)
-    if len(found) > 1:
-        names = some_of([node.name for node in found])
-        raise Usage(f"{len(found)} nodes match, and one is needed", f"pass --node; there are {names}")
-    return found[0]
+    asked = [word] if word in names else names
+    found = []
+    for node in spread(functools.partial(node_info, bucket.store), asked, bucket.threads):
+        is_named = not word or node.is_called(word)
+        if is_named and choice.cluster in ("", node.cluster):
+            found.append(node)
+    if not found:
+        raise _no_node(bucket.store, names, choice)
+    if len(found) > 1 and not choice.all_nodes:
+        there = some_of([node.name for node in found])
+        raise Usage(f"{len(found)} nodes match, and one is needed", f"pass --node; there are {there}")
+    return found
 
 
 def find_objects(store: Patient, keys: Iterable[str], threads: int) -> dict[str, ObjectInfo]:
     """Return what is there of these keys, each folder on a thread. LIST tells neither a CRC-32 nor a thaw."""
 
     def find(item: tuple[str, set[str]]) -> dict[str, ObjectInfo]:
-        return find_infos(store, *item)
+        folder, wanted = item
+        return find_infos(store, folder, wanted)
 
     found: dict[str, ObjectInfo] = {}
     for infos in spread(find, by_folder(keys).items(), threads):
@@ -6131,8 +6211,11 @@ def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
     # Some names are quoted already: %25 would be their % again.
     texts = [[quote(str(cell)).replace("%25", "%") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
-    return "\n".join(indent + line for line in lines)
+    lines = []
+    for row in texts:
+        cells = map(str.ljust, row, widths)
+        lines.append(indent + "  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 # ======================================================================================================
@@ -6172,24 +6255,24 @@ def origin_of(unit: Unit, entry: Known) -> tuple[str, str]:
 
     Raises Corrupt for what Cassandra cannot have written: a listing comes from outside, and becomes paths here.
     """
-    where = f"snapshots/{unit.tag}" if unit.kind == "snapshot" else "backups"
-    home, found, below = entry.directory.rpartition(f"/{unit.keyspace}/{unit.table}/{where}")
-    path = f"{entry.directory}/{entry.name}/{table_id_of(unit.table)[0]}"
-    inside = found and home and below[:1] in ("", "/")
-    if not inside or entry.mode > 0o777 or not _PLAIN_PATH.fullmatch(path):
+    where = "backups"
+    if unit.kind == "snapshot":
+        where = f"snapshots/{unit.tag}"
+    home, _, below = entry.directory.rpartition(f"/{unit.keyspace}/{unit.table}/{where}")
+    is_inside = home != "" and below[:1] in ("", "/")
+    path = f"{entry.directory}/{entry.name}"
+    name, _ = table_id_of(unit.table)  # a part of the path that a file is staged under
+    is_plain = _PLAIN_PATH.fullmatch(f"{path}/{name}")
+    if not is_inside or not is_plain or entry.mode > 0o777:
         raise Corrupt(f"a listing names {quote(path)}, mode {entry.mode:o}", "a restore cannot put that anywhere")
-    return home, f"{below[1:]}/" if below else ""
+    if not below:
+        return home, ""
+    return home, f"{below[1:]}/"
 
 
 def written_at(entry: Known) -> float:
     """Return when a file was last written, in seconds since 1970."""
     return entry.fingerprint.mtime_ns / 1e9
-
-
-def lacks_of(listing: Listing[Known]) -> list[str]:
-    """Return the names of the files that a listing should have and has not, without their directories."""
-    names = [*listing.missing, *(lost.name for lost in listing.lost)]
-    return sorted({name.rpartition("/")[2] for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -6219,9 +6302,13 @@ class SSTable:
     @property
     def age(self) -> Age:
         """Return what sorts SSTables of one table: numbers, and after them UUIDs, whose text sorts by time."""
-        words = self.name.rpartition("/")[2].split("-")
-        number = words[-1] if words[-1].isdecimal() else words[1]  # <ks>-<table>-ka-1 until 2.1
-        return (0, int(number), "") if number.isdecimal() else (1, 0, number)
+        words = os.path.basename(self.name).split("-")
+        number = words[1]
+        if words[-1].isdecimal():
+            number = words[-1]  # <ks>-<table>-ka-1 until 2.1
+        if number.isdecimal():
+            return 0, int(number), ""
+        return 1, 0, number
 
 
 def sstables_of(listing: Listing[Known]) -> list[SSTable]:
@@ -6231,14 +6318,18 @@ def sstables_of(listing: Listing[Known]) -> list[SSTable]:
         split = sstable_of(entry.name)
         home, folder = origin_of(listing.unit, entry)
         if split:
-            found.setdefault((home, folder + split[0]), {})[entry.name] = entry
-    lacking = lacks_of(listing)
+            components = found.setdefault((home, folder + split[0]), {})
+            components[entry.name] = entry
     sstables = []
-    for (home, name), files in found.items():
-        first = name.rpartition("/")[2] + "-"
-        gone = [one for one in lacking if one.startswith(first) and one not in files]
-        complete = f"{first}Data.db" in files and not gone
-        sstables.append(SSTable(home, name, listing.taken, tuple(files.values()), complete))
+    lacking = listing.lacks
+    for (home, name), components in found.items():
+        first = os.path.basename(name) + "-"
+        complete = f"{first}Data.db" in components
+        for one in lacking:
+            if one.startswith(first) and one not in components:
+                complete = False
+        files = tuple(components.values())
+        sstables.append(SSTable(home, name, listing.taken, files, complete))
     return sstables
 
 
@@ -6283,8 +6374,13 @@ def end_of(listing: Listing[Known]) -> float:
 def base_on(listing: Listing[Known], created: float = 0.0) -> Base:
     """Return a snapshot as a base. `created` is created_at of its manifest in seconds, 0.0 where it has none."""
     end = end_of(listing)
-    start = created if 0 < created <= end else end - 3600.0
-    newest = max((one.age for one in sstables_of(listing) if "/" not in one.name), default=_NO_AGE)
+    start = end - 3600.0
+    if 0 < created <= end:
+        start = created  # links may be throttled (nodetool setsnapshotthrottle): then a snapshot takes hours
+    newest = _NO_AGE
+    for one in sstables_of(listing):
+        if "/" not in one.name:  # an index counts its own numbers
+            newest = max(newest, one.age)
     return Base(start - _SLACK_S, end, listing, newest)
 
 
@@ -6298,33 +6394,41 @@ def _may_be_base(snapshot: Snapshot, before: float) -> bool:
 def choose_base(
     snapshots: Sequence[Snapshot],
     before: float,
-    read: Callable[[Snapshot], Listing[Known] | None],
+    read: Callable[[Snapshot], Listing[Known]],
     created: Callable[[Listing[Known]], float],
 ) -> Base:
     """Return what a restore of one table to a moment begins with.
 
     That is the newest complete snapshot that had ended by then, but none that ended before the table was emptied:
     from there on nothing older belongs to it, however soon a snapshot followed. The tag tells whole milliseconds, and
-    what was flushed within that one is older. `read` returns None for a snapshot that cannot be read.
+    what was flushed within that one is older.
     """
-    emptied = max((at for one in snapshots if (at := emptied_at(one.unit)) <= before), default=0.0)
+    emptied, last = 0.0, None
+    for one in snapshots:
+        moment = emptied_at(one.unit)
+        if emptied < moment <= before:
+            emptied, last = moment, one
     best: Listing[Known] | None = None
     end = emptied
     for one in sorted(snapshots, key=lambda one: one.newest.listed, reverse=True):
         if seconds_of(one.newest.listed) <= end:
             break  # it had ended when it was listed
-        listing = read(one) if _may_be_base(one, before) else None
-        if listing and listing.complete and end < end_of(listing) <= before:
+        if not _may_be_base(one, before):
+            continue
+        listing = read(one)
+        if listing.complete and end < end_of(listing) <= before:
             best, end = listing, end_of(listing)
     if best:
         base = base_on(best, created(best))
         return replace(base, start=max(base.start, emptied + 0.001))
-    for one in snapshots:
-        if emptied > 0 and emptied_at(one.unit) == emptied:
-            listing = read(one) if one.complete else None
-            newest = base_on(listing).newest if listing else None
-            return Base(emptied + 0.001, emptied, None, newest, not one.unit.tag.startswith("truncated-"))
-    return Base()
+    if not last:
+        return Base()
+    newest = None
+    if last.complete:
+        listing = read(last)
+        newest = base_on(listing).newest if listing.complete else None
+    dropped = not last.unit.tag.startswith("truncated-")
+    return Base(emptied + 0.001, emptied, newest=newest, dropped=dropped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6342,7 +6446,8 @@ class Chosen:
     @property
     def called(self) -> tuple[str, str]:
         """Return keyspace and table, as an operator calls it: without its id."""
-        return self.keyspace, table_id_of(self.table)[0]
+        name, _ = table_id_of(self.table)
+        return self.keyspace, name
 
     def __str__(self) -> str:
         return f"{quote(self.keyspace)}.{quote(self.table)}"
@@ -6351,51 +6456,73 @@ class Chosen:
     def why(self) -> str:
         """Say what the table is restored from."""
         text = "no snapshot"
-        if self.base.listing:
-            unit = self.base.listing.unit
-            state = "" if self.base.listing.complete else "INCOMPLETE "
-            text = f"{state}snapshot {quote(unit.tag)}@{unit.life}, ended {utc(self.base.end)}"
+        listing = self.base.listing
+        if listing:
+            state = "" if listing.complete else "INCOMPLETE "
+            snapshot = f"{quote(listing.unit.tag)}@{listing.unit.life}"
+            text = f"{state}snapshot {snapshot}, ended {utc(self.base.end)}"
         elif self.base.end:
             text = f"empty since it was truncated or dropped at {utc(self.base.end)}"
-        return f"{text}, and {self.added} SSTables of backups/" if self.added else text
+        if self.added:
+            text += f", and {self.added} SSTables of backups/"
+        return text
 
 
 def schema_in(listing: Listing[Known]) -> Known | None:
     """Return the schema.cql of a snapshot; each of several data directories may have the same one."""
-    schemas = (entry for entry in listing.files if entry.name == SCHEMA)
-    return next(schemas, None)
+    for entry in listing.files:
+        if entry.name == SCHEMA:
+            return entry
+    return None
 
 
-def _lacks(listings: Iterable[Listing[Known]], before: float) -> Iterator[str]:
-    """Yield what a snapshot lacks, and each Data.db that was written by a moment under a name of no known format."""
-    for listing in listings:
-        if listing.unit.kind == "snapshot" and not listing.complete:
-            names = " ".join(lacks_of(listing)) or "files that nothing names"
-            yield f"its snapshot is not complete: it lacks {quote(names)}"
-        for entry in listing.files:
-            odd = entry.name.endswith("-Data.db") and not sstable_of(entry.name)
-            if odd and written_at(entry) <= before:
-                yield f"skipping {quote(entry.name)}: not an SSTable name"
+def _lacks(listing: Listing[Known], before: float) -> Iterator[str]:
+    """Yield what a listing lacks of a table as it was at a moment, but for single components of backups/."""
+    if listing.unit.kind == "snapshot" and not listing.complete:
+        names = " ".join(listing.lacks) or "files that nothing names"
+        yield f"its snapshot is not complete: it lacks {quote(names)}"
+    if listing.unit.kind == "incremental" and listing.lost:
+        # When its files were written nobody knows any more, but hardly any was long before they were found.
+        found = seconds_of(listing.taken)
+        if found - _SLACK_S <= before:
+            names = some_of([lost.name for lost in listing.lost])
+            yield f"{len(listing.lost)} files of backups/ were lost before they were stored: {names}"
+    for entry in listing.files:
+        is_odd = entry.name.endswith("-Data.db") and not sstable_of(entry.name)
+        if is_odd and written_at(entry) <= before:
+            yield f"skipping {quote(entry.name)}: not an SSTable name"
 
 
 def choose_at(
-    keyspace: str, table: str, base: Base, batches: Sequence[Listing[Known]], before: float = math.inf
+    keyspace: str, table: str, base: Base, batches: Iterable[Listing[Known]], before: float = math.inf
 ) -> Chosen:
-    """Choose the SSTables of a table as it was at a moment, from its base and its listings of backups/."""
-    of_base = [base.listing] if base.listing else []
-    chosen = {one.identity: one for listing in of_base for one in sstables_of(listing) if one.complete}
-    count = len(chosen)
-    fitting = [one for batch in batches for one in sstables_of(batch) if base.adds(one, before)]
-    for one in fitting:
-        if one.complete:
-            chosen.setdefault(one.identity, one)
+    """Choose the SSTables of a table as it was at a moment, from its base and its listings of backups/.
+
+    Of a busy table there are many listings, so they are read one by one and none is held.
+    """
+    chosen: dict[tuple[object, ...], SSTable] = {}
+    lacking: list[str] = []
+    if base.listing:
+        lacking += _lacks(base.listing, before)
+        chosen = {one.identity: one for one in sstables_of(base.listing) if one.complete}
+    of_base = len(chosen)
+    broken: list[SSTable] = []
+    for batch in batches:
+        lacking += _lacks(batch, before)
+        for one in sstables_of(batch):
+            if not base.adds(one, before):
+                continue
+            if one.complete:
+                chosen.setdefault(one.identity, one)
+            else:
+                broken.append(one)
     there = {(entry.name, entry.crc32) for one in chosen.values() for entry in one.files}
-    lacking = dict.fromkeys(_lacks([*of_base, *batches], before))
-    for one in fitting:
-        if not one.complete and any((entry.name, entry.crc32) not in there for entry in one.files):
-            lacking[f"skipping {quote(one.name)} of backups/: it lacks a component"] = None
+    for one in broken:
+        if any((entry.name, entry.crc32) not in there for entry in one.files):
+            lacking.append(f"skipping {quote(one.name)} of backups/: it lacks a component")
     schema = schema_in(base.listing) if base.listing else None
-    return Chosen(keyspace, table, tuple(chosen.values()), base, len(chosen) - count, schema, tuple(lacking))
+    added = len(chosen) - of_base
+    return Chosen(keyspace, table, tuple(chosen.values()), base, added, schema, tuple(dict.fromkeys(lacking)))
 
 
 def created_at(table: str) -> float:
@@ -6407,36 +6534,25 @@ def created_at(table: str) -> float:
     return (ticks - _UUID_EPOCH) / 1e7
 
 
-class _Claim(NamedTuple):
-    """What speaks for one of several tables of one name, the strongest first."""
-
-    created: bool  # by the moment, as its id says
-    known: bool  # something of it was seen by then; or it was flushed, though seen late, after the other's drop
-    there: bool  # it was not dropped, or has come back since
-    newest: float  # when it was last snapshotted or flushed
-
-
-def _claim(one: Chosen, before: float, drop: float) -> _Claim:
-    written = max((sstable.written for sstable in one.sstables), default=0.0)
-    known = one.base.end > 0 or 0 < drop < written
-    if not known:
-        known = any(sstable.seen <= utc(before) for sstable in one.sstables)
-    there = bool(one.sstables) or not one.base.dropped
-    created = created_at(one.table) <= before
-    return _Claim(created, known, there, max(one.base.end, written))
-
-
 def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
     """Keep of each name the table that lived at a moment: one that was dropped and made again has two ids."""
-    names: dict[tuple[str, str], list[Chosen]] = {}
+
+    def claim(one: Chosen) -> tuple[bool, bool, float]:
+        """Return what speaks for a table, the strongest first."""
+        is_created = created_at(one.table) <= before
+        # schema.cql gives a table the id that it had: dropped, it may have come back.
+        is_there = not one.base.dropped or len(one.sstables) > 0
+        newest = one.base.end
+        for sstable in one.sstables:
+            newest = max(newest, sstable.written)
+        return is_created, is_there, newest
+
+    living: dict[tuple[str, str], Chosen] = {}
     for one in tables:
-        if one.base.end or one.sstables:
-            names.setdefault(one.called, []).append(one)
-    living = []
-    for same in names.values():
-        drop = max(one.base.end if one.base.dropped else 0.0 for one in same)
-        living.append(max(same, key=functools.partial(_claim, before=before, drop=drop)))
-    return living
+        if one.base.end or one.sstables:  # else nothing was heard of it by then
+            rival = living.setdefault(one.called, one)
+            living[one.called] = max(rival, one, key=claim)
+    return list(living.values())
 
 
 # ======================================================================================================
@@ -6486,6 +6602,11 @@ class Placed(NamedTuple):
         """Return the file's bytes."""
         return self.entry.fingerprint.size
 
+    @property
+    def whole_path(self) -> str:
+        """Return the file's absolute path."""
+        return os.path.join(self.root, self.path)
+
 
 @functools.lru_cache(1000)
 def _owner_ids(user: str, group: str) -> tuple[int, int]:
@@ -6501,11 +6622,12 @@ def _owner_ids(user: str, group: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def open_folder(root: str, parts: Sequence[str], owner: tuple[int, int]) -> Iterator[int]:
-    """Open root/part/part, and make what is not there; nothing below the root may be a symbolic link."""
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def open_folder(placed: Placed) -> Iterator[int]:
+    """Open a file's directory, and make what is not there; nothing below the root may be a symbolic link."""
+    fd = os.open(placed.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    owner = _owner_ids(placed.entry.user, placed.entry.group)
     try:
-        for part in parts:
+        for part in placed.path.split("/")[:-1]:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(part, 0o755, dir_fd=fd)
                 if os.geteuid() == 0:
@@ -6519,11 +6641,6 @@ def open_folder(root: str, parts: Sequence[str], owner: tuple[int, int]) -> Iter
         os.close(fd)
 
 
-def _crc32_of(fd: int) -> str:
-    with open(fd, "rb", buffering=0, closefd=False) as file:
-        return crc32_of(iter(lambda: file.read(MIB), b""))
-
-
 def _is_restored(name: str, entry: Known, folder: int) -> bool:
     """Tell whether a file is there already. Raises Conflict if it is another one, which is never overwritten."""
     try:
@@ -6533,8 +6650,10 @@ def _is_restored(name: str, entry: Known, folder: int) -> bool:
         return False
     try:
         info = os.fstat(fd)
-        if stat.S_ISREG(info.st_mode) and info.st_size == entry.fingerprint.size and _crc32_of(fd) == entry.crc32:
-            return True
+        if stat.S_ISREG(info.st_mode) and info.st_size == entry.fingerprint.size:
+            pieces = iter(lambda: os.read(fd, MIB), b"")
+            if crc32_of(pieces) == entry.crc32:
+                return True
     finally:
         os.close(fd)
     raise Conflict(f"{quote(name)} has other content", "move it away, or choose another --into")
@@ -6559,110 +6678,95 @@ def _fetch(store: Patient, entry: Known, fd: int, threads: int) -> None:
     """Fetch an object into an empty file; then owner, mode and time, and all of it durable. Raises Corrupt."""
     starts = range(0, max(1, entry.fingerprint.size), _RANGE_BYTES)
     work = functools.partial(_fetch_range, store, entry, fd)
-    ranges = map(work, starts) if len(starts) == 1 else spread(work, starts, threads)
-    crc32 = 0
-    for part, size in ranges:  # the first fault ends all of them: the rest of 300 GB need not come
-        crc32 = crc32_combine(crc32, part, size)
-    if hex32(crc32) != entry.crc32:
-        what = f"{entry.key} has CRC-32 {hex32(crc32)}, listed as {entry.crc32}"
+    whole = 0
+    for crc32, size in spread(work, starts, threads):  # the first fault ends all: the rest of 300 GB need not come
+        whole = crc32_combine(whole, crc32, size)
+    if hex32(whole) != entry.crc32:
+        what = f"{entry.key} has CRC-32 {hex32(whole)}, listed as {entry.crc32}"
         raise Corrupt(what, "run cassbackup verify --deep")
     if os.geteuid() == 0:
         os.fchown(fd, *_owner_ids(entry.user, entry.group))
+    mtime_ns = entry.fingerprint.mtime_ns
     os.fchmod(fd, entry.mode & 0o777)
-    os.utime(fd, ns=(entry.fingerprint.mtime_ns, entry.fingerprint.mtime_ns))
+    os.utime(fd, ns=(mtime_ns, mtime_ns))
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _arrive(store: Patient, folder: int, placed: Placed, threads: int) -> None:
+def _arrive(store: Patient, entry: Known, folder: int, name: str, threads: int) -> None:
     """Fetch a file under another name; it gets its own by link(2), which never overwrites. Raises Corrupt, OSError."""
-    name = placed.path.rpartition("/")[2]
     temporary = f".cassbackup-{hash_name(name)}"
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
-        _fetch(store, placed.entry, fd, threads)
+        _fetch(store, entry, fd, threads)
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     finally:
         os.close(fd)
         os.unlink(temporary, dir_fd=folder)
 
 
-def receive(store: Patient, folder: int, placed: Placed, threads: int) -> str:
+def receive(store: Patient, threads: int, placed: Placed) -> str:
     """Restore a file, unless it is there; return what went wrong, or ""."""
+    entry, name = placed.entry, os.path.basename(placed.path)
     try:
-        if _is_restored(placed.path.rpartition("/")[2], placed.entry, folder):
-            return ""
-        try:
-            _arrive(store, folder, placed, threads)
-        except Corrupt:  # what was damaged on its way comes right the second time
-            _arrive(store, folder, placed, threads)
+        with open_folder(placed) as folder:
+            if _is_restored(name, entry, folder):
+                return ""
+            try:
+                _arrive(store, entry, folder, name, threads)
+            except Corrupt:  # what was damaged on its way comes right the second time
+                _arrive(store, entry, folder, name, threads)
     except (Corrupt, Missing, Conflict, OSError) as error:
         return str(error)
     return ""
 
 
-def receive_batch(store: Patient, threads: int, batch: Sequence[Placed]) -> list[tuple[Placed, str]]:
-    """Restore some files of one directory; return what went wrong with each, or ""."""
-    first = batch[0]
-    folders = first.path.split("/")[:-1]
-    try:
-        with open_folder(first.root, folders, _owner_ids(first.entry.user, first.entry.group)) as folder:
-            results = [(one, receive(store, folder, one, threads)) for one in batch]
-            os.fsync(folder)
-            return results
-    except OSError as error:
-        return [(one, str(error)) for one in batch]
-
-
-def _folder_of(placed: Placed) -> FilePath:
-    return placed.root, placed.path.rpartition("/")[0]
-
-
-def batches_of(files: Iterable[Placed]) -> Iterator[list[Placed]]:
-    """Yield the files of each directory, sixteen at a time: its path is walked once for them all."""
-    for _, same in itertools.groupby(sorted(files, key=_folder_of), key=_folder_of):
-        while batch := list(itertools.islice(same, 16)):
-            yield batch
-
-
 def receive_all(bucket: Bucket, files: Sequence[Placed]) -> dict[str, str]:
     """Restore files, large ones one after the other with all threads; return what went wrong, by path."""
-    large = ([one] for one in files if one.size > _RANGE_BYTES)
-    small = batches_of(one for one in files if one.size <= _RANGE_BYTES)
-    of_large = map(functools.partial(receive_batch, bucket.store, bucket.threads), large)
-    of_small = spread(functools.partial(receive_batch, bucket.store, 1), small, bucket.threads)
+    large = [one for one in files if one.size > _RANGE_BYTES]
+    small = [one for one in files if one.size <= _RANGE_BYTES]
+    of_large = map(functools.partial(receive, bucket.store, bucket.threads), large)
+    of_small = spread(functools.partial(receive, bucket.store, 1), small, bucket.threads)
     wrong: dict[str, str] = {}
     done, said = 0, time.monotonic()
-    for placed, why in itertools.chain.from_iterable(itertools.chain(of_large, of_small)):
+    for placed, why in zip(large + small, itertools.chain(of_large, of_small), strict=True):
         done += placed.size
         if why:
-            path = os.path.join(placed.root, placed.path)
+            path = placed.whole_path
             wrong[path] = why
             log.error("not restored path=%s error=%s", quote(path), quote(why))
         if time.monotonic() - said > 10:
             said = time.monotonic()
             log.info("restoring done=%s", quote(size_text(done)))
-    return wrong
+    if wrong:
+        return wrong
+    # The bytes of all files are durable, and now their names, too.
+    folders = {os.path.dirname(one.whole_path): one for one in files}
+    for one in folders.values():
+        with open_folder(one) as folder:
+            os.fsync(folder)
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------------
 # What is restored
 
 
-Selection = tuple[list[Chosen], list[str]]  # what was chosen of some tables; which listings could not be read
-
-
-class Reader(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reader:
     """Reads a node's listings as far as they can be read, without the entries that are marked bad."""
 
     store: Patient
+    threads: int
     node: str
     bad: frozenset[str]
+    # What cannot be read, or was lost. Several threads append to it: that a list takes at once, without a lock.
+    lacking: list[str] = field(default_factory=list)
 
-    def read(self, infos: Iterable[ListingInfo]) -> tuple[Listing[Known] | None, list[str]]:
-        """Add up listings of one unit; return also what could not be read, unless the rest is complete without it."""
+    def read(self, infos: Sequence[ListingInfo]) -> Listing[Known]:
+        """Add up listings of one unit. One that cannot be read is lacking, unless the others are complete."""
         listings: list[Listing[Known]] = []
-        damaged: list[str] = []
+        faults: list[str] = []
         for info in infos:
             try:
                 listing = read_listing(self.store, self.node, info)
@@ -6671,16 +6775,17 @@ class Reader(NamedTuple):
                 listings.append(listing)
             except (Corrupt, Missing) as fault:
                 log.warning("cannot read listing error=%s", quote(str(fault)))
-                damaged.append(str(fault))
-        whole = add_up(listings)
-        if not whole:
-            return None, damaged
-        bad = [entry for entry in whole.files if entry.key in self.bad]
-        if bad:
-            missing = (*whole.missing, *(entry.name for entry in bad))
-            good = tuple(entry for entry in whole.files if entry.key not in self.bad)
-            whole = replace(whole, complete=False, files=good, missing=missing)
-        return whole, [] if whole.complete else damaged
+                faults.append(str(fault))
+        newest = infos[-1]
+        nothing: Listing[Known] = Listing(self.node, newest.unit, newest.listed, newest.listed, False, ())
+        whole = add_up(listings) or nothing
+        good = tuple(entry for entry in whole.files if entry.key not in self.bad)
+        if len(good) < len(whole.files):
+            missing = [entry.name for entry in whole.files if entry.key in self.bad]
+            whole = replace(whole, complete=False, files=good, missing=(*whole.missing, *missing))
+        if not whole.complete:
+            self.lacking.extend(faults)
+        return whole
 
     def created(self, listing: Listing[Known]) -> float:
         """Return created_at of a snapshot's manifest.json in seconds (Cassandra 4.1, CASSANDRA-16789), 0.0 without."""
@@ -6697,84 +6802,76 @@ def nearest_schema(reader: Reader, snapshots: Iterable[Snapshot], before: float)
 
     Only a few are looked into: the snapshots of system tables never have one.
     """
-    nearest = sorted(snapshots, key=lambda one: (abs(seconds_of(one.unit.life) - before), one.unit.life))
+    nearest = sorted(snapshots, key=lambda one: abs(seconds_of(one.unit.life) - before))
+    aside = replace(reader, lacking=[])  # no row is lacking where one of these cannot be read
     for snapshot in nearest[:3]:
-        listing, _ = reader.read(snapshot.listings)
-        schema = schema_in(listing) if listing else None
+        schema = schema_in(aside.read(snapshot.listings))
         if schema:
             return schema
     return None
 
 
-def choose_table(reader: Reader, threads: int, before: float, folder: str) -> Selection:
+def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
     """Choose what a table was at a moment; only the listings that this takes are read."""
     infos = list(listings_of(reader.store, reader.node, folder=folder))
-    damaged: list[str] = []
+    if not infos:
+        return None
+    snapshots = snapshots_of(infos)
 
-    def read(snapshot: Snapshot) -> Listing[Known] | None:
-        listing, faults = reader.read(snapshot.listings)
-        damaged.extend(faults)
-        return listing
+    def read(snapshot: Snapshot) -> Listing[Known]:
+        return reader.read(snapshot.listings)
 
-    base = choose_base(snapshots_of(infos), before, read, reader.created)
+    base = choose_base(snapshots, before, read, reader.created)
     # What was listed before the base began had been written by then.
-    since = [one for one in infos if one.unit.kind == "incremental" and one.when >= base.start]
-    batches = []
-    for listing, faults in spread(reader.read, ([one] for one in since), threads):
-        damaged += faults
-        # Of what was written later there is much in a busy table, and it is not held.
-        if listing and any(written_at(entry) <= before for entry in listing.files):
-            batches.append(listing)
-    units = {one.unit.place: one.unit for one in infos}.values()
-    tables = [choose_at(unit.keyspace, unit.table, base, batches, before) for unit in units]
-    if not base.listing:
-        schema = nearest_schema(reader, snapshots_of(infos), before)
-        tables = [replace(one, schema=schema) for one in tables]
-    return tables, damaged
+    since = [[one] for one in infos if one.unit.kind == "incremental" and one.when >= base.start]
+    batches = spread(reader.read, since, reader.threads)
+    unit = infos[0].unit
+    chosen = choose_at(unit.keyspace, unit.table, base, batches, before)
+    if base.listing:
+        return chosen
+    return replace(chosen, schema=nearest_schema(reader, snapshots, before))
 
 
-def choose_moment(bucket: Bucket, reader: Reader, folders: Sequence[str], before: float) -> Selection:
+def choose_moment(reader: Reader, folders: Sequence[str], before: float) -> list[Chosen]:
     """Choose what each table was at a moment. Raises Missing, which names the first moment that there is."""
     # Few tables at once, so that the threads are enough to read the listings of each side by side.
     at_once = min(4, len(folders))
-    work = functools.partial(choose_table, reader, max(1, bucket.threads // at_once), before)
-    tables: list[Chosen] = []
-    damaged: list[str] = []
-    for some, faults in spread(work, folders, at_once):
-        tables += some
-        damaged += faults
-    tables = newest_of_names(tables, before)
-    if not tables:
-        infos = (info for folder in folders for info in listings_of(reader.store, reader.node, folder=folder))
-        first = min((info.unit.life or info.listed for info in infos), default="yet to come")
-        raise Missing(f"nothing had been backed up by {utc(before)}", f"the first moment is {first}")
-    return tables, damaged
+    of_each = replace(reader, threads=max(1, reader.threads // at_once))
+    found = spread(functools.partial(choose_table, of_each, before), folders, at_once)
+    tables = newest_of_names(filter(None, found), before)
+    if tables:
+        return tables
+    first = "yet to come"
+    for folder in folders:
+        for info in listings_of(reader.store, reader.node, folder=folder):
+            first = min(first, info.unit.life or info.listed)
+    raise Missing(f"nothing had been backed up by {utc(before)}", f"the first moment is {first}")
 
 
-def choose_tag(bucket: Bucket, reader: Reader, folders: Sequence[str], word: str) -> Selection:
+def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen]:
     """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags."""
 
     def snapshots_in(folder: str) -> list[Snapshot]:
         return snapshots_of(listings_of(reader.store, reader.node, folder=f"{folder}snapshots/"))
 
-    snapshots = [one for found in spread(snapshots_in, folders, bucket.threads) for one in found]
+    snapshots: list[Snapshot] = []
+    for found in spread(snapshots_in, folders, reader.threads):
+        snapshots += found
     groups = [group for group in group_snapshots(snapshots) if any(is_meant(one, word) for one in group)]
-    if not groups:
-        tags = sorted({one.unit.tag for one in snapshots})
-        raise Missing(f"no snapshot {word!r}", f"there are {some_of(tags)}")
     # A tag may look like TAG@TIME itself: it comes first.
     exact = [group for group in groups if group[0].unit.tag == word]
+    if not groups:
+        tags = {one.unit.tag for one in snapshots}
+        raise Missing(f"no snapshot {word!r}", f"there are {some_of(sorted(tags))}")
     newest = (exact or groups)[-1]
-    tables: list[Chosen] = []
-    damaged: list[str] = []
-    for listing, faults in spread(reader.read, [one.listings for one in newest], bucket.threads):
-        damaged += faults
-        if listing:
-            tables.append(choose_at(listing.unit.keyspace, listing.unit.table, base_on(listing), ()))
-    return tables, damaged
+    tables = []
+    for listing in spread(reader.read, [one.listings for one in newest], reader.threads):
+        unit, base = listing.unit, base_on(listing)
+        tables.append(choose_at(unit.keyspace, unit.table, base, ()))
+    return tables
 
 
-def choose(bucket: Bucket, reader: Reader, options: RestoreOptions, before: float) -> Selection:
+def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chosen]:
     """Choose what of the selected tables is restored. Raises Missing, which names what there is."""
     exclude = options.exclude_table
     if options.new_node:
@@ -6786,28 +6883,23 @@ def choose(bucket: Bucket, reader: Reader, options: RestoreOptions, before: floa
         names = [folder[:-1].replace("/", ".") for folder in table_folders(reader.store, reader.node)]
         raise Missing(f"no table {' '.join(options.table)}", f"there are {some_of(names)}")
     if options.tag:
-        tables, damaged = choose_tag(bucket, reader, folders, options.tag)
-    else:
-        tables, damaged = choose_moment(bucket, reader, folders, before)
-    if options.schema_only:
-        tables = [replace(one, sstables=(), added=0, lacking=()) for one in tables]
-    return tables, damaged
+        return choose_tag(reader, folders, options.tag)
+    return choose_moment(reader, folders, before)
 
 
-def choose_archive(bucket: Bucket, reader: Reader, directory: str) -> tuple[dict[str, Known], list[str]]:
-    """Choose what was archived in a directory, of each name the newest; return also what is damaged or was lost."""
-    folder = unit_prefix("", Unit("archive", tag=directory)).partition("/")[2]
-    infos = ([info] for info in listings_of(reader.store, reader.node, folder=folder))
+def choose_archive(reader: Reader, directory: str) -> Iterable[Known]:
+    """Choose what was archived in a directory, of each name the newest."""
+    folder = unit_prefix("", Unit("archive", tag=directory)).removeprefix(".listings/")
+    infos = [[info] for info in listings_of(reader.store, reader.node, folder=folder)]
     files: dict[str, Known] = {}
-    damaged: list[str] = []
-    for listing, faults in spread(reader.read, infos, bucket.threads):
-        damaged += faults
-        if listing:
-            files.update((entry.name, entry) for entry in listing.files)
-            damaged += [f"{quote(lost.name)} was lost before it was stored" for lost in listing.lost]
+    for listing in spread(reader.read, infos, reader.threads):
+        for entry in listing.files:
+            files[entry.name] = entry
+        for lost in listing.lost:
+            reader.lacking.append(f"{quote(lost.name)} was lost before it was stored")
     if not files:
         raise Missing(f"{reader.node} has no archive of {quote(directory)}", "`cassbackup list` names the directories")
-    return files, damaged
+    return files.values()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -6823,7 +6915,7 @@ class Plan:
     where: str
     tables: Sequence[Chosen]
     files: Sequence[Placed]
-    damaged: Sequence[str]  # listings that cannot be read: what they hold is lacking
+    lacking: Sequence[str]  # what should be restored and cannot, for people
     absent: Sequence[str]  # keys that are not there as listed
     archived: Sequence[str]  # keys that must be thawed first
     notes: Sequence[str]
@@ -6833,12 +6925,6 @@ class Plan:
         """Return the bytes to fetch."""
         return sum(one.size for one in self.files)
 
-    @property
-    def lacking(self) -> list[str]:
-        """Return what will not be there, for people."""
-        tables = [f"{one}: {what}" for one in self.tables for what in one.lacking]
-        return [*self.damaged, *tables]
-
     def refusal(self, incomplete: bool) -> str:
         """Say why nothing is restored; "" where nothing speaks against it."""
         if self.archived:
@@ -6846,8 +6932,7 @@ class Plan:
         if self.absent:
             hint = "`cassbackup verify --repair` marks them bad, then --incomplete restores the rest"
             return f"{len(self.absent)} objects are not there as listed: {hint}"
-        bases = [one.base.listing for one in self.tables if one.base.listing]
-        if not incomplete and (self.damaged or not all(listing.complete for listing in bases)):
+        if self.lacking and not incomplete:
             return "the backup is not complete: --incomplete restores what there is"
         return ""
 
@@ -6856,8 +6941,7 @@ class Plan:
         tables = []
         for one in self.tables:
             count = len(one.sstables)
-            added = [sstable.name for sstable in one.sstables[count - one.added :]]
-            tables.append({"table": str(one), "from": one.why, "sstables": count, "incrementals": added})
+            tables.append({"table": str(one), "from": one.why, "sstables": count, "incrementals": one.added})
         return {
             "schema": 1,
             "node": self.node.name,
@@ -6917,7 +7001,7 @@ def place_staged(tables: Sequence[Chosen], into: str) -> Iterator[Placed]:
     for one in tables:
         folder = "/".join(one.called)
         if folders.setdefault(folder, one.table) != one.table:
-            name = folder.replace("/", ".")
+            name = ".".join(one.called)
             raise Usage(f"two tables are called {name}", f"choose one: --table {one.keyspace}.{one.table}")
         roots = {sstable.home: into for sstable in one.sstables}
         yield from place_sstables(one, roots, folder)
@@ -6931,28 +7015,34 @@ def place_live(tables: Sequence[Chosen], given: Sequence[str]) -> Iterator[Place
     `given` are --data-dir: OLD=NEW, or one for all. Without a word, files go back to where this machine's
     cassandra.yaml has their data directory too: a listing alone cannot name a place.
     """
-    roots = {path: path for path in (() if given else data_directories())}
+    roots: dict[str, str] = {}
+    if not given:
+        roots = {path: path for path in data_directories()}
     for word in given:
         old, _, new = word.rpartition("=")
         roots[old] = os.path.abspath(new)
+    for_all = roots.get("", "")
     for one in tables:
-        for home in {sstable.home for sstable in one.sstables}:
-            root = roots.setdefault(home, roots.get("", ""))
+        homes = {sstable.home for sstable in one.sstables}
+        for home in homes:
+            root = roots.setdefault(home, for_all)
             if not os.path.isdir(root):
                 hint = f"create it, or pass --data-dir {quote(home)}=<here>"
                 raise Usage(f"{quote(root or home)} is no data directory of this node", hint)
         yield from place_sstables(one, roots, f"{one.keyspace}/{one.table}")
 
 
-def notes_on(reader: Reader, before: float, end: float) -> Iterator[str]:
-    """Yield what an operator should know of a plan. `before` is 0.0 for a snapshot alone, `end` when that ended."""
+def notes_on(reader: Reader, tables: Sequence[Chosen], moment: float) -> Iterator[str]:
+    """Yield what an operator should know of a restore to a moment, or (0.0) of one that has no moment."""
+    now = reader.store.now()
     through = ""
     with contextlib.suppress(Corrupt):
         beat = newest_document(reader.store, f"{reader.node}.listings/heartbeat/")
         through = str(beat.get("listed_through", ""))
-    if before and through < utc(before):
+    if moment and through < utc(moment):
         yield f"what {reader.node} found after {through or 'its start'} may not be in the bucket"
-    if reader.store.now() - (before or end) > _OLD_S:
+    oldest = moment or min((one.base.end for one in tables), default=now)
+    if now - oldest > _OLD_S:
         yield "older than 10 days (the default gc_grace_seconds): what was deleted since can come back on a live node"
 
 
@@ -6960,9 +7050,16 @@ def find_lacking(bucket: Bucket, placed: Sequence[Placed]) -> tuple[list[str], l
     """Return the keys that are not there with the listed size, and those that must be thawed first."""
     sizes = {one.entry.key: one.size for one in placed}
     found = find_objects(bucket.store, sizes, bucket.threads)
-    absent = [key for key, size in sizes.items() if key not in found or found[key].size != size]
-    asked = (bucket.store.head(key) for key, info in found.items() if info.archived)  # only HEAD tells what is thawed
-    return absent, [info.key for info in asked if info and info.archived]
+    absent, archived = [], []
+    for key, size in sizes.items():
+        info = found.get(key)
+        if not info or info.size != size:
+            absent.append(key)
+        elif info.archived:
+            info = bucket.store.head(key)  # only HEAD tells what is thawed
+            if info and info.archived:
+                archived.append(key)
+    return absent, archived
 
 
 def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str) -> Plan:
@@ -6971,21 +7068,33 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
     before = options.at or now
     if before > now + 60:
         raise Usage(f"{utc(before)} is in the future", f"it is {utc(now)} by the store's clock")
-    reader = Reader(bucket.store, node.name, read_bad_keys(bucket.store, node.name))
+    bad = read_bad_keys(bucket.store, node.name)
+    reader = Reader(bucket.store, bucket.threads, node.name, bad)
+    moment = utc(before)
+    where = into
     tables: list[Chosen] = []
     if options.archive:
         moment = f"archive {quote(options.archive)}"
-        files, damaged = choose_archive(bucket, reader, os.path.normpath(options.archive))
-        placed = [Placed(entry, into, name) for name, entry in files.items()]
+        archived = choose_archive(reader, os.path.normpath(options.archive))
+        placed = [Placed(entry, into, entry.name) for entry in archived]
     else:
-        moment = f"snapshot {quote(options.tag)}" if options.tag else utc(before)
-        tables, damaged = choose(bucket, reader, options, before)
-        placed = list(place_live(tables, options.data_dir) if options.in_place else place_staged(tables, into))
-    absent, archived = find_lacking(bucket, placed)
-    end = min((one.base.end for one in tables), default=now)
-    notes = list(notes_on(reader, before if options.at or options.latest else 0.0, end))
-    where = "the data directories" if options.in_place else into
-    return Plan(node, moment, where, tables, placed, damaged, absent, archived, notes)
+        if options.tag:
+            moment = f"snapshot {quote(options.tag)}"
+        tables = choose(reader, options, before)
+        if options.schema_only:
+            tables = [replace(one, sstables=(), added=0, lacking=()) for one in tables]
+        if options.in_place:
+            where = "the data directories"
+            placed = list(place_live(tables, options.data_dir))
+        else:
+            placed = list(place_staged(tables, into))
+    lacking = sorted(reader.lacking)
+    for one in tables:
+        lacking += [f"{one}: {what}" for what in one.lacking]
+    absent, frozen = find_lacking(bucket, placed)
+    is_moment = options.at > 0 or options.latest
+    notes = notes_on(reader, tables, before if is_moment else 0.0)
+    return Plan(node, moment, where, tables, placed, lacking, absent, frozen, list(notes))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -7001,14 +7110,6 @@ def restore_directory(into: str) -> str:
     return os.path.abspath("cassbackup-restore")
 
 
-def _is_data_directory(path: str) -> bool:
-    """Tell whether Cassandra keeps its tables here: those of the system have their ids in their names."""
-    try:
-        return any(table_id_of(name)[1] for name in os.listdir(f"{path}/system"))
-    except OSError:
-        return False
-
-
 def make_target(into: str) -> None:
     """Make the directory to restore to. Raises Usage where Cassandra reads it, or we may not write to it."""
     live: list[str] = []
@@ -7016,23 +7117,23 @@ def make_target(into: str) -> None:
         live = data_directories()
     above = into
     while above != os.path.dirname(above):
-        if above in live or _is_data_directory(above):
+        # Cassandra keeps its own tables there, with their ids in their names.
+        tables = glob.glob(f"{glob.escape(above)}/system/*-{'?' * 32}")
+        if above in live or tables:
             raise Usage(f"{quote(into)} is in the data directory {quote(above)}", "choose another --into")
         above = os.path.dirname(above)
     try:
         os.makedirs(into, exist_ok=True)
-        if os.access(into, os.R_OK | os.W_OK | os.X_OK):
-            return
-        why = "no right to"
+        if not os.access(into, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        why = str(error.strerror)
-    what = f"user id {os.geteuid()} cannot write to {quote(into)} ({why})"
-    raise Usage(what, "choose another --into, or run as another user")
+        what = f"user id {os.geteuid()} cannot write to {quote(into)} ({error.strerror})"
+        raise Usage(what, "choose another --into, or run as another user") from None
 
 
 def check_target(top: str, placed: Sequence[Placed]) -> None:
     """Refuse a directory that holds anything but what an earlier run of this restore left. Raises Usage."""
-    planned = {os.path.join(one.root, one.path): one.size for one in placed}
+    planned = {one.whole_path: one.size for one in placed}
     for folder, folders, names in os.walk(top):
         names += [name for name in folders if os.path.islink(os.path.join(folder, name))]
         if folder == top:
@@ -7053,13 +7154,15 @@ def check_space(placed: Sequence[Placed]) -> None:
     """Refuse to fill a disk. Raises Fault."""
     coming: dict[str, list[int]] = {}
     for one in placed:
-        if not os.path.lexists(os.path.join(one.root, one.path)):
+        if not os.path.lexists(one.whole_path):
             coming.setdefault(one.root, []).append(one.size)
     for root, sizes in coming.items():
+        count, size = len(sizes), sum(sizes)
         disk = os.statvfs(root)
         free = disk.f_bavail * disk.f_frsize
-        if sum(sizes) > free or (disk.f_files and len(sizes) > disk.f_favail):
-            what = f"{len(sizes)} files of {size_text(sum(sizes))} in all do not fit into {quote(root)}"
+        is_full = disk.f_files > 0 and count > disk.f_favail  # some file systems count no inodes
+        if size > free or is_full:
+            what = f"{count} files of {size_text(size)} in all do not fit into {quote(root)}"
             raise Fault(what, f"it has room for {disk.f_favail} files and {size_text(free)}")
 
 
@@ -7090,21 +7193,20 @@ def check_import(nodetool: Nodetool, tables: Sequence[tuple[str, str]]) -> None:
         hint = "leave out --import and use sstableloader; or restore --in-place on a stopped node"
         raise Usage(f"Cassandra {version} cannot import SSTables, 4.0 is the first that can", hint)
     names = [".".join(table) for table in tables]
-    absent = [] if nodetool.knows(*names) else [name for name in names if not nodetool.knows(name)]
-    if absent:
-        hint = "create them first; `cassbackup restore --schema-only` brings their schema"
-        raise Missing(f"Cassandra has no table {', '.join(absent)}", hint)
-    if nodetool.incremental_backup():
-        log.warning("incremental backup is on, what is imported is linked into backups/ hint=nodetool disablebackup")
+    try:
+        nodetool("tablestats", *names)
+    except Fault as fault:  # it names what it does not know
+        hint = "create what is lacking; `cassbackup restore --schema-only` brings the schema"
+        raise Missing(fault.what, hint) from None
 
 
 def import_table(nodetool: Nodetool, into: str, table: tuple[str, str]) -> None:
     """Hand a staged table to Cassandra, and take away what it does not import: indexes, schema.cql."""
     staged = os.path.join(into, *table)
     nodetool("import", *table, staged)
-    left = [name for name in os.listdir(staged) if name.endswith("-Data.db")]
-    if left:  # nodetool exits 0 for a path that it cannot parse
-        raise Fault(f"nodetool import left {quote(left[0])} in {quote(staged)}", "see Cassandra's log")
+    for name in os.listdir(staged):
+        if name.endswith("-Data.db"):  # nodetool exits 0 for a path that it cannot parse
+            raise Fault(f"nodetool import left {quote(name)} in {quote(staged)}", "see Cassandra's log")
     shutil.rmtree(staged)
     log.info("imported table=%s", quote(".".join(table)))
 
@@ -7119,23 +7221,25 @@ def restore_staged(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dict[
     wrong = receive_safely(bucket, [plan.where], plan.files)
     if options.import_ and not wrong:
         work = functools.partial(import_table, nodetool, plan.where)
-        deque(spread(work, tables, min(4, os.cpu_count() or 1)), 0)  # each is the start of a JVM, and little else
+        list(spread(work, tables, 4))  # each is the start of a JVM, and little else
     return wrong
 
 
 def described_schema(store: Patient, plan: Plan) -> bytes:
-    """Return what DESCRIBE SCHEMA said when a snapshot of the plan was taken; nothing where nobody asked.
+    """Return what DESCRIBE SCHEMA said when the plan's newest snapshot was taken; nothing where nobody asked.
 
     Raises Corrupt.
     """
-    units = [one.base.listing.unit for one in plan.tables if one.base.listing]
-    listings = tuple(unit_prefix(plan.node.name, unit) for unit in units)
-    for tag in sorted({component(unit.tag, "%2F") for unit in units}):
-        for info in reversed(list(store.list(f"{plan.node.name}.listings/tags/{tag}/"))):
-            record = load_document(info.key, read_object(store, info.key))
-            ours = [key for key in record.get("listings", []) if str(key).startswith(listings)]
-            if ours and record.get("schema"):
-                return str(record["schema"]).encode()
+    node = plan.node.name
+    bases = [one.base.listing for one in plan.tables if one.base.listing]
+    if not bases:
+        return b""
+    unit = max(bases, key=lambda listing: listing.taken).unit
+    tag = component(unit.tag, "%2F")
+    for _, record in read_documents(store, f"{node}.listings/tags/{tag}/"):
+        listings = " ".join(map(str, record.get("listings", ())))
+        if unit_prefix(node, unit) in listings:
+            return str(record.get("schema", "")).encode()
     return b""
 
 
@@ -7176,18 +7280,18 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
 
 def advice(plan: Plan, options: RestoreOptions) -> str:
     """Say what is to be done next."""
+    node = plan.node
     if options.in_place:
         lines = ["before the start, empty commitlog, hints and saved_caches: they would be replayed"]
         if options.new_node:
-            node = plan.node
             tokens = ",".join(node.tokens) or "(take it from the old cassandra.yaml)"
             lines.append(f"in cassandra.yaml:\n  num_tokens: {len(node.tokens)}\n  initial_token: {tokens}")
             lines.append(f"  auto_bootstrap: false\nin the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
         return "\n".join(lines)
     for one in plan.tables:
         if one.sstables and not options.import_:
-            command = " ".join(["nodetool import", *one.called, os.path.join(plan.where, *one.called)])
-            return f"next: {quote(command)}"
+            staged = os.path.join(plan.where, *one.called)
+            return quote(f"next: nodetool import {' '.join(one.called)} {staged}")
     return ""
 
 
@@ -7199,10 +7303,12 @@ def check_options(options: RestoreOptions) -> None:
         raise Usage("what is to be restored?", f"pass one of {', '.join(ways)}")
     if len(given) > 1:
         raise Usage(f"you passed {' and '.join(given)}", "pass one of them")
-    if options.archive and (options.in_place or options.import_ or options.schema_only or options.table):
+    modes = {"--in-place": options.in_place, "--import": options.import_, "--schema-only": options.schema_only}
+    chosen = [name for name, value in modes.items() if value]
+    if options.archive and (chosen or options.table):
         raise Usage("an archive has no tables", "pass --archive and --into alone; Cassandra takes its files from there")
-    if [options.in_place, options.import_, options.schema_only].count(True) > 1:
-        raise Usage("--in-place, --import and --schema-only exclude each other", "pass one of them")
+    if len(chosen) > 1:
+        raise Usage(f"you passed {' and '.join(chosen)}", "pass one of them")
     if options.in_place and options.same_node == options.new_node:
         hint = "a new node must not have the old one's identity"
         raise Usage("--in-place needs one of --same-node and --new-node", hint)
@@ -7213,7 +7319,7 @@ def check_options(options: RestoreOptions) -> None:
 def restore(bucket: Bucket, options: RestoreOptions) -> Answer:
     """Bring back tables. Exit 1: something went wrong; 3: restored, but the backup itself lacks something."""
     check_options(options)
-    node = choose_node(bucket, options)
+    [node] = choose_nodes(bucket, options)
     plan = make_plan(bucket, node, options, restore_directory(options.into))
     document, text = plan.document(), plan.text()
     refusal = plan.refusal(options.incomplete or options.schema_only)
@@ -7254,35 +7360,6 @@ class VerifyOptions(NodeChoice):
     table: tuple[str, ...] = ()
     deep: bool = False
     repair: bool = False
-
-
-def put_dated(store: Patient, folder: str, document: Mapping[str, Any]) -> str:
-    """Store a document as <folder>/<UTC>.json, later than all that are there; return its key."""
-    moments = [info.key.rpartition("/")[2].removesuffix(".json") for info in store.list(f"{folder}/")]
-    newest = max(filter(is_utc, moments), default=utc(0))
-    # S3 tells whole seconds, and two commands may run at once.
-    moment = utc(store.now() + random.random())
-    key = f"{folder}/{later(moment, newest)}.json"
-    store.put(key, Body(dump_document(**document)))
-    return key
-
-
-def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
-    """Return the tag records by their keys, of each life of a tag the newest. Raises Corrupt."""
-    newest: dict[tuple[str, str], str] = {}
-    records: dict[str, dict[str, Any]] = {}
-    for info, document in read_documents(store, f"{node}.listings/tags/"):
-        record = {"pruned": [], **document}
-        try:
-            life = typed(record, "tag", str), typed(record, "taken", str)
-            frozenset(typed(record, "listings", list) + typed(record, "pruned", list))
-        except (KeyError, TypeError) as error:
-            raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
-        # Prune writes a record anew, and then deletes the old one; where it died in between, both are there.
-        records.pop(newest.get(life, ""), None)
-        newest[life] = info.key
-        records[info.key] = record
-    return records
 
 
 class Finding(NamedTuple):
@@ -7443,8 +7520,7 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
 
 def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     """Compare the bucket with its listings. Exit 1: something is bad; 3: something must be thawed first."""
-    chosen = choose_nodes(bucket, options) if options.all_nodes else [choose_node(bucket, options)]
-    pages = [Verification(bucket, node.name, options).run() for node in chosen]
+    pages = [Verification(bucket, node.name, options).run() for node in choose_nodes(bucket, options)]
     nodes = [page for page in pages if page]
     if not nodes:
         raise Missing("no listing matches", "`cassbackup list` shows what there is")
@@ -7960,10 +8036,8 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
         raise Usage("say what to keep", hint)
     if options.retire:
         names = [check_node_name(options.retire)]
-    elif options.all_nodes:
-        names = [node.name for node in choose_nodes(bucket, options)]
     else:
-        names = [choose_node(bucket, options).name]
+        names = [node.name for node in choose_nodes(bucket, options)]
     try:
         return _prune_nodes(bucket, names, options)
     except sqlite3.Error as error:
@@ -7973,35 +8047,6 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
 # ======================================================================================================
 # Doctor
 # ======================================================================================================
-
-
-@dataclass(frozen=True, slots=True)
-class BucketOptions:
-    """Which bucket a command uses. Without one it is the bucket that the daemon of this machine has used."""
-
-    environ: Mapping[str, str]
-    state_dir: str
-    store: StoreOptions
-    bucket: str = ""
-    prefix: str = ""
-    name: str = ""
-
-
-def open_bucket(options: BucketOptions, patience_s: float = 60.0, new: bool = False) -> Bucket:
-    """Open the bucket for a command; `new`: nothing need be in it yet. Raises Usage, Unreachable."""
-    known = load_identity(os.path.join(options.state_dir, "identity.json"))
-    bucket, prefix = options.bucket, options.prefix
-    if known and not bucket:
-        bucket, prefix = known.url, ""
-    try:
-        identity = identify(bucket, prefix, options.name, options.store.region, options.environ, known)
-    except Fault:
-        if "://" not in bucket or options.name:
-            raise
-        # A machine that cannot say who it is may still read a bucket whose URL is complete.
-        identity = Identity("", "", f"{bucket}/{prefix}".rstrip("/"), options.store.region)
-    store = open_store(identity.url, replace(options.store, region=identity.region), new=new and not known)
-    return Bucket(Patient(store, patience_s), options.store.threads, identity.node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -8428,7 +8473,8 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
     now = bucket.store.now()
     begin = now - max(1, options.days) * 86400.0
     histories = {}
-    for name in [node.name for node in choose_nodes(bucket, options)]:
+    chosen = choose_nodes(bucket, replace(options, all_nodes=True))
+    for name in [node.name for node in chosen]:
         history = History(bucket, name, begin, now, options.table)
         if history.tables:
             histories[name] = history
@@ -8826,7 +8872,7 @@ def _node_text(page: Mapping[str, Any]) -> str:
 
 def list_(bucket: Bucket, options: ListOptions) -> Answer:
     """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches; 3: something bad or gone."""
-    nodes = choose_nodes(bucket, replace(options, all_nodes=not options.node))
+    nodes = choose_nodes(bucket, replace(options, all_nodes=True))
     pages = list(spread(functools.partial(_list_node, bucket, options), nodes, bucket.threads))
     rows: list[Sequence[str]] = [("node", "cluster", "addresses", "last heard of", "newest snapshot")]
     found, wrong = 0, set[str]()

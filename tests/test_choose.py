@@ -22,7 +22,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
-import cassbackup
 from cassbackup import (
     Base,
     Chosen,
@@ -31,6 +30,7 @@ from cassbackup import (
     Known,
     Listing,
     ListingInfo,
+    Lost,
     Missing,
     ObjectInfo,
     Placed,
@@ -171,31 +171,45 @@ class Story:
         return unit
 
     def backups(
-        self, taken: float, *sstables: Written, table: str = FIRST, missing: Iterable[str] = (), listed: float = 0.0
+        self,
+        taken: float,
+        *sstables: Written,
+        table: str = FIRST,
+        missing: Iterable[str] = (),
+        lost: Iterable[Lost] = (),
+        listed: float = 0.0,
     ) -> None:
         """List what of backups/ was found by a moment."""
         unit = Unit("incremental", "ks", table, life=utc(BEGIN))
         entries = [entry for sstable in sstables for entry in sstable.entries(unit)]
-        self._list(unit, utc(BEGIN + taken), entries, not missing, tuple(missing), max(taken, listed))
+        complete = not missing and not lost
+        self._list(unit, utc(BEGIN + taken), entries, complete, tuple(missing), max(taken, listed), tuple(lost))
 
     def _list(
-        self, unit: Unit, taken: str, entries: list[Stored], complete: bool, missing: tuple[str, ...], listed: float
+        self,
+        unit: Unit,
+        taken: str,
+        entries: list[Stored],
+        complete: bool,
+        missing: tuple[str, ...],
+        listed: float,
+        lost: tuple[Lost, ...] = (),
     ) -> None:
-        if entries:
+        if entries or lost:
             self.listed = later(utc(BEGIN + listed), self.listed or utc(0))
-            listing = Listing(NODE, unit, taken, self.listed, complete, tuple(entries), missing)
+            listing = Listing(NODE, unit, taken, self.listed, complete, tuple(entries), missing, lost)
             self.bucket.put(listing_key(listing), dump_listing(listing), BEGIN + listed)
 
     @property
     def reader(self) -> Reader:
         """Return what reads the listings."""
-        return Reader(self.bucket, NODE, self.bad)  # type: ignore[arg-type]
+        return Reader(self.bucket, 2, NODE, self.bad)  # type: ignore[arg-type]
 
     def chosen(self, at: float) -> list[Chosen]:
         """Return what `restore --at` chooses."""
         folders = table_folders(self.bucket, NODE)  # type: ignore[arg-type]
-        tables = [one for folder in folders for one in choose_table(self.reader, 1, BEGIN + at, folder)[0]]
-        return newest_of_names(tables, BEGIN + at)
+        tables = [choose_table(self.reader, BEGIN + at, folder) for folder in folders]
+        return newest_of_names([one for one in tables if one], BEGIN + at)
 
     def names(self, at: float) -> list[str]:
         """Return the names of the SSTables that are restored."""
@@ -453,13 +467,40 @@ def test_a_listing_that_cannot_be_read_is_named_and_the_rest_is_restored() -> No
     keys = [key for key in story.bucket.objects if ".listings/" in key]
     story.bucket.objects[keys[0]] = (b"{", BEGIN)
     (folder,) = table_folders(story.bucket, NODE)  # type: ignore[arg-type]
-    chosen, damaged = choose_table(story.reader, 1, BEGIN + 3 * DAY, folder)
-    assert ([one.name for one in chosen[0].sstables], damaged) == (["nb-1-big", "nb-2-big"], [])
+    reader = story.reader
+    chosen = choose_table(reader, BEGIN + 3 * DAY, folder)
+    assert chosen
+    assert ([one.name for one in chosen.sstables], reader.lacking) == (["nb-1-big", "nb-2-big"], [])
     story.bucket.objects[keys[2]] = (b"{", BEGIN + 2 * DAY)
-    chosen, damaged = choose_table(story.reader, 1, BEGIN + 3 * DAY, folder)
-    assert [one.name for one in chosen[0].sstables] == ["nb-1-big"]
-    assert len(damaged) == 1
-    assert keys[2] in damaged[0]
+    chosen = choose_table(reader, BEGIN + 3 * DAY, folder)
+    assert chosen
+    assert [one.name for one in chosen.sstables] == ["nb-1-big"]
+    (told,) = reader.lacking
+    assert keys[2] in told
+
+
+def test_a_later_snapshot_that_cannot_be_read_is_no_lack_of_a_table_that_had_none_yet() -> None:
+    story = Story()
+    story.backups(1 * DAY, nb(1, 1 * DAY))
+    story.snapshot(5 * DAY, nb(1, 1 * DAY))
+    key = next(key for key in story.bucket.objects if "/snapshots/daily/" in key and ".listings/" in key)
+    story.bucket.objects[key] = (b"{", BEGIN)
+    (folder,) = table_folders(story.bucket, NODE)  # type: ignore[arg-type]
+    reader = story.reader
+    chosen = choose_table(reader, BEGIN + 2 * DAY, folder)
+    assert chosen
+    assert (len(chosen.sstables), reader.lacking) == (1, [])
+
+
+def test_what_was_lost_of_backups_before_it_was_stored_is_named_by_what_it_may_have_been_part_of() -> None:
+    story = Story()
+    story.snapshot(1 * DAY, nb(1, 0))
+    story.backups(3 * DAY, lost=[Lost("nb-7-big-Data.db", "given up to keep the disk free")])
+    assert [one.lacking for one in story.chosen(2 * DAY)] == [()]
+    ((told,),) = [one.lacking for one in story.chosen(4 * DAY)]
+    assert "nb-7-big-Data.db" in told
+    story.snapshot(5 * DAY, nb(9, 4 * DAY))
+    assert [one.lacking for one in story.chosen(6 * DAY)] == [()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -511,9 +552,8 @@ def test_what_was_truncated_shortly_before_a_snapshot_does_not_come_back_with_it
 def test_a_truncated_snapshot_is_restored_by_its_tag() -> None:
     story = Story()
     unit = story.snapshot(DAY, nb(1, 0), tag=tag_of("truncated", DAY))
-    listing, damaged = story.reader.read(story.snapshots()[0].listings)
-    assert listing
-    assert (listing.unit, damaged) == (unit, [])
+    listing = story.reader.read(story.snapshots()[0].listings)
+    assert listing.unit == unit
     assert [sstable.name for sstable in choose_at("ks", FIRST, base_on(listing), ()).sstables] == ["nb-1-big"]
 
 
@@ -540,8 +580,9 @@ def test_a_table_that_was_dropped_made_again_and_filled_by_an_import_is_restored
     story = Story()
     story.backups(1 * DAY, nb(1, 1 * DAY))
     story.snapshot(2 * DAY, nb(2, 1.5 * DAY), tag=tag_of("dropped", 2 * DAY))
-    story.backups(3 * DAY, nb(1, 1.5 * DAY), table=SECOND)
-    assert [(chosen.table, len(chosen.sstables)) for chosen in story.chosen(4 * DAY)] == [(SECOND, 1)]
+    again = f"users-{id_of(2.7 * DAY, 2)}"
+    story.backups(3 * DAY, nb(1, 1.5 * DAY), table=again)
+    assert [(chosen.table, len(chosen.sstables)) for chosen in story.chosen(4 * DAY)] == [(again, 1)]
     assert story.names(2.5 * DAY) == []
     assert [(chosen.table, len(chosen.sstables)) for chosen in story.chosen(1.9 * DAY)] == [(FIRST, 1)]
 
@@ -619,9 +660,7 @@ def test_listings_are_sorted_by_life_and_one_complete_one_is_enough() -> None:
     first, second = story.snapshots()
     assert (len(first.listings), first.complete, first.newest.complete) == (2, True, True)
     assert (len(second.listings), second.complete) == (1, False)
-    listing, _ = story.reader.read(first.listings)
-    assert listing
-    assert listing.complete
+    assert story.reader.read(first.listings).complete
 
 
 def test_tables_of_one_nodetool_snapshot_are_one_group() -> None:
@@ -639,12 +678,10 @@ def test_a_tag_means_its_newest_life_unless_one_is_named() -> None:
     for day, tag in ((1, "daily"), (2, "daily"), (3, "x@2026"), (4, "t" * 255)):
         story.snapshot(day * DAY, nb(day, 0), tag=tag)
         story.snapshot(day * DAY + 9, nb(day, 0), tag=tag, table=SECOND)
-    bucket: Any = cassbackup.Bucket(story.bucket, 2)  # type: ignore[arg-type]
-    folders = list(table_folders(bucket.store, NODE))
+    folders = list(table_folders(story.bucket, NODE))  # type: ignore[arg-type]
 
     def chosen(word: str) -> list[tuple[str, str]]:
-        tables, _ = choose_tag(bucket, story.reader, folders, word)
-        return [(one.table, one.sstables[0].name) for one in tables]
+        return [(one.table, one.sstables[0].name) for one in choose_tag(story.reader, folders, word)]
 
     for word, day in (("daily", 2), ("daily@20261102T000000", 1), ("x@2026", 3), ("x@2026@2026", 3), ("t" * 255, 4)):
         assert chosen(word) == [(FIRST, f"nb-{day}-big"), (SECOND, f"nb-{day}-big")]

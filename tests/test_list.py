@@ -245,6 +245,13 @@ def test_an_empty_bucket_says_so(shelf: Shelf) -> None:
         shelf.list()
 
 
+def test_a_bucket_whose_nodes_are_below_a_prefix_says_which_prefixes_there_are(shelf: Shelf) -> None:
+    shelf.node("prod/eu/node1")
+    shelf.node("test/node1")
+    with pytest.raises(Missing, match=r"there are none; is a --prefix lacking\? There are prod, test"):
+        shelf.list()
+
+
 def test_what_is_no_listing_is_named_in_the_log_and_the_rest_is_shown(
     shelf: Shelf, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1114,13 +1114,12 @@ def nodetool(tmp_path: Path) -> Callable[..., tuple[Path, Callable[[], list[str]
 
 
 def test_an_import_asks_first_and_then_hands_over_each_table(
-    daily: Shelf, into: Path, nodetool: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    daily: Shelf, into: Path, nodetool: Callable[..., Any]
 ) -> None:
     tool, calls = nodetool()
     assert daily.restore(tag="daily", into=into, import_=True, nodetool=f"{tool} -u me").code == DONE
-    assert calls()[:3] == ["version", "tablestats ks1.groups ks1.users", "statusbackup"]
-    assert sorted(calls()[3:]) == [f"import ks1 {name} {into}/ks1/{name}" for name in ("groups", "users")]
-    assert "disablebackup" in caplog.text
+    assert calls()[:2] == ["version", "tablestats ks1.groups ks1.users"]
+    assert sorted(calls()[2:]) == [f"import ks1 {name} {into}/ks1/{name}" for name in ("groups", "users")]
     assert tree(into) == {}  # nor what an import does not take
 
 
@@ -1128,7 +1127,7 @@ def test_an_import_asks_first_and_then_hands_over_each_table(
     ("version", "fault", "told"),
     [
         ("4.1.3", "version", "error: version went wrong"),
-        ("4.1.3", "tablestats ks1.users", r"has no table ks1\.users:"),
+        ("4.1.3", "tablestats ks1.groups ks1.users", r"went wrong: create what is lacking"),
         ("3.11.19", "nothing", "3.11.19 cannot import"),
     ],
 )
@@ -1215,7 +1214,8 @@ def test_a_node_is_meant_by_its_name_host_id_or_address_never_by_a_part(
     shelf.store.put("db10-7777.listings/heartbeat/20261121T000000.000000Z.json", Body(b""))
     bucket = cassbackup.Bucket(shelf.store, 2)
     if found:
-        assert [node.name for node in cassbackup.choose_nodes(bucket, cassbackup.NodeChoice(word))] == found
+        choice = cassbackup.NodeChoice(word, all_nodes=True)
+        assert [node.name for node in cassbackup.choose_nodes(bucket, choice)] == found
     else:
         with pytest.raises(Missing, match="db1-i-0abc, db10-7777"):
             cassbackup.choose_nodes(bucket, cassbackup.NodeChoice(word))
