@@ -2061,7 +2061,9 @@ def open_store(url: str, options: StoreOptions, new: bool = True) -> Store:
     if scheme not in ("s3", "gs") or not bucket:
         raise Usage(f"bucket {url} is of no known kind", "write s3://bucket, gs://bucket or file:///directory")
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,255}", bucket):
-        raise Usage(f"{bucket!r} is no bucket's name", "write the name alone; of an access point its alias, not its ARN")
+        raise Usage(
+            f"{bucket!r} is no bucket's name", "write the name alone; of an access point its alias, not its ARN"
+        )
     if options.endpoint_url and not re.match("https?://", options.endpoint_url):
         raise Usage(f"endpoint {options.endpoint_url} has no scheme", f"write http://{options.endpoint_url}")
     if prefix := prefix.strip("/"):
