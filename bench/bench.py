@@ -67,7 +67,8 @@ class Pinning:
     """The watching and pinning half alone, and what it tells."""
 
     def __init__(self, data: Path, listed: Mapping[str, tuple[str, set[int]]]) -> None:
-        self.disk = cassbackup.open_pin_directory(str(data))
+        self.disk = cassbackup.PinDirectory(str(data))
+        self.disk.check()
         self.pinned, self.scanned = 0, 0.0
         self.pinner = cassbackup.Pinner([self.disk], cassbackup.Filters(), listed, 3600.0, self.hear)
 
