@@ -116,6 +116,7 @@ import threading
 import time
 import urllib.parse
 import zlib
+from array import array
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -2344,11 +2345,11 @@ class Ledger:
         self._path, self._scope = path, scope
         self._tries = iter([path] * 3)  # a disk that damages every file must not keep us here for ever
         self._epoch = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        self._run = ""
+        self._run = f"{random.getrandbits(64):x}"  # this process
         self.broken = self.bucket = ""
         self._db = self._open()
         # The id in owner.json. Where the ledger knows none, no other row checks either.
-        self._begin(self.fact("bucket"))
+        self.bucket = self.fact("bucket")
 
     def _open(self) -> sqlite3.Connection:
         for path in self._tries:
@@ -2369,10 +2370,6 @@ class Ledger:
             db.close()
             raise
         return db
-
-    def _begin(self, bucket: str) -> None:
-        self.bucket = bucket
-        self._run = f"{random.getrandbits(64):x}"  # this process, in this life of the bucket
 
     def _note(self, error: Exception) -> bool:
         """Say that the ledger fails. Return whether its file is damaged, and moved aside for that."""
@@ -2451,7 +2448,7 @@ class Ledger:
         """Remember what a listing has of each directory, as 64-bit marks."""
         rows = []
         for directory, some in marks.items():
-            rows.append((quote(directory), life, listed, struct.pack(f"{len(some)}Q", *some)))
+            rows.append((quote(directory), life, listed, array("Q", some).tobytes()))
         self._write("listed VALUES (?, ?, ?, ?, ?)", rows)
 
     def listed(self) -> dict[str, tuple[str, set[int]]]:
@@ -2461,7 +2458,7 @@ class Ledger:
             directory = unquote(quoted)
             if directory not in found or found[directory][0] != life:
                 found[directory] = (life, set())
-            found[directory][1].update(memoryview(blob).cast("Q"))
+            found[directory][1].update(array("Q", blob))
         return found
 
     def replace_listed(self, directory: str, life: str, until: str, marks: Collection[int]) -> None:
@@ -2499,7 +2496,7 @@ class Ledger:
         # This row belongs to the scope alone, or nobody could read it at the next start.
         self.bucket = ""
         self.remember("bucket", bucket)
-        self._begin(bucket)
+        self.bucket = bucket
 
     def close(self) -> None:
         """Close the file."""
@@ -2630,10 +2627,10 @@ def _short(name: str, suffix: str) -> str:
     return name + suffix
 
 
-def _keep_name(pins: str, name: str, suffix: str) -> None:
-    """Write down in a directory of pins what #<hash> stands for, if the name needs that; before the first link."""
-    path = f"{pins}/#{hash_name(name)}.name"
-    if _short(name, suffix) != name + suffix and not os.path.exists(path):
+def _keep_name(pins: str, short: str, name: str) -> None:
+    """Write down in a directory of pins what a #<hash> there stands for, before anything is linked under it."""
+    path = f"{pins}/{short}.name"
+    if not os.path.exists(path):
         write_file(path, os.fsencode(name))
 
 
@@ -2718,7 +2715,7 @@ class PinDirectory:
     def check(self) -> str:
         """Return why nothing of the data directory can be pinned, "" if it can. Raises Usage, Busy."""
         try:
-            device = os.stat(self.root).st_dev
+            info = os.stat(self.root)
             with os.scandir(self.root) as entries:
                 if all(entry.name in _NEVER_SCANNED for entry in entries):
                     return _EMPTY
@@ -2727,11 +2724,11 @@ class PinDirectory:
         except OSError as error:
             return str(error.strerror)
         if not self.path:
-            self._device = device
-            return self._open()
-        return "" if device == self._device else "it is on another file system than before"
+            self._device = info.st_dev
+            return self._open(user_name(info.st_uid))
+        return "" if info.st_dev == self._device else "it is on another file system than before"
 
-    def _open(self) -> str:
+    def _open(self, owner: str) -> str:
         errors = []
         problems = []
         for path in self.candidates():
@@ -2741,8 +2738,8 @@ class PinDirectory:
             except OSError as error:
                 errors.append(error.errno)
                 problems.append(f"{quote(path)}: {error.strerror}")
-        me, owner = user_name(os.geteuid()), user_name(os.stat(self.root).st_uid)
-        text = f"user {me} cannot link files of {quote(self.root)} into a pin directory ({'; '.join(problems)})"
+        me, said = user_name(os.geteuid()), "; ".join(problems)
+        text = f"user {me} cannot link files of {quote(self.root)} into a pin directory ({said})"
         if set(errors) <= set(_NO_LINK):
             raise Usage(text, f"run as {owner}, who owns the data, with the pins on the same mount: --pin-dir")
         return text
@@ -2768,16 +2765,14 @@ class PinDirectory:
             raise
         self.path, self.inode, self._lock = path, info.st_ino, lock
 
-    def close(self) -> None:
-        """Let the lock go."""
-        os.close(self._lock)
-
     def make(self, relative: str, life: str) -> int:
         """Make the directory for the pins of a source directory if it is not there, and open it."""
         path = self.directory(relative, life)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o755)
-        _keep_name(path, quote(relative, slash="%2F"), f"~{life}")
+        short = os.path.basename(path).rpartition("~")[0]
+        if short.startswith("#"):
+            _keep_name(path, short, quote(relative, slash="%2F"))
         return os.open(path, _OPEN_DIRECTORY)
 
     def pending(self) -> list[tuple[str, str]]:
@@ -2922,15 +2917,7 @@ class Inotify:
         self._calls = pyinotify.INotifyWrapper.create()
         self._places: dict[int, Place] = {}
         self._warned = False
-        self.fd: int = self._calls.inotify_init()
-        if self.fd < 0:
-            self._warn("fs.inotify.max_user_instances=1024")
-
-    def _warn(self, setting: str) -> None:
-        if not self._warned:
-            hint = f"raise it: sysctl {setting}"
-            log.warning("inotify has no room, directories are scanned every few seconds hint=%s", hint)
-        self._warned = True
+        self.fd: int = self._calls.inotify_init()  # -1 where it has no room; then no watch can be had either
 
     def arm(self, place: Place, fd: int) -> None:
         """Watch the directory open at fd; place.wd is -1 where there is no room.
@@ -2946,10 +2933,12 @@ class Inotify:
         if wd != place.wd:
             self.disarm(place)
         place.wd = wd
-        if wd < 0:
-            self._warn("fs.inotify.max_user_watches=1048576")
-        else:
+        if wd >= 0:
             self._places[wd] = place
+        elif not self._warned:
+            self._warned = True
+            hint = "sysctl fs.inotify.max_user_watches=1048576 fs.inotify.max_user_instances=1024"
+            log.warning("inotify has no room, directories are scanned every few seconds hint=%s", hint)
 
     def disarm(self, place: Place) -> None:
         """End the watch of a directory that is gone, or no longer the one at its path."""
@@ -3005,10 +2994,9 @@ class Pinner(threading.Thread):
         self.idle = threading.Event()  # nothing is waiting to be pinned
         self._disks, self._filters, self._reconcile_s, self._post = disks, filters, reconcile_s, post
         self._inotify = Inotify()
-        self._wake_read, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
+        self._wake = os.eventfd(0)
         self._poll = select.poll()
-        for fd in (self._wake_read, self._inotify.fd):
+        for fd in (self._wake, self._inotify.fd):
             if fd >= 0:
                 self._poll.register(fd, select.POLLIN)
         self._requests: deque[tuple[Future[Any], Callable[[], object]]] = deque()
@@ -3035,7 +3023,7 @@ class Pinner(threading.Thread):
         """Have this thread do something, as in `ask(pinner.scan_tag, unit)`; the answer comes with the Future."""
         future: Future[T] = Future()
         self._requests.append((future, functools.partial(do, *args)))
-        self._wake_up()
+        os.eventfd_write(self._wake, 1)
         if self._over:
             self._turn_away()
         return future
@@ -3043,11 +3031,7 @@ class Pinner(threading.Thread):
     def stop(self) -> None:
         """Have the thread end; what is pinned stays pinned."""
         self._stopping = True
-        self._wake_up()
-
-    def _wake_up(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full: it wakes up anyway
-            os.write(self._wake, b"x")
+        os.eventfd_write(self._wake, 1)
 
     def _turn_away(self) -> None:
         while self._requests:
@@ -3100,8 +3084,8 @@ class Pinner(threading.Thread):
             self._report()
         wait_s = max(0.0, min(next_scan, until, self._reported + _STATE_S) - now)
         for fd, _ in self._poll.poll(1000 * wait_s):
-            if fd == self._wake_read:
-                os.read(fd, 64 * KIB)
+            if fd == self._wake:
+                os.eventfd_read(fd)
             else:
                 self._dirty.update(dict.fromkeys(self._inotify.read()))
         for place in [place for place in self._dirty if place.ready <= time.monotonic()]:
@@ -3314,7 +3298,7 @@ class Pinner(threading.Thread):
 
     def _scan_files(self, place: Place, fd: int) -> None:
         entries = self._sort(place, fd)
-        if entries.found and not self._goes_on(place, entries):
+        if entries.found and not self._goes_on(place, fd, entries):
             self._end_life(self._groups[place.unit], place.life)
             entries = self._sort(place, fd)
         if not place.is_tag:
@@ -3356,7 +3340,7 @@ class Pinner(threading.Thread):
 
     # Which life
 
-    def _goes_on(self, place: Place, entries: _Sorted) -> bool:
+    def _goes_on(self, place: Place, fd: int, entries: _Sorted) -> bool:
         """Tell whether what was found belongs to the life that a directory is in. Asked only when something was.
 
         A name with another file than the one that we hold ends any life. A snapshot's directory that we hold open
@@ -3368,7 +3352,7 @@ class Pinner(threading.Thread):
         if not place.is_tag or not place.life:
             return True
         if place.held >= 0:
-            return self._stands(place)
+            return os.path.sameopenfile(place.held, fd)
         group = self._groups[place.unit]
         return place.life == group.life and self._all_stand(group)
 
@@ -3418,9 +3402,11 @@ class Pinner(threading.Thread):
         linked = 0
         try:
             for entry in found:
+                pin = _short(entry.name, "~")
                 try:
-                    _keep_name(f"/proc/self/fd/{pins}", entry.name, "~")
-                    os.link(entry.name, _short(entry.name, "~"), src_dir_fd=fd, dst_dir_fd=pins, follow_symlinks=False)
+                    if pin.startswith("#"):
+                        _keep_name(f"/proc/self/fd/{pins}", pin[:-1], entry.name)
+                    os.link(entry.name, pin, src_dir_fd=fd, dst_dir_fd=pins, follow_symlinks=False)
                     place.pinned[entry.name] = entry.inode()
                     linked += 1
                 except FileNotFoundError:
@@ -3673,13 +3659,10 @@ class PinnedSource:
 
 @functools.lru_cache(1000)
 def _owner(uid: int, gid: int) -> tuple[str, str]:
-    user, group = str(uid), str(gid)
-    # In a container they may have numbers alone.
-    with contextlib.suppress(KeyError):
-        user = pwd.getpwuid(uid).pw_name
+    group = str(gid)
     with contextlib.suppress(KeyError):
         group = grp.getgrgid(gid).gr_name
-    return user, group
+    return user_name(uid), group
 
 
 def known_of(pin: Pinned, key: str, etag: str, crc32: str) -> Known:

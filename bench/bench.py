@@ -91,7 +91,7 @@ def pinning(data: Path, listed: Mapping[str, tuple[str, set[int]]] | None = None
     finally:
         running.pinner.stop()
         running.pinner.join()
-        running.disk.close()
+        os.close(running.disk._lock)
 
 
 def watch_as_tablesnap(data: Path, seen: set[str], stop: threading.Event) -> None:

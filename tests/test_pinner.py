@@ -188,7 +188,7 @@ class Desk:
         self.pinner._inotify.fd, self.pinner._places = -1, {}
         for disk in self.disks:
             if disk.path:
-                disk.close()
+                os.close(disk._lock)
                 disk.path = ""
 
 
@@ -1257,20 +1257,20 @@ def test_the_pins_are_beside_the_data_or_inside_and_stay_where_they_are(node: No
     blocker.write_text("nothing can be made here")
     disk = opened(str(data))
     assert disk.path == str(data / ".cassbackup" / "backups")
-    disk.close()
+    os.close(disk._lock)
     blocker.unlink()
     again = opened(str(data))
     assert (again.path, again.id) == (disk.path, disk.id)
-    again.close()
+    os.close(again._lock)
     shutil.rmtree(data / ".cassbackup")
     disk = opened(str(data))
     assert disk.path == str(blocker / "data")
-    disk.close()
+    os.close(disk._lock)
     link = node.root / "link"
     link.symlink_to(data)
     disk = opened(str(link))
     assert (disk.path, disk.root) == (str(blocker / "data"), str(link))
-    disk.close()
+    os.close(disk._lock)
 
 
 def test_a_pin_directory_of_somebody_else_or_behind_a_link_is_not_used(
