@@ -2429,7 +2429,8 @@ class Ledger:
         if not rows:
             return None
         _, key, etag, crc32, run, confirmed = rows[0]
-        return Remembered(key, etag, crc32, run == self._run and self._now() < confirmed + CONFIRMED_S)
+        fresh = run == self._run and self._now() < confirmed + CONFIRMED_S
+        return Remembered(key, etag, crc32, fresh)
 
     def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> None:
         """Remember files and their disks: a Stored as this process has it from the store, a Known as hearsay."""
@@ -2729,18 +2730,17 @@ class PinDirectory:
         return "" if info.st_dev == self._device else "it is on another file system than before"
 
     def _open(self, owner: str) -> str:
-        errors = []
-        problems = []
+        """Open the first pin directory that can be had. What every place refuses for good is a wrong configuration."""
+        problems: dict[str, OSError] = {}
         for path in self.candidates():
             try:
                 self._take(path)
                 return ""
             except OSError as error:
-                errors.append(error.errno)
-                problems.append(f"{quote(path)}: {error.strerror}")
-        me, said = user_name(os.geteuid()), "; ".join(problems)
-        text = f"user {me} cannot link files of {quote(self.root)} into a pin directory ({said})"
-        if set(errors) <= set(_NO_LINK):
+                problems[path] = error
+        said = "; ".join(f"{quote(path)}: {error.strerror}" for path, error in problems.items())
+        text = f"user {user_name(os.geteuid())} cannot link files of {quote(self.root)} into pins ({said})"
+        if all(error.errno in _NO_LINK for error in problems.values()):
             raise Usage(text, f"run as {owner}, who owns the data, with the pins on the same mount: --pin-dir")
         return text
 
