@@ -3126,8 +3126,10 @@ class Pinner(threading.Thread):
                 self._dirty[known] = None
             return
         parts = relative.split("/")
-        if len(parts) < 3:
-            self._names.add(".".join((parts[0], *(table_id_of(table)[0] for table in parts[1:]))))
+        if len(parts) == 1:
+            self._names.add(relative)
+        elif len(parts) == 2:
+            self._names.add(f"{parts[0]}.{table_id_of(parts[1])[0]}")
         if inode != disk.inode and self._filters.wants_directory(relative):
             self._scan(self._place(disk, relative))
 
@@ -3135,8 +3137,9 @@ class Pinner(threading.Thread):
         path = disk.source(relative)
         if path not in self._places:
             unit = unit_of(disk.root, relative, "")
-            is_container = relative.split("/")[2:] == ["snapshots"] or self._filters.include is None
-            has_files = unit.kind != "archive" or not is_container
+            has_files = unit.kind != "archive"
+            if self._filters.include and relative.split("/")[2:] != ["snapshots"]:
+                has_files = True  # an archive, or what --include may find in one
             place = self._places[path] = Place(disk, relative, path, unit, has_files)
             if has_files:
                 self._groups.setdefault(unit, Group()).places.add(place)
