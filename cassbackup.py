@@ -116,6 +116,7 @@ import threading
 import time
 import urllib.parse
 import zlib
+from array import array
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -2395,11 +2396,11 @@ class Ledger:
         self._path, self._scope = path, scope
         self._tries = iter([path] * 3)  # a disk that damages every file must not keep us here for ever
         self._epoch = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        self._run = ""
+        self._run = f"{random.getrandbits(64):x}"  # this process
         self.broken = self.bucket = ""
         self._db = self._open()
         # The id in owner.json. Where the ledger knows none, no other row checks either.
-        self._begin(self.fact("bucket"))
+        self.bucket = self.fact("bucket")
 
     def _open(self) -> sqlite3.Connection:
         for path in self._tries:
@@ -2420,10 +2421,6 @@ class Ledger:
             db.close()
             raise
         return db
-
-    def _begin(self, bucket: str) -> None:
-        self.bucket = bucket
-        self._run = f"{random.getrandbits(64):x}"  # this process, in this life of the bucket
 
     def _note(self, error: Exception) -> bool:
         """Say that the ledger fails. Return whether its file is damaged, and moved aside for that."""
@@ -2483,7 +2480,8 @@ class Ledger:
         if not rows:
             return None
         _, key, etag, crc32, run, confirmed = rows[0]
-        return Remembered(key, etag, crc32, run == self._run and self._now() < confirmed + CONFIRMED_S)
+        fresh = run == self._run and self._now() < confirmed + CONFIRMED_S
+        return Remembered(key, etag, crc32, fresh)
 
     def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> None:
         """Remember files and their disks: a Stored as this process has it from the store, a Known as hearsay."""
@@ -2502,7 +2500,7 @@ class Ledger:
         """Remember what a listing has of each directory, as 64-bit marks."""
         rows = []
         for directory, some in marks.items():
-            rows.append((quote(directory), life, listed, struct.pack(f"{len(some)}Q", *some)))
+            rows.append((quote(directory), life, listed, array("Q", some).tobytes()))
         self._write("listed VALUES (?, ?, ?, ?, ?)", rows)
 
     def listed(self) -> dict[str, tuple[str, set[int]]]:
@@ -2512,7 +2510,7 @@ class Ledger:
             directory = unquote(quoted)
             if directory not in found or found[directory][0] != life:
                 found[directory] = (life, set())
-            found[directory][1].update(memoryview(blob).cast("Q"))
+            found[directory][1].update(array("Q", blob))
         return found
 
     def replace_listed(self, directory: str, life: str, until: str, marks: Collection[int]) -> None:
@@ -2550,7 +2548,7 @@ class Ledger:
         # This row belongs to the scope alone, or nobody could read it at the next start.
         self.bucket = ""
         self.remember("bucket", bucket)
-        self._begin(bucket)
+        self.bucket = bucket
 
     def close(self) -> None:
         """Close the file."""
@@ -2562,11 +2560,13 @@ class Ledger:
 # ======================================================================================================
 
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_LINK: Final = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP)  # link(2): not from here, not by you, not at all
+# link(2): not from here, not by you, not at all; and a directory in which you may make nothing.
+_NO_LINK: Final = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES)
 _EVENT: Final = struct.Struct("iIII")  # struct inotify_event: wd, mask, cookie, length of the name; inotify(7)
 _NEVER_SCANNED: Final = (".cassbackup", "lost+found")  # ours; and fsck's, where the data directory is a mount
 _EMPTY: Final = "it is empty"
-_ASIDE = re.compile(r"path|#[0-9a-f]{40}\.name|.*\.tmp")  # what may go from a pin directory that has no pins
+_MAY_LINK: Final = "run as the owner of the data, with room on its disk: see df and df -i"
+_UNLINK: Final = "make it a data directory of its own, or leave it out: --exclude-keyspace, --exclude-table"
 _STEP: Final = 200  # unlinks at a time; then what is to be pinned comes first
 _SOON_S: Final = 0.05  # a scan that is due so soon means: not idle
 _UNWATCHED_S: Final = 2.0  # how often directories are scanned that inotify has no room for
@@ -2672,11 +2672,18 @@ class Pins(NamedTuple):
     lost: tuple[FilePath, ...]  # given up to keep the disk free, and not yet listed as lost
 
 
-def _pin_name(name: str) -> str:
-    """Return the name of a file's pin: its own and ~, or its hash where that is more than NAME_MAX, 255 bytes."""
-    if not name.startswith("#") and (len(name) < 64 or len(os.fsencode(name)) < 255):
-        return name + "~"
-    return f"#{hash_name(name)}~"
+def _short(name: str, suffix: str) -> str:
+    """Return a name and its suffix, or #<hash> and the suffix where that would be more than NAME_MAX, 255 bytes."""
+    if name.startswith("#") or len(os.fsencode(name + suffix)) > 255:
+        name = "#" + hash_name(name)
+    return name + suffix
+
+
+def _keep_name(pins: str, short: str, name: str) -> None:
+    """Write down in a directory of pins what a #<hash> there stands for, before anything is linked under it."""
+    path = f"{pins}/{short}.name"
+    if not os.path.exists(path):
+        write_file(path, os.fsencode(name))
 
 
 def _read_name(path: str) -> str:
@@ -2684,18 +2691,28 @@ def _read_name(path: str) -> str:
         return os.fsdecode(file.read())
 
 
+def user_name(uid: int) -> str:
+    """Return a user's name; in a container he may have a number alone."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 def _prove_link(root: str, path: str) -> None:
     """Link some file of the data directory into the pin directory, and unlink it again. Raises OSError.
 
     st_dev does not tell: two bind mounts of one file system have the same, and link(2) fails from one to the other.
     """
-    probe, problem = os.path.join(path, "probe~"), OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    probe = os.path.join(path, "probe~")
+    problem: OSError | None = None
     with contextlib.suppress(FileNotFoundError):
         os.unlink(probe)  # of a process that was killed here
+    if os.stat(root).st_dev != os.stat(path).st_dev:  # all that can be said where there is no file yet
+        problem = OSError(errno.EXDEV, os.strerror(errno.EXDEV))
     # fs.protected_hardlinks allows us links to files of our own: they prove nothing about Cassandra's.
     folders = ((folder, names) for folder, _, names in os.walk(root) if ".cassbackup" not in folder)
     files = (os.path.join(folder, name) for folder, names in folders for name in names)
-    linkable = os.stat(root).st_dev == os.stat(path).st_dev  # for now, where there is no file yet
     for file in itertools.islice(files, 20):
         try:
             os.link(file, probe, follow_symlinks=False)
@@ -2704,8 +2721,8 @@ def _prove_link(root: str, path: str) -> None:
         except FileNotFoundError:
             continue  # a compaction was faster
         except OSError as error:  # perhaps of this file alone: it may be another user's, or have 65,000 links
-            problem, linkable = error, False
-    if not linkable:
+            problem = error
+    if problem:
         raise problem
 
 
@@ -2715,8 +2732,8 @@ class PinDirectory:
         <path>/ks1%2Fusers-5a1c%2Fsnapshots%2Fdaily~<life>/nb-1-big-Data.db~
 
     Cassandra does not start over a strange name in .db, and clears what is called snapshots: no name of ours is such.
-    What would be too long stands under #<hash>: then a file `path` in the directory, or a file #<hash>.name beside
-    the pin, tells the true name. A file `lost` names what was given up.
+    What would be too long is called #<hash>; then a file #<hash>.name beside the pins tells the true name. A file
+    `lost` names what was given up.
 
     It is made closed, with path and id "", and opened by `check` when the data directory is there. From then on
     `read` may be called by any thread, all else by the pinner alone.
@@ -2734,10 +2751,7 @@ class PinDirectory:
 
     def directory(self, relative: str, life: str) -> str:
         """Return the path of the directory for the pins of a source directory."""
-        name = quote(relative, slash="%2F")
-        if name.startswith("#") or len(os.fsencode(f"{name}~{life}")) > 255:
-            name = "#" + hash_name(relative)
-        return f"{self.path}/{name}~{life}"
+        return f"{self.path}/{_short(quote(relative, slash='%2F'), f'~{life}')}"
 
     def candidates(self) -> list[str]:
         """Return where the pins may be, the best place first."""
@@ -2753,29 +2767,32 @@ class PinDirectory:
     def check(self) -> str:
         """Return why nothing of the data directory can be pinned, "" if it can. Raises Usage, Busy."""
         try:
-            device = os.stat(self.root).st_dev
+            info = os.stat(self.root)
             with os.scandir(self.root) as entries:
                 if all(entry.name in _NEVER_SCANNED for entry in entries):
                     return _EMPTY
+        except PermissionError:  # it may be the place where a disk is mounted late
+            return f"user {user_name(os.geteuid())} may not read it: run as the owner of the data"
         except OSError as error:
             return str(error.strerror)
         if not self.path:
-            self._device = device
-            return self._open()
-        return "" if device == self._device else "it is on another file system than before"
+            self._device = info.st_dev
+            return self._open(user_name(info.st_uid))
+        return "" if info.st_dev == self._device else "it is on another file system than before"
 
-    def _open(self) -> str:
-        problems, last = [], 0
+    def _open(self, owner: str) -> str:
+        """Open the first pin directory that can be had. What every place refuses for good is a wrong configuration."""
+        problems: dict[str, OSError] = {}
         for path in self.candidates():
             try:
                 self._take(path)
                 return ""
             except OSError as error:
-                problems.append(f"{path}: {error.strerror}")
-                last = error.errno or 0
-        text = f"no hard link can be made from {self.root} to a pin directory ({'; '.join(problems)})"
-        if last in _NO_LINK:
-            raise Usage(text, "run as the owner of the data, with the pin directory on the same mount: --pin-dir")
+                problems[path] = error
+        said = "; ".join(f"{quote(path)}: {error.strerror}" for path, error in problems.items())
+        text = f"user {user_name(os.geteuid())} cannot link files of {quote(self.root)} into pins ({said})"
+        if all(error.errno in _NO_LINK for error in problems.values()):
+            raise Usage(text, f"run as {owner}, who owns the data, with the pins on the same mount: --pin-dir")
         return text
 
     def _take(self, path: str) -> None:
@@ -2785,7 +2802,9 @@ class PinDirectory:
         os.makedirs(path, 0o755, exist_ok=True)
         info = os.stat(path)
         if info.st_uid not in (os.geteuid(), os.stat(self.root).st_uid):
-            raise OSError(errno.EACCES, f"it belongs to user {info.st_uid}; give it to the owner of the data")
+            raise OSError(
+                errno.EACCES, f"it belongs to user {user_name(info.st_uid)}; give it to the owner of the data"
+            )
         lock, identity = lock_file(f"{path}/lock"), f"{path}/id"
         try:
             _prove_link(os.path.realpath(self.root), path)
@@ -2797,31 +2816,28 @@ class PinDirectory:
             raise
         self.path, self.inode, self._lock = path, info.st_ino, lock
 
-    def close(self) -> None:
-        """Let the lock go."""
-        os.close(self._lock)
-
     def make(self, relative: str, life: str) -> int:
         """Make the directory for the pins of a source directory if it is not there, and open it."""
         path = self.directory(relative, life)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o755)
-        if os.path.basename(path).startswith("#") and not os.path.exists(f"{path}/path"):
-            write_file(f"{path}/path", os.fsencode(relative))  # before the first link: whose pins are these?
+        short = os.path.basename(path).rpartition("~")[0]
+        if short.startswith("#"):
+            _keep_name(path, short, quote(relative, slash="%2F"))
         return os.open(path, _OPEN_DIRECTORY)
 
     def pending(self) -> list[tuple[str, str]]:
-        """Return (source directory, life) of each directory that holds something. Empty ones, of a crash, go."""
+        """Return (life, source directory) of each directory that holds something. Empty ones, of a crash, go."""
         found = []
-        for name in sorted(os.listdir(self.path)) if self.path else ():
-            path, (quoted, _, life) = f"{self.path}/{name}", name.rpartition("~")
+        for name in os.listdir(self.path) if self.path else ():
+            path, (short, _, life) = f"{self.path}/{name}", name.rpartition("~")
             if is_utc(life) and self.tidy(path):
-                relative = _read_name(f"{path}/path") if quoted.startswith("#") else unquote(quoted)
+                relative = unquote(_read_name(f"{path}/{short}.name") if short.startswith("#") else short)
                 # A kill amid giving up leaves names that are lost and pinned: they are not lost.
-                lost = [one for one in self.lost(relative, life) if not os.path.lexists(f"{path}/{_pin_name(one)}")]
+                lost = [one for one in self.lost(relative, life) if not os.path.lexists(f"{path}/{_short(one, '~')}")]
                 self.write_lost(relative, life, lost)
-                found.append((relative, life))
-        return found
+                found.append((life, relative))
+        return sorted(found)
 
     def tidy(self, path: str) -> int:
         """Return how much a pin directory holds, its pins and `lost`; remove it if that is nothing."""
@@ -2829,9 +2845,9 @@ class PinDirectory:
             names = os.listdir(path)
         except FileNotFoundError:
             return 0
-        left = sum(not _ASIDE.fullmatch(name) for name in names)
+        left = sum(not name.endswith((".name", ".tmp")) for name in names)
         if not left:
-            for name in sorted(names):  # #<hash>.name before path
+            for name in names:
                 os.unlink(f"{path}/{name}")
             os.rmdir(path)
         return left
@@ -2869,16 +2885,6 @@ class PinDirectory:
                 os.unlink(path)
 
 
-def open_pin_directory(root: str, pin_dir: str = "") -> PinDirectory:
-    """Open a data directory's pin directory; it stays closed where the data directory is not there yet.
-
-    Raises Usage where no link is possible from a data directory that is there, and Busy.
-    """
-    disk = PinDirectory(root, pin_dir)
-    disk.check()
-    return disk
-
-
 @dataclass(frozen=True, slots=True)
 class Touched:
     """To the loop: a source directory has new pins of a unit; or, at the first scan, those of an earlier process."""
@@ -2909,68 +2915,6 @@ class PinnerState:
     unmatched: tuple[str, ...]  # filters that fit nothing
 
 
-@dataclass(frozen=True, slots=True)
-class PinnerFailed:
-    """To the loop: the pinner has ended by an error that nobody foresaw."""
-
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class ScanAll:
-    """From the loop: scan whatever has changed, pin what is new, and answer then."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScanTag:
-    """From the loop: scan a tag in every data directory. Was nothing missed, and is it still in this life: a bool."""
-
-    unit: Unit
-
-
-@dataclass(frozen=True, slots=True)
-class ListTag:
-    """From the loop: scan, and answer with the TagState of a tag, in these keyspaces or in all."""
-
-    tag: str
-    keyspaces: tuple[str, ...] = ()
-
-
-class TagState(NamedTuple):
-    """What the disks have of a tag."""
-
-    manifests: dict[FilePath, Fingerprint]
-    bare: tuple[str, ...]  # ks/table-id that have SSTables, but no manifest.json of this tag
-
-
-@dataclass(frozen=True, slots=True)
-class LetGo:
-    """From the loop: unlink the pins of files that are listed, if they still are these. How many are left: an int.
-
-    Of what is in delete_sources and in backups/, the name that Cassandra gave it goes too.
-    """
-
-    unit: Unit
-    files: Mapping[FilePath, Fingerprint]
-    lost: bool  # what was lost is listed as lost
-    delete_sources: frozenset[FilePath] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """From the loop: unlink pins whose bytes nobody else holds. Which names are lost by that: a tuple."""
-
-    disk: PinDirectory
-    relative: str
-    life: str
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """From the loop: nothing is listed any more; pin whatever is there."""
-
-
 @dataclass(slots=True, eq=False)
 class Place:
     """A directory that is scanned, and what the pinner knows of it."""
@@ -2978,10 +2922,8 @@ class Place:
     disk: PinDirectory
     relative: str
     path: str
-    group: tuple[str, ...]  # what shares a life: a tag, or a table's backups/, in all data directories
-    has_files: bool = False  # else it is watched for new directories alone
-    is_tag: bool = False  # in a snapshot
-    is_archive: bool = False  # outside snapshots/ and backups/: files must be wanted by --include
+    unit: Unit  # without its life: with the other places of this unit, on all disks, it shares one
+    has_files: bool  # else it is watched for new directories alone
     life: str = ""  # of the pin directory that is open; "" where nothing is pinned or listed
     pinned: dict[str, int] = field(default_factory=dict)  # inodes, by name
     listed: set[int] = field(default_factory=set)  # marks of what is listed, and pinned no more
@@ -2991,18 +2933,23 @@ class Place:
     mtime_ns: int = 0  # as of the last scan; 0: scan again at the next reconciliation
     ready: float = 0.0  # not to be scanned again before this (monotonic)
 
-    @classmethod
-    def of(cls, disk: PinDirectory, relative: str, archives: bool) -> Place:
-        """Tell from its path what a directory is."""
-        path, parts = disk.source(relative), relative.split("/")
-        match parts:
-            case [_, _, "snapshots", _, *_]:
-                return cls(disk, relative, path, tuple(parts[:4]), has_files=True, is_tag=True)
-            case [_, _, "snapshots"]:
-                return cls(disk, relative, path, ())
-            case [_, _, "backups", *_]:
-                return cls(disk, relative, path, tuple(parts[:3]), has_files=True)
-        return cls(disk, relative, path, (disk.root, relative), has_files=archives, is_archive=archives)
+    @property
+    def is_tag(self) -> bool:
+        """Tell whether it is of a snapshot."""
+        return self.unit.kind == "snapshot"
+
+    @property
+    def is_table(self) -> bool:
+        """Tell whether it is a table's own directory."""
+        return self.relative.count("/") == 1
+
+
+@dataclass(slots=True)
+class Group:
+    """The places that share a life: those of a tag, or of a table's backups/, in all data directories."""
+
+    places: set[Place] = field(default_factory=set)
+    life: str = ""  # what a place joins that finds something; "" where the next one begins a new life
 
 
 class Inotify:
@@ -3021,15 +2968,7 @@ class Inotify:
         self._calls = pyinotify.INotifyWrapper.create()
         self._places: dict[int, Place] = {}
         self._warned = False
-        self.fd: int = self._calls.inotify_init()
-        if self.fd < 0:
-            self._warn("fs.inotify.max_user_instances=1024")
-
-    def _warn(self, setting: str) -> None:
-        if not self._warned:
-            hint = f"raise it: sysctl {setting}"
-            log.warning("inotify has no room, directories are scanned every few seconds hint=%s", hint)
-        self._warned = True
+        self.fd: int = self._calls.inotify_init()  # -1 where it has no room; then no watch can be had either
 
     def arm(self, place: Place, fd: int) -> None:
         """Watch the directory open at fd; place.wd is -1 where there is no room.
@@ -3045,10 +2984,12 @@ class Inotify:
         if wd != place.wd:
             self.disarm(place)
         place.wd = wd
-        if wd < 0:
-            self._warn("fs.inotify.max_user_watches=1048576")
-        else:
+        if wd >= 0:
             self._places[wd] = place
+        elif not self._warned:
+            self._warned = True
+            hint = "sysctl fs.inotify.max_user_watches=1048576 fs.inotify.max_user_instances=1024"
+            log.warning("inotify has no room, directories are scanned every few seconds hint=%s", hint)
 
     def disarm(self, place: Place) -> None:
         """End the watch of a directory that is gone, or no longer the one at its path."""
@@ -3085,20 +3026,11 @@ class _Sorted(NamedTuple):
     unchanged: bool  # all that is pinned or listed is there
 
 
-def _raise_descriptor_limit() -> int:
-    """Raise the limit of open files as far as we may; return how many the pinner may hold."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return soft // 2
-
-
 class Pinner(threading.Thread):
     """The one thread that watches, scans, links and unlinks. Nobody else touches a pin, so there is no lock.
 
     `listed` is {source directory: (life, marks of what is listed of it)}, as an earlier process left it. `post` is
-    called by this thread with what the loop should know.
+    called by this thread with what the loop should know: Touched, Gone, PinnerState, and the error that ends it.
     """
 
     def __init__(
@@ -3113,25 +3045,23 @@ class Pinner(threading.Thread):
         self.idle = threading.Event()  # nothing is waiting to be pinned
         self._disks, self._filters, self._reconcile_s, self._post = disks, filters, reconcile_s, post
         self._inotify = Inotify()
-        self._wake_read, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
+        self._wake = os.eventfd(0)
         self._poll = select.poll()
-        for fd in (self._wake_read, self._inotify.fd):
+        for fd in (self._wake, self._inotify.fd):
             if fd >= 0:
                 self._poll.register(fd, select.POLLIN)
-        self._requests: deque[tuple[object, Future[Any]]] = deque()
+        self._requests: deque[tuple[Future[Any], Callable[[], object]]] = deque()
         self._stopping = self._over = False
         self._places: dict[str, Place] = {}
-        self._tables: set[Place] = set()  # of these, tables' own directories
+        self._groups: dict[Unit, Group] = {}
         self._dirty: dict[Place, None] = {}  # to be scanned
-        self._groups: dict[tuple[str, ...], set[Place]] = {}
-        self._lives: dict[tuple[str, ...], str] = {}  # the life that a group is in: see _goes_on
         self._newest_life = utc(0)
         self._pins: dict[str, set[tuple[PinDirectory, str]]] = {}  # source directories that have pins, by life
-        self._may_hold = _raise_descriptor_limit()
+        self._may_hold = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # so many descriptors of places
         self._listed = dict(listed)  # of data directories that were not there yet
         self._opened: set[PinDirectory] = set()
         self._counts: Counter[str] = Counter()
+        self._unlinked = 0
         self._refused: dict[str, float] = {}
         self._absent: dict[str, str] = {}
         self._named: set[str] = set()  # paths that the log has named
@@ -3140,11 +3070,11 @@ class Pinner(threading.Thread):
 
     # From other threads
 
-    def ask(self, request: object) -> Future[Any]:
-        """Have the pinner do what a request says; the answer, or an error, comes with the Future."""
-        future: Future[Any] = Future()
-        self._requests.append((request, future))
-        self._wake_up()
+    def ask(self, do: Callable[..., T], *args: object) -> Future[T]:
+        """Have this thread do something, as in `ask(pinner.scan_tag, unit)`; the answer comes with the Future."""
+        future: Future[T] = Future()
+        self._requests.append((future, functools.partial(do, *args)))
+        os.eventfd_write(self._wake, 1)
         if self._over:
             self._turn_away()
         return future
@@ -3152,15 +3082,11 @@ class Pinner(threading.Thread):
     def stop(self) -> None:
         """Have the thread end; what is pinned stays pinned."""
         self._stopping = True
-        self._wake_up()
-
-    def _wake_up(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full: it wakes up anyway
-            os.write(self._wake, b"x")
+        os.eventfd_write(self._wake, 1)
 
     def _turn_away(self) -> None:
         while self._requests:
-            future = self._requests.popleft()[1]
+            future, _ = self._requests.popleft()
             if not future.done():
                 future.set_exception(Fault("the pinner has ended"))
 
@@ -3176,7 +3102,7 @@ class Pinner(threading.Thread):
             self._work()
         except Exception as error:
             log.exception("pinner failed")
-            self._post(PinnerFailed(repr(error)))
+            self._post(error)
         self._over = True
         self._turn_away()
 
@@ -3184,15 +3110,20 @@ class Pinner(threading.Thread):
         due = 0.0
         while not self._stopping:
             if time.monotonic() >= due:
-                self._reconcile()
+                self.reconcile()
                 unwatched = any(place.wd < 0 for place in self._places.values())
                 due = time.monotonic() + (min(_UNWATCHED_S, self._reconcile_s) if unwatched else self._reconcile_s)
             self._pin_new(due)
             while self._requests:
-                request, future = self._requests[0]
-                if future.set_running_or_notify_cancel():
-                    self._take_request(request, future)
+                self._answer(*self._requests[0])
                 self._requests.popleft()  # an error above leaves it to _turn_away
+
+    def _answer(self, future: Future[Any], do: Callable[[], object]) -> None:
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(do())
+            except OSError as error:
+                future.set_exception(error)
 
     def _pin_new(self, until: float) -> None:
         """Wait for events, until a moment (monotonic) at the latest, and pin what they point at."""
@@ -3204,60 +3135,28 @@ class Pinner(threading.Thread):
             self._report()
         wait_s = max(0.0, min(next_scan, until, self._reported + _STATE_S) - now)
         for fd, _ in self._poll.poll(1000 * wait_s):
-            if fd == self._wake_read:
-                os.read(fd, 64 * KIB)
+            if fd == self._wake:
+                os.eventfd_read(fd)
             else:
                 self._dirty.update(dict.fromkeys(self._inotify.read()))
         for place in [place for place in self._dirty if place.ready <= time.monotonic()]:
             self._scan(place)
         self._report_if_late()
 
-    def _take_request(self, request: object, future: Future[Any]) -> None:
-        answer: object = None
-        try:
-            match request:
-                case ScanAll():
-                    self._reconcile()
-                case ScanTag(unit):
-                    answer = self._scan_tag(unit)
-                case ListTag(tag, keyspaces):
-                    answer = self._list_tag(tag, keyspaces)
-                case LetGo():
-                    answer = self._let_go(request)
-                case GiveUp():
-                    answer = self._give_up(request)
-                case Forget():
-                    self._forget()
-            future.set_result(answer)
-        except OSError as error:
-            future.set_exception(error)
-
     def _report_if_late(self) -> None:
         if time.monotonic() >= self._reported + _STATE_S:
             self._report()
 
-    def _report(self) -> None:
+    def _report(self) -> PinnerState:
         self._reported = time.monotonic()
-        tables = frozenset(place.relative for place in self._tables)
+        tables = frozenset(place.relative for place in self._places.values() if place.is_table)
         unmatched = tuple(self._filters.unmatched(self._names)) if self._scanned else ()
         told = (dict(self._counts), dict(self._refused), tables, dict(self._absent), unmatched)
-        self._post(PinnerState(self._scanned, *told))
+        state = PinnerState(self._scanned, *told)
+        self._post(state)
+        return state
 
     # Which directories are scanned
-
-    def _reconcile(self) -> None:
-        """Scan the directories that changed without a hint, or may have; and those that a hint named meanwhile."""
-        began, before = time.time(), self._counts["found"]
-        for place in list(self._places.values()):
-            if self._has_changed(place):
-                self._scan(place)
-        while self._dirty:
-            self._scan(next(iter(self._dirty)))
-        if self._scanned:
-            self._counts["found_by_rescan"] += self._counts["found"] - before
-        self._refused = {path: since for path, since in self._refused.items() if os.path.lexists(path)}
-        self._scanned = began
-        self._report()
 
     def _has_changed(self, place: Place) -> bool:
         if place.relative and place.disk.root in self._absent:
@@ -3278,38 +3177,40 @@ class Pinner(threading.Thread):
                 self._dirty[known] = None
             return
         parts = relative.split("/")
-        if len(parts) < 3:
-            self._names.add(".".join((parts[0], *(table_id_of(table)[0] for table in parts[1:]))))
+        if len(parts) == 1:
+            self._names.add(relative)
+        elif len(parts) == 2:
+            self._names.add(f"{parts[0]}.{table_id_of(parts[1])[0]}")
         if inode != disk.inode and self._filters.wants_directory(relative):
             self._scan(self._place(disk, relative))
 
     def _place(self, disk: PinDirectory, relative: str) -> Place:
-        place = self._places.get(disk.source(relative))
-        if not place:
-            place = Place.of(disk, relative, self._filters.include is not None)
-            self._places[place.path] = place
-            if relative.count("/") == 1:
-                self._tables.add(place)
-            if place.has_files:
-                self._groups.setdefault(place.group, set()).add(place)
-        return place
+        path = disk.source(relative)
+        if path not in self._places:
+            unit = unit_of(disk.root, relative, "")
+            has_files = unit.kind != "archive"
+            if self._filters.include and relative.split("/")[2:] != ["snapshots"]:
+                has_files = True  # an archive, or what --include may find in one
+            place = self._places[path] = Place(disk, relative, path, unit, has_files)
+            if has_files:
+                self._groups.setdefault(unit, Group()).places.add(place)
+        return self._places[path]
 
     def _leave(self, place: Place) -> None:
         """Forget a directory that is gone."""
         del self._places[place.path]
-        self._tables.discard(place)
         self._inotify.disarm(place)
         self._release(place)
         if not place.has_files:
             return
         self._post(Gone(place.path))
-        members = self._groups[place.group]
-        members.discard(place)
+        group = self._groups[place.unit]
+        group.places.discard(place)
         # A directory of the life is gone: nothing joins it any more. The others go on while they are held.
-        if not members or (place.is_tag and place.life == self._lives.get(place.group)):
-            self._lives.pop(place.group, None)
-        if not members:
-            del self._groups[place.group]
+        if place.is_tag and place.life == group.life:
+            group.life = ""
+        if not group.places:
+            del self._groups[place.unit]
 
     def _release(self, place: Place) -> None:
         if place.held >= 0:
@@ -3323,12 +3224,13 @@ class Pinner(threading.Thread):
             why = disk.check()
         except Fault as fault:
             why = str(fault)
+        had_tables = any(place.is_table and place.disk is disk for place in self._places.values())
+        if why == _EMPTY and self._filters.include and not had_tables:
+            return False  # archived commit logs go as soon as they are stored
         if why:
-            # Archived commit logs go as soon as they are stored: a directory that never had tables may be empty.
-            if why != _EMPTY or not self._filters.include or any(place.disk is disk for place in self._tables):
-                if disk.root not in self._absent:
-                    log.error("data directory is absent path=%s error=%s", quote(disk.root), quote(why))
-                self._absent[disk.root] = why
+            if disk.root not in self._absent:
+                log.error("data directory is absent path=%s error=%s", quote(disk.root), quote(why))
+            self._absent[disk.root] = why
             return False
         if self._absent.pop(disk.root, None):
             log.warning("data directory is there path=%s", quote(disk.root))
@@ -3339,39 +3241,55 @@ class Pinner(threading.Thread):
 
     def _recover(self, disk: PinDirectory) -> None:
         """Take up what an earlier process left of a data directory. The scan tells what of it is still there."""
-        known: list[tuple[str, str, set[int] | None]] = []
         for directory in [path for path in self._listed if f"{path}/".startswith(f"{disk.root}/")]:
-            life, listed = self._listed.pop(directory)
-            known.append((life, directory[len(disk.root) + 1 :], listed))
-        for relative, life in disk.pending():
-            known.append((life, relative, None))
+            life, marks = self._listed.pop(directory)
+            place = self._resume(disk, directory[len(disk.root) + 1 :], life)
+            if place:
+                place.listed = marks
+        for life, relative in disk.pending():
             self._pins.setdefault(life, set()).add((disk, relative))
             self._post(Touched(unit_of(disk.root, relative, life), disk, relative, 0, seconds_of(life)))
-        for life, relative, marks in sorted(known, key=lambda one: one[:2]):
-            self._newest_life = max(life, self._newest_life)
-            if not relative or self._filters.wants_directory(relative):
-                self._resume(self._place(disk, relative), life, marks)
+            place = self._resume(disk, relative, life)
+            if place:
+                for pin in disk.read(relative, life).files.values():
+                    place.pinned[pin.name] = pin.fingerprint.inode
+                    place.listed.discard(mark_of(pin.name, pin.fingerprint))  # listed, but not let go before the end
 
-    def _resume(self, place: Place, life: str, marks: set[int] | None) -> None:
-        """Take up what is listed of a directory (marks), or what is pinned.
+    def _resume(self, disk: PinDirectory, relative: str, life: str) -> Place | None:
+        """Return the place in which a life goes on, if it does. What is listed of backups/ has no life.
 
         A tag is in one life at a time: older ones are sealed. In backups/ whatever waits counts as pinned.
         """
-        open_life = self._lives.get(place.group, "")
-        if place.is_tag and life < open_life:
-            return
-        if place.is_tag and life > open_life:
-            self._end_life(place.group, open_life)
-        if place.is_tag or marks is None:
-            place.life = self._lives[place.group] = life
-        if marks is not None:
-            place.listed = marks
-            return
-        for (_, name), pin in place.disk.read(place.relative, life).files.items():
-            place.pinned[name] = pin.fingerprint.inode
-            place.listed.discard(mark_of(name, pin.fingerprint))  # listed, but not let go before the end
+        self._newest_life = max(life, self._newest_life)
+        if relative and not self._filters.wants_directory(relative):
+            return None
+        place = self._place(disk, relative)
+        group = self._groups.get(place.unit)
+        if not group:
+            return None  # an archive that is no longer wanted
+        if place.is_tag and life < group.life:
+            return None
+        if place.is_tag and life > group.life:
+            self._end_life(group, group.life)
+        if life:
+            place.life = group.life = life
+        return place
 
     # Scanning
+
+    def reconcile(self) -> PinnerState:
+        """Scan the directories that changed without a hint, or may have; and those that a hint named meanwhile."""
+        began, before = time.time(), self._counts["found"]
+        for place in list(self._places.values()):
+            if self._has_changed(place):
+                self._scan(place)
+        while self._dirty:
+            self._scan(next(iter(self._dirty)))
+        if self._scanned:
+            self._counts["found_by_rescan"] += self._counts["found"] - before
+        self._refused = {path: since for path, since in self._refused.items() if os.path.lexists(path)}
+        self._scanned = began
+        return self._report()
 
     def _scan(self, place: Place) -> None:
         """Watch a directory, scan it, and pin what is new. Watch first: what comes between is seen by one of both."""
@@ -3387,14 +3305,14 @@ class Pinner(threading.Thread):
             fd = os.open(place.path, _OPEN_DIRECTORY if place.relative else _OPEN_DIRECTORY & ~os.O_NOFOLLOW)
         except OSError as error:
             if place.relative and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                self._refuse(place, place.path, error)
+                self._refuse(place.path, place.path, str(error.strerror))
             elif self._is_there(place.disk) and place.relative:
                 self._leave(place)
             return
         try:
             self._scan_open(place, fd)
         except OSError as error:
-            self._refuse(place, place.path, error)
+            self._refuse(place.path, place.path, str(error.strerror))
         finally:
             if fd != place.held:
                 os.close(fd)
@@ -3420,19 +3338,22 @@ class Pinner(threading.Thread):
 
     def _scan_folders(self, place: Place, fd: int) -> None:
         # A live table's directory may hold thousands of files.
-        for name in ("snapshots", "backups") if place in self._tables else os.listdir(fd):
+        for name in ("snapshots", "backups") if place.is_table else os.listdir(fd):
             relative = f"{place.relative}/{name}" if place.relative else name
             with contextlib.suppress(FileNotFoundError):
                 info = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 if stat.S_ISDIR(info.st_mode):
                     self._enter(place.disk, relative, info.st_ino)
                 elif stat.S_ISLNK(info.st_mode) and self._filters.wants_directory(relative):
-                    self._refuse_link(place.disk.source(relative))
+                    # Cassandra follows it. We do not: a pin of what is behind it would not be on its disk.
+                    path = place.disk.source(relative)
+                    if os.path.isdir(path):
+                        self._refuse(path, path, "symbolic link, nothing behind it is stored", _UNLINK)
 
     def _scan_files(self, place: Place, fd: int) -> None:
         entries = self._sort(place, fd)
         if entries.found and not self._goes_on(place, fd, entries):
-            self._end_life(place.group, place.life)
+            self._end_life(self._groups[place.unit], place.life)
             entries = self._sort(place, fd)
         if not place.is_tag:
             place.listed = entries.seen  # what was deleted from backups/ need not be remembered
@@ -3444,7 +3365,7 @@ class Pinner(threading.Thread):
     def _sort(self, place: Place, where: int | str) -> _Sorted:
         """Compare a directory, given by a descriptor or by its path, with what is known of it."""
         found, folders, seen, still_pinned, replaced = [], [], set(), 0, False
-        pinned, listed = place.pinned, place.listed
+        pinned, listed, is_archive = place.pinned, place.listed, place.unit.kind == "archive"
         with os.scandir(where) as entries:
             for entry in entries:
                 inode = pinned.get(entry.name)
@@ -3454,7 +3375,7 @@ class Pinner(threading.Thread):
                     folders.append((entry.name, entry.inode()))
                 elif not entry.is_file(follow_symlinks=False):
                     self._skip(f"{place.path}/{entry.name}")
-                elif place.is_archive and not self._filters.wants_file(f"{place.path}/{entry.name}"):
+                elif is_archive and not self._filters.wants_file(f"{place.path}/{entry.name}"):
                     continue
                 elif listed and (mark := self._mark(entry)) in listed:
                     seen.add(mark)
@@ -3486,12 +3407,12 @@ class Pinner(threading.Thread):
             return True
         if place.held >= 0:
             return os.path.sameopenfile(place.held, fd)
-        return entries.unchanged and place.life == self._lives.get(place.group) and self._others_stand(place)
+        group = self._groups[place.unit]
+        return place.life == group.life and self._all_stand(group)
 
-    def _others_stand(self, place: Place) -> bool:
-        """Tell whether all other directories of a group's life are what they were."""
-        others = (one for one in self._groups[place.group] if one is not place)
-        return all(self._stands(one) for one in others if one.life == self._lives[place.group])
+    def _all_stand(self, group: Group) -> bool:
+        """Tell whether all directories of a life are what they were."""
+        return all(self._stands(place) for place in group.places if place.life == group.life)
 
     def _stands(self, place: Place) -> bool:
         try:
@@ -3502,14 +3423,14 @@ class Pinner(threading.Thread):
         except OSError:
             return False
 
-    def _end_life(self, group: tuple[str, ...], life: str) -> None:
+    def _end_life(self, group: Group, life: str) -> None:
         """Seal a life in all data directories. Its pins wait for the loop; what comes now begins another life.
 
         In backups/ what is pinned still counts as pinned. A tag was taken again: there everything is pinned again.
         """
-        if self._lives.get(group) == life:
-            del self._lives[group]
-        for place in self._groups[group]:
+        if group.life == life:
+            group.life = ""
+        for place in group.places:
             if place.life == life:
                 place.life = ""
                 if place.is_tag:
@@ -3519,14 +3440,12 @@ class Pinner(threading.Thread):
 
     def _join(self, place: Place) -> str:
         """Return the life that a directory joins: that of its group, or a new one."""
-        life = self._lives.get(place.group)
-        if life and place.is_tag and not self._others_stand(place):
-            self._end_life(place.group, life)
-            life = None
-        if not life:
-            life = self._newest_life = later(utc(time.time()), self._newest_life)
-            self._lives[place.group] = life
-        return life
+        group = self._groups[place.unit]
+        if group.life and place.is_tag and not self._all_stand(group):
+            self._end_life(group, group.life)
+        if not group.life:
+            group.life = self._newest_life = later(utc(time.time()), self._newest_life)
+        return group.life
 
     # Pinning
 
@@ -3537,10 +3456,10 @@ class Pinner(threading.Thread):
         linked = 0
         try:
             for entry in found:
-                pin = _pin_name(entry.name)
+                pin = _short(entry.name, "~")
                 try:
                     if pin.startswith("#"):
-                        write_file(f"/proc/self/fd/{pins}/{pin[:-1]}.name", os.fsencode(entry.name))
+                        _keep_name(f"/proc/self/fd/{pins}", pin[:-1], entry.name)
                     os.link(entry.name, pin, src_dir_fd=fd, dst_dir_fd=pins, follow_symlinks=False)
                     place.pinned[entry.name] = entry.inode()
                     linked += 1
@@ -3548,14 +3467,14 @@ class Pinner(threading.Thread):
                     self._counts["vanished"] += 1
                     log.warning("vanished before it was pinned path=%s", quote(f"{place.path}/{entry.name}"))
                 except OSError as error:
-                    self._refuse(place, f"{place.path}/{entry.name}", error)
+                    self._refuse(place.path, f"{place.path}/{entry.name}", str(error.strerror))
         finally:
             os.close(pins)
         if not linked:
             self._tidy(place.disk, place.relative, place.life)
             return
         self._counts["found"] += linked
-        unit = unit_of(place.disk.root, place.relative, place.life)
+        unit = replace(place.unit, life=place.life)
         self._post(Touched(unit, place.disk, place.relative, linked, time.time()))
         if place.is_tag:
             self._pin_manifests_again(place)
@@ -3565,7 +3484,7 @@ class Pinner(threading.Thread):
 
     def _pin_manifests_again(self, place: Place) -> None:
         """Have a snapshot's manifest.json pinned that was let go: it names the life of what came now."""
-        for one in self._groups[place.group]:
+        for one in self._groups[place.unit].places:
             with contextlib.suppress(OSError):
                 if one.listed and one.life == place.life:
                     mark = mark_of(MANIFEST, Fingerprint.of(os.lstat(f"{one.path}/{MANIFEST}")))
@@ -3579,114 +3498,98 @@ class Pinner(threading.Thread):
             self._counts["skipped"] += 1
             log.info("not a regular file, skipped path=%s", quote(path))
 
-    def _refuse(self, place: Place, path: str, error: OSError) -> None:
+    def _refuse(self, directory: str, path: str, why: str, hint: str = _MAY_LINK) -> None:
         """Name what cannot be pinned now. It is tried again at each reconciliation: the hint is used up."""
         self._counts["refused"] += 1
-        self._refused.setdefault(place.path, time.time())
+        self._refused.setdefault(directory, time.time())
         if path not in self._named:
             self._named.add(path)
-            hint = "run as the owner of the data, with room on its disk: see df and df -i"
-            log.error("cannot pin path=%s error=%s hint=%s", quote(path), error.strerror, hint)
+            log.error("cannot pin path=%s error=%s hint=%s", quote(path), why, hint)
 
-    def _refuse_link(self, path: str) -> None:
-        """Name a link to a directory, which Cassandra follows. We do not: a pin of it would not be on its disk."""
-        if path not in self._refused and os.path.isdir(path):
-            self._refused[path] = time.time()
-            hint = "make it a data directory of its own, or leave it out: --exclude-keyspace, --exclude-table"
-            log.error("symbolic link, nothing behind it is stored path=%s hint=%s", quote(path), hint)
+    # What the loop has done by `ask`
 
-    # What the loop asks for
-
-    def _scan_tag(self, unit: Unit) -> bool:
-        group = (unit.keyspace, unit.table, "snapshots", unit.tag)
+    def scan_tag(self, unit: Unit) -> bool:
+        """Scan a tag in every data directory; tell whether nothing was missed, and it is still in this life."""
         missed = self._counts["vanished"] + self._counts["refused"]
-        for disk in self._disks:
-            with contextlib.suppress(OSError):
-                info = os.lstat(disk.source("/".join(group)))
-                if stat.S_ISDIR(info.st_mode):
-                    self._enter(disk, "/".join(group), info.st_ino)
-        for place in list(self._groups.get(group, ())):
+        relative = f"{unit.keyspace}/{unit.table}/snapshots/{unit.tag}"
+        if self._filters.wants_directory(relative):
+            for disk in self._disks:
+                if os.path.isdir(disk.source(relative)):
+                    self._place(disk, relative)
+        group = self._groups.get(replace(unit, life=""), Group())
+        for place in list(group.places):
             self._scan(place)
         # One that had the tag and has it no more has ended the life: what was missed there nobody knows.
-        same = self._lives.get(group) == unit.life and not self._absent
+        same = group.life == unit.life and not self._absent
         return same and self._counts["vanished"] + self._counts["refused"] == missed
 
-    def _list_tag(self, tag: str, keyspaces: Collection[str]) -> TagState:
-        self._reconcile()
-        manifests: dict[FilePath, Fingerprint] = {}
-        tables: dict[str, bool] = {}  # has it a manifest.json, or no SSTable?
-        for place in self._tables:
-            if keyspaces and place.relative.split("/")[0] not in keyspaces:
-                continue
-            directory = f"{place.path}/snapshots/{tag}"
-            try:
-                manifests[directory, MANIFEST] = Fingerprint.of(os.lstat(f"{directory}/{MANIFEST}"))
-                tables[place.relative] = True
-            except OSError:
-                tables.setdefault(place.relative, False)
-        bare = [table for table, has_manifest in tables.items() if not has_manifest and self._has_sstables(table)]
-        return TagState(manifests, tuple(sorted(bare)))
+    def let_go(
+        self,
+        unit: Unit,
+        files: Mapping[FilePath, Fingerprint],
+        lost: Collection[FilePath],
+        delete: Collection[FilePath],
+    ) -> int:
+        """Unlink the pins of files that are listed, if they still are these; return how much is left of the unit.
 
-    def _has_sstables(self, table: str) -> bool:
-        for disk in self._disks:
-            with contextlib.suppress(OSError):
-                if any(name.endswith("-Data.db") for name in os.listdir(disk.source(table))):
-                    return True
-        return False
-
-    def _let_go(self, request: LetGo) -> int:
-        names: dict[str, list[str]] = {}
-        for directory, name in request.files:
-            names.setdefault(directory, []).append(name)
-        # manifest.json goes last, and its directory: as long as there are pins, it tells which life they are of.
-        homes = [(disk.source(relative), disk, relative) for disk, relative in self._pins.get(request.unit.life, ())]
-        homes.sort(key=lambda home: (MANIFEST in names.get(home[0], ()), home[0]))
-        left = 0
-        for source, disk, relative in homes:
-            pins = disk.directory(relative, request.unit.life)
-            some = sorted(names.get(source, ()), key=lambda name: name == MANIFEST)
-            for number, name in enumerate(some, 1):
+        `lost` is listed as lost. Of what is to `delete`, and in backups/, the name that Cassandra gave it goes too.
+        """
+        homes = list(self._pins.get(unit.life, ()))
+        pins = {disk.source(relative): disk.directory(relative, unit.life) for disk, relative in homes}
+        # manifest.json goes last: as long as there are pins, it tells which life they are of.
+        for path in sorted(files, key=lambda path: path[1] == MANIFEST):
+            source, name = path
+            if source in pins:
                 with contextlib.suppress(FileNotFoundError):
-                    self._unlink_listed(request, (source, name), f"{pins}/{_pin_name(name)}")
-                if number % _STEP == 0:
-                    self._pin_new(0.0)
-            if request.lost:
-                disk.write_lost(relative, request.unit.life, ())
-            left += self._tidy(disk, relative, request.unit.life)
+                    pin = f"{pins[source]}/{_short(name, '~')}"
+                    self._let_go_of(unit, path, files[path], pin, delete)
+        left = 0
+        for disk, relative in homes:
+            if lost:
+                # What was given up since the pins were read is in no listing yet: its names must stay.
+                source = disk.source(relative)
+                names = [name for name in disk.lost(relative, unit.life) if (source, name) not in lost]
+                disk.write_lost(relative, unit.life, names)
+            left += self._tidy(disk, relative, unit.life)
         return left
 
-    def _unlink_listed(self, request: LetGo, path: FilePath, pin: str) -> None:
-        info, fingerprint = os.lstat(pin), request.files[path]
+    def _let_go_of(
+        self, unit: Unit, path: FilePath, fingerprint: Fingerprint, pin: str, delete: Collection[FilePath]
+    ) -> None:
+        info = os.lstat(pin)
         if Fingerprint.of(info) != fingerprint:
             return  # it changed since it was read: it goes round again
-        if path in request.delete_sources and request.unit.kind == "incremental":
-            self._delete_source(path, info)
+        if path in delete and unit.kind == "incremental":
+            self._delete_source(os.path.join(*path), info)
         os.unlink(pin)
         source, name = path
-        place = self._place_of(source, request.unit.life)
+        place = self._place_of(source, unit.life)
         if place and place.pinned.get(name) == info.st_ino:
             del place.pinned[name]
             place.listed.add(mark_of(name, fingerprint))
+        self._pin_between()
 
     def _place_of(self, source: str, life: str) -> Place | None:
         """Return the place in whose `pinned` the pins of a life are."""
         place = self._places.get(source)
         return place if place and (place.life == life or not place.is_tag) else None
 
-    def _delete_source(self, path: FilePath, pin: os.stat_result) -> None:
+    def _delete_source(self, path: str, pin: os.stat_result) -> None:
         """Unlink a file of backups/ by its own name, if that still is the file that we hold."""
         try:
-            directory = os.open(path[0], _OPEN_DIRECTORY)
-            try:
-                if os.path.samestat(os.stat(path[1], dir_fd=directory, follow_symlinks=False), pin):
-                    os.unlink(path[1], dir_fd=directory)
-                    self._counts["deleted"] += 1
-            finally:
-                os.close(directory)
+            if os.path.samestat(os.lstat(path), pin):
+                os.unlink(path)
+                self._counts["deleted"] += 1
         except FileNotFoundError:
             return
         except OSError as error:
-            log.warning("cannot delete path=%s error=%s", quote("/".join(path)), error.strerror)
+            log.warning("cannot delete path=%s error=%s", quote(path), error.strerror)
+
+    def _pin_between(self) -> None:
+        """After every so many unlinks, pin what has come meanwhile."""
+        self._unlinked += 1
+        if self._unlinked % _STEP == 0:
+            self._pin_new(0.0)
 
     def _tidy(self, disk: PinDirectory, relative: str, life: str) -> int:
         """Return how much is left of a pin directory; close it if that is nothing."""
@@ -3701,30 +3604,30 @@ class Pinner(threading.Thread):
         if place and place.life == life:
             self._release(place)
             if not place.is_tag:
-                place.life = ""
-                self._lives.pop(place.group, None)
+                place.life = self._groups[place.unit].life = ""
         return 0
 
-    def _give_up(self, request: GiveUp) -> tuple[str, ...]:
-        disk, relative, life = request.disk, request.relative, request.life
-        pins, alone = disk.directory(relative, life), []
-        for name in request.names:
+    def give_up(self, disk: PinDirectory, relative: str, life: str, names: Iterable[str]) -> tuple[str, ...]:
+        """Unlink pins whose bytes nobody else holds; return which names are lost by that."""
+        pins = {name: f"{disk.directory(relative, life)}/{_short(name, '~')}" for name in names}
+        alone = []
+        for name, pin in pins.items():
             with contextlib.suppress(FileNotFoundError):
-                if os.lstat(f"{pins}/{_pin_name(name)}").st_nlink == 1:
+                if os.lstat(pin).st_nlink == 1:
                     alone.append(name)
         if alone:
             disk.write_lost(relative, life, {*disk.lost(relative, life), *alone})
-        for number, name in enumerate(alone, 1):
-            os.unlink(f"{pins}/{_pin_name(name)}")
+        for name in alone:
+            os.unlink(pins[name])
             place = self._place_of(disk.source(relative), life)
             if place:
                 place.pinned.pop(name, None)
                 self._dirty[place] = None
-            if number % _STEP == 0:
-                self._pin_new(0.0)
+            self._pin_between()
         return tuple(alone)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Pin whatever is there: nothing is listed any more."""
         self._listed.clear()
         for place in self._places.values():
             place.listed = set()
@@ -3791,13 +3694,10 @@ class PinnedSource:
 
 @functools.lru_cache(1000)
 def _owner(uid: int, gid: int) -> tuple[str, str]:
-    user, group = str(uid), str(gid)
-    # In a container they may have numbers alone.
-    with contextlib.suppress(KeyError):
-        user = pwd.getpwuid(uid).pw_name
+    group = str(gid)
     with contextlib.suppress(KeyError):
         group = grp.getgrgid(gid).gr_name
-    return user, group
+    return user_name(uid), group
 
 
 def known_of(pin: Pinned, key: str, etag: str, crc32: str) -> Known:
@@ -4425,7 +4325,7 @@ class Storing:
     bucket: str  # the life of the bucket in which it began
     files: dict[FilePath, Known] = field(default_factory=dict)
     failed: dict[FilePath, Exception] = field(default_factory=dict)
-    lost: bool = False  # files of it had been given up when its pins were read; the listing names them
+    lost: Sequence[FilePath] = ()  # had been given up when its pins were read; the listing names them
     changed: Changed | None = None  # a file changed while it was read, as TOC.txt does when an index is built
 
 
@@ -4641,14 +4541,14 @@ class Backup:
         await self._learn_snapshot(unit, waiting)
         young = self._young(waiting, pins, QUIET_S, (MANIFEST, SCHEMA))
         storing = await self._store(unit, [pin for path, pin in pins.items() if path not in young])
-        storing.lost = bool(lost)
+        storing.lost = lost
         if young:
             return QUIET_S
         before = await self._look_up(listed_snapshot, unit, pins)
         earlier = {entry.path: entry for entry in before.listing.files} if before.listing else {}
         files = {**earlier, **storing.files}
         has_manifest = any(name == MANIFEST for _, name in files)
-        scanned = has_manifest and await self._ask(ScanTag(unit))
+        scanned = has_manifest and await self._ask(self._pinner.scan_tag, unit)
         again, _ = await self._workers.once("pins", False, _read_pins, list(waiting.directories), unit.life)
         if again.keys() != pins.keys():
             return QUIET_S  # more has come while this was sent
@@ -4735,7 +4635,7 @@ class Backup:
         fresh = {path: pin for path, pin in pins.items() if path not in listed and path not in young}
         chosen = _round_of(fresh)
         storing = await self._store(unit, list(chosen.values()))
-        storing.lost = bool(lost)
+        storing.lost = lost
         files = dict(storing.files)
         late: set[FilePath] = set()
         missing: list[str] = []
@@ -4850,8 +4750,8 @@ class Backup:
         # In backups/ all lives count alike, so there they have one name.
         self.ledger.add_listed(unit.life if unit.kind == "snapshot" else "", self.clock(), marks)
 
-    async def _ask(self, request: object) -> Any:
-        return await asyncio.wrap_future(self._pinner.ask(request))
+    async def _ask(self, do: Callable[..., T], *args: object) -> T:
+        return await asyncio.wrap_future(self._pinner.ask(do, *args))
 
     async def _store(self, unit: Unit, pins: Sequence[Pinned]) -> Storing:
         """Store what is not known to be stored; return how far that got. A file that is refused costs no other."""
@@ -5032,8 +4932,7 @@ class Backup:
         kept = self._kept.get(unit, {})
         files = {path: entry.fingerprint for path, entry in storing.files.items() if path not in kept}
         files.update(delete or {})
-        # What was given up since the pins were read is in no listing yet: its names must stay.
-        left = await self._ask(LetGo(unit, files, storing.lost, frozenset(delete or ())))
+        left = await self._ask(self._pinner.let_go, unit, files, storing.lost, frozenset(delete or ()))
         for (directory, name), error in storing.failed.items():
             what = f"{len(storing.failed)} files are refused, {quote(f'{directory}/{name}')}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
@@ -5274,6 +5173,23 @@ def _oldest_data(disks: Sequence[PinDirectory], places: Iterable[str]) -> dict[s
     return oldest
 
 
+def _read_tag(
+    disks: Sequence[PinDirectory], tables: Iterable[str], tag: str
+) -> tuple[dict[str, Fingerprint], list[str]]:
+    """Return what there is of a tag: its manifest.json, by directory; and the tables that have SSTables, but none."""
+    manifests: dict[str, Fingerprint] = {}
+    bare = []
+    for table in tables:
+        before = len(manifests)
+        for disk in disks:
+            directory = os.path.join(disk.root, table, "snapshots", tag)
+            with contextlib.suppress(OSError):
+                manifests[directory] = Fingerprint.of(os.lstat(os.path.join(directory, MANIFEST)))
+        if len(manifests) == before and _oldest_data(disks, [table]):
+            bare.append(table)
+    return manifests, bare
+
+
 def _marks_there(directory: str) -> set[int]:
     """Return the marks of the files that a directory has."""
     there = set()
@@ -5420,8 +5336,8 @@ class Daemon:
                 self._state, self._alive = news, time.monotonic()
                 # What an earlier process left pinned was told before this.
                 self._backup.scanned = news.scanned > 0
-            elif isinstance(news, PinnerFailed):
-                self._give_up(Fault(f"the pinner failed ({news.error})", "restart"), FAILED)
+            elif isinstance(news, Exception):
+                self._give_up(Fault(f"the pinner failed ({news!r})", "restart"), FAILED)
 
     # The bucket: whose it is, and whether it is what it was
 
@@ -5452,7 +5368,7 @@ class Daemon:
         if self._scope(identity) != self._scope(self._known):
             self._backup.ledger.close()
             self._backup.ledger = Ledger(self._ledger_path, self._scope(identity))
-            await asyncio.wrap_future(self._pinner.ask(Forget()))
+            await asyncio.wrap_future(self._pinner.ask(self._pinner.forget))
         self._backup.store, self._backup.node = store, identity.node
         await self._workers.retry("claim", self._claim)
         for path in self._memories:
@@ -5488,7 +5404,7 @@ class Daemon:
             if ledger.bucket:
                 log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
             ledger.forget(bucket)
-            await asyncio.wrap_future(self._pinner.ask(Forget()))
+            await asyncio.wrap_future(self._pinner.ask(self._pinner.forget))
         self._backup.bucket = bucket
 
     async def _begin_anew(self) -> None:
@@ -5536,7 +5452,8 @@ class Daemon:
                 if over <= 0:
                     break
                 names = tuple(pin.name for pin in pins)
-                given_up = await asyncio.wrap_future(self._pinner.ask(GiveUp(disk, relative, life, names)))
+                asked = self._pinner.ask(self._pinner.give_up, disk, relative, life, names)
+                given_up = await asyncio.wrap_future(asked)
                 over -= sum(pin.fingerprint.size for pin in pins if pin.name in given_up)
                 self._backup.note_lost(unit_of(disk.root, relative, life), disk, relative, given_up)
         await asyncio.sleep(20 * (time.monotonic() - began))  # a million pins take seconds: a twentieth of a core
@@ -5680,7 +5597,7 @@ class Daemon:
         if uid not in (0, os.geteuid()):
             raise Denied(f"user {uid} may ask for the status, and for nothing else", "run this as root or cassandra")
         if do == "scan":
-            await asyncio.wrap_future(self._pinner.ask(ScanAll()))
+            await asyncio.wrap_future(self._pinner.ask(self._pinner.reconcile))
             return self.status()
         if do == "wait":
             return await self._wait_for(str(request["tag"]), tuple(map(str, request["keyspaces"])))
@@ -5688,11 +5605,13 @@ class Daemon:
 
     async def _wait_for(self, tag: str, keyspaces: tuple[str, ...]) -> dict[str, Any]:
         """Tell whether a snapshot is listed: each manifest.json that is there now is in a complete listing."""
-        state: TagState = await asyncio.wrap_future(self._pinner.ask(ListTag(tag, keyspaces)))
+        state = await asyncio.wrap_future(self._pinner.ask(self._pinner.reconcile))
+        tables = [place for place in sorted(state.tables) if not keyspaces or place.split("/")[0] in keyspaces]
+        manifests, bare = await self._loop.run_in_executor(None, _read_tag, self._disks, tables, tag)
         until = time.monotonic() + 4.0
         while True:
-            waiting = list(state.bare)
-            for (directory, _), fingerprint in state.manifests.items():
+            waiting = list(bare)
+            for directory, fingerprint in manifests.items():
                 if self._backup.ledger.fact(f"manifest:{directory}") != f"{fingerprint.inode} {fingerprint.mtime_ns}":
                     waiting.append(quote(directory))
             if not waiting or time.monotonic() > until:
@@ -5701,7 +5620,7 @@ class Daemon:
         failures = [text for unit, text in self._backup.failures.items() if unit.tag == tag]
         errors = [one.error for one in self._workers.errors.values()]
         error = next(iter(failures + errors), "")
-        return {"done": not waiting, "tables": len(state.manifests), "waiting": waiting, "last_error": error}
+        return {"done": not waiting, "tables": len(manifests), "waiting": waiting, "last_error": error}
 
     def _tables(self) -> dict[str, dict[str, Any]]:
         """Return of each table when its newest complete snapshot was taken, and its oldest Data.db written."""
@@ -5807,7 +5726,10 @@ def _open_disks(options: WatchOptions) -> list[PinDirectory]:
         _open_state(options.state_dir)
         _become_owner(directories[0], options.state_dir)
         lock_file(os.path.join(options.state_dir, "lock"))
-        return [open_pin_directory(path, options.pin_dir) for path in directories]
+        disks = [PinDirectory(path, options.pin_dir) for path in directories]
+        for disk in disks:
+            disk.check()
+        return disks
     except Usage as fault:
         folders = [options.state_dir]
         for path in options.paths:

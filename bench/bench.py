@@ -67,7 +67,8 @@ class Pinning:
     """The watching and pinning half alone, and what it tells."""
 
     def __init__(self, data: Path, listed: Mapping[str, tuple[str, set[int]]]) -> None:
-        self.disk = cassbackup.open_pin_directory(str(data))
+        self.disk = cassbackup.PinDirectory(str(data))
+        self.disk.check()
         self.pinned, self.scanned = 0, 0.0
         self.pinner = cassbackup.Pinner([self.disk], cassbackup.Filters(), listed, 3600.0, self.hear)
 
@@ -90,7 +91,7 @@ def pinning(data: Path, listed: Mapping[str, tuple[str, set[int]]] | None = None
     finally:
         running.pinner.stop()
         running.pinner.join()
-        running.disk.close()
+        os.close(running.disk._lock)
 
 
 def watch_as_tablesnap(data: Path, seen: set[str], stop: threading.Event) -> None:

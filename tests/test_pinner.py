@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyinotify
 import pytest
@@ -32,34 +32,34 @@ import cassbackup
 from cassbackup import (
     Filters,
     Fingerprint,
-    Forget,
-    GiveUp,
     Gone,
-    LetGo,
-    ListTag,
     PinDirectory,
     Pinned,
     Pinner,
-    PinnerFailed,
     PinnerState,
-    ScanAll,
-    ScanTag,
     Touched,
     Unit,
     mark_of,
-    open_pin_directory,
 )
 
+T = TypeVar("T")
 Start = Callable[..., "Desk"]
 Listed = dict[str, tuple[str, set[int]]]
 PATIENCE_S = 60.0
+
+
+def opened(root: str, pin_dir: str = "") -> PinDirectory:
+    """Open a data directory's pin directory."""
+    disk = PinDirectory(root, pin_dir)
+    disk.check()
+    return disk
 
 
 class Desk:
     """A pinner at work, what it has said, and what it holds. While `freeze` is entered it stands still."""
 
     def __init__(self, *roots: Path, listed: Listed | None = None, pin_dir: str = "", **filters: Any) -> None:
-        self.disks = [open_pin_directory(str(root), pin_dir) for root in roots]
+        self.disks = [opened(str(root), pin_dir) for root in roots]
         self.news: list[Any] = []
         self._said = threading.Condition()
         self._frozen, self._standing = threading.Lock(), threading.Event()
@@ -80,7 +80,7 @@ class Desk:
         """Have the pinner stand still: it waits for the end of something that it says."""
         self._standing.clear()
         with self._frozen:
-            asked = self.pinner.ask(ScanAll())
+            asked = self.pinner.ask(self.pinner.reconcile)
             assert self._standing.wait(PATIENCE_S)
             yield
         with contextlib.suppress(cassbackup.Fault):  # it has ended
@@ -101,13 +101,17 @@ class Desk:
         last: PinnerState = self.said(PinnerState)[-1]
         return last
 
-    def ask(self, request: object) -> Any:
-        """Ask for something and return the answer."""
-        return self.pinner.ask(request).result(PATIENCE_S)
+    def ask(self, do: Callable[..., T], *args: object) -> T:
+        """Have the pinner do something and return the answer."""
+        return self.pinner.ask(do, *args).result(PATIENCE_S)
+
+    def scan_tag(self, unit: Unit) -> bool:
+        """Have a tag scanned; tell whether nothing was missed."""
+        return self.ask(self.pinner.scan_tag, unit)
 
     def scan(self) -> Desk:
         """Have everything scanned."""
-        self.ask(ScanAll())
+        self.ask(self.pinner.reconcile)
         return self
 
     def lose_hints(self) -> None:
@@ -151,8 +155,16 @@ class Desk:
     def let_go(self, unit: Unit, lost: bool = True, delete: frozenset[tuple[str, str]] = frozenset()) -> int:
         """Have the pins of a unit let go, as after its listing; return what is left."""
         files = {path: pin.fingerprint for path, pin in self.units().get(unit, {}).items()}
-        left: int = self.ask(LetGo(unit, files, lost, delete))
-        return left
+        return self.ask(self.pinner.let_go, unit, files, self.lost(unit) if lost else (), delete)
+
+    def lost(self, unit: Unit) -> list[tuple[str, str]]:
+        """Return what was given up of a unit."""
+        found: list[tuple[str, str]] = []
+        for disk in self.disks:
+            for relative, life in pin_directories(disk):
+                if life == unit.life:
+                    found += disk.read(relative, life).lost
+        return found
 
     def let_all_go(self) -> Listed:
         """Have all pins let go; return what a ledger would remember."""
@@ -169,14 +181,14 @@ class Desk:
         if self.pinner.is_alive():
             self.pinner.stop()
             self.pinner.join(PATIENCE_S)
-            assert not self.said(PinnerFailed)
+            assert not self.said(Exception)
         for fd in (self.pinner._inotify.fd, *(place.held for place in self.pinner._places.values())):
             if fd >= 0:
                 os.close(fd)
         self.pinner._inotify.fd, self.pinner._places = -1, {}
         for disk in self.disks:
             if disk.path:
-                disk.close()
+                os.close(disk._lock)
                 disk.path = ""
 
 
@@ -186,8 +198,9 @@ def pin_directories(disk: PinDirectory) -> list[tuple[str, str]]:
     for name in sorted(os.listdir(disk.path)) if disk.path else ():
         quoted, _, life = name.rpartition("~")
         if cassbackup.is_utc(life):
-            origin = Path(disk.path, name, "path")
-            found.append((os.fsdecode(origin.read_bytes()) if origin.exists() else cassbackup.unquote(quoted), life))
+            origin = Path(disk.path, name, f"{quoted}.name")
+            true = os.fsdecode(origin.read_bytes()) if origin.exists() else quoted
+            found.append((cassbackup.unquote(true), life))
     return found
 
 
@@ -403,8 +416,8 @@ def test_what_vanishes_before_it_is_pinned_is_named_and_leaves_nothing_behind_p2
     (unit,) = desk.scan().lives("daily")
     desk.lose_hints()
     (tag_of(users) / "gone").touch()
-    assert not desk.ask(ScanTag(unit)), "something was missed"
-    assert desk.ask(ScanTag(unit))
+    assert not desk.scan_tag(unit), "something was missed"
+    assert desk.scan_tag(unit)
 
 
 @contextlib.contextmanager
@@ -727,7 +740,7 @@ def test_after_a_restart_a_life_has_ended_if_some_of_it_is_not_there(node: Node,
     assert desk.lives("daily")[0] == old
     assert desk.units()[old].keys() == pins.keys(), "what is sealed stays pinned"
     assert len(desk.units()[desk.lives("daily")[1]]) == 10
-    assert not desk.ask(ScanTag(old))
+    assert not desk.scan_tag(old)
 
 
 def test_after_a_restart_all_data_directories_have_a_say_in_whether_a_life_goes_on_p1(
@@ -874,7 +887,7 @@ def test_a_pin_that_changed_or_came_meanwhile_stays(node: Node, users: Table, st
         file.write("-- more")
     (tag_of(users) / "late").write_bytes(b"late")
     desk.scan()
-    assert desk.ask(LetGo(unit, files, lost=True)) == 2
+    assert desk.ask(desk.pinner.let_go, unit, files, (), ()) == 2
     assert {name for _, name in desk.units()[unit]} == {"schema.cql", "late"}
     assert desk.let_go(unit) == 0
     assert desk.scan().lives("daily") == []
@@ -924,7 +937,7 @@ def test_pinning_comes_before_letting_go(node: Node, users: Table, start: Start)
     (unit,) = desk.lives("large")
     files = {path: pin.fingerprint for path, pin in desk.units()[unit].items()}
     with desk.freeze():
-        future: Future[int] = desk.pinner.ask(LetGo(unit, files, lost=True))
+        future: Future[int] = desk.pinner.ask(desk.pinner.let_go, unit, files, (), ())
         node.snapshot("daily")
         desk.news.clear()
         threading.Thread(target=future.result).start()
@@ -962,7 +975,7 @@ def test_only_bytes_that_nobody_else_holds_are_given_up_and_a_restart_knows_it(
     pins, disk = desk.units()[unit], desk.disks[0]
     names = tuple(name for _, name in pins)
     relative = str(tag_of(users).relative_to(node.data_dirs[0]))
-    given_up = desk.ask(GiveUp(disk, relative, unit.life, names))
+    given_up = desk.ask(desk.pinner.give_up, disk, relative, unit.life, names)
     assert sorted(given_up) == ["manifest.json", "schema.cql"], "the others are still live SSTables"
     assert len(desk.units()[unit]) == 8
     lost = Path(disk.directory(relative, unit.life), "lost")
@@ -977,6 +990,22 @@ def test_only_bytes_that_nobody_else_holds_are_given_up_and_a_restart_knows_it(
     assert unit not in desk.units()
 
 
+def test_what_is_given_up_after_the_pins_were_read_stays_named_until_it_is_listed_too_p2(
+    node: Node, users: Table, start: Start
+) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    (unit,) = desk.lives("daily")
+    node.clear("daily")
+    disk, relative = desk.disks[0], str(tag_of(users).relative_to(node.data_dirs[0]))
+    for name in ("manifest.json", "schema.cql"):
+        read = disk.read(relative, unit.life).lost
+        desk.ask(desk.pinner.give_up, disk, relative, unit.life, (name,))
+    assert [name for _, name in read] == ["manifest.json"]
+    desk.ask(desk.pinner.let_go, unit, {}, read, ())
+    assert [name for _, name in disk.read(relative, unit.life).lost] == ["schema.cql"]
+
+
 def test_what_was_given_up_and_is_still_there_is_pinned_again(node: Node, users: Table, start: Start) -> None:
     folder = users.directories()[0] / "backups"
     desk = start(*node.data_dirs)
@@ -986,7 +1015,8 @@ def test_what_was_given_up_and_is_still_there_is_pinned_again(node: Node, users:
     alone.write_bytes(b"alone")
     desk.scan()
     alone.unlink()
-    assert desk.ask(GiveUp(desk.disks[0], relative, unit.life, ("alone", "nb-1-big-Data.db"))) == ("alone",)
+    names = ("alone", "nb-1-big-Data.db")
+    assert desk.ask(desk.pinner.give_up, desk.disks[0], relative, unit.life, names) == ("alone",)
     alone.write_bytes(b"it came again")
     assert desk.scan().copies()[str(alone)] == [Copy.of(b"it came again")]
     assert set(desk.units()) == {unit}
@@ -997,7 +1027,7 @@ def test_everything_is_pinned_again_when_nothing_is_listed_any_more(node: Node, 
     desk = start(*node.data_dirs)
     desk.let_all_go()
     assert desk.scan().units() == {}
-    desk.ask(Forget())
+    desk.ask(desk.pinner.forget)
     desk.scan().assert_pinned(node.history)
 
 
@@ -1033,31 +1063,16 @@ def test_a_fresh_scan_of_a_tag_tells_whether_anything_can_have_been_missed(tmp_p
     (unit,) = desk.lives("daily")
     one, two = (home / "snapshots" / "daily" for home in users.directories())
     (two / "late").touch()
-    assert desk.ask(ScanTag(unit))
+    assert desk.scan_tag(unit)
     assert (str(two), "late") in desk.units()[unit], "what the scan finds is pinned"
     shutil.rmtree(two)
-    assert not desk.ask(ScanTag(unit)), "there was something, and there is no more"
+    assert not desk.scan_tag(unit), "there was something, and there is no more"
     shutil.rmtree(one)
     node.snapshot("daily")
-    assert not desk.ask(ScanTag(unit)), "it is another life"
-    assert desk.ask(ScanTag(desk.lives("daily")[-1]))
+    assert not desk.scan_tag(unit), "it is another life"
+    assert desk.scan_tag(desk.lives("daily")[-1])
     node.data_dirs[1].rename(tmp_path / "away")
-    assert not desk.ask(ScanTag(desk.lives("daily")[-1])), "a disk is away"
-
-
-def test_a_tag_is_told_with_its_manifests_and_the_tables_that_lack_one(node: Node, start: Start) -> None:
-    users, posts, empty = (node.table("ks1", name) for name in ("users", "posts", "empty"))
-    other = node.table("ks2", "other")
-    for table in (users, posts, other):
-        table.flush()
-    desk = start(*node.data_dirs)
-    node.snapshot("daily", [users, empty])
-    found = desk.ask(ListTag("daily"))
-    manifest = tag_of(users) / "manifest.json"
-    assert found.manifests[str(tag_of(users)), "manifest.json"] == Fingerprint.of(manifest.stat())
-    assert len(found.manifests) == 2
-    assert found.bare == (f"ks1/{posts.directory}", f"ks2/{other.directory}")
-    assert desk.ask(ListTag("daily", ("ks1",))).bare == (f"ks1/{posts.directory}",)
+    assert not desk.scan_tag(desk.lives("daily")[-1]), "a disk is away"
 
 
 def test_it_is_idle_only_while_nothing_waits_to_be_pinned(node: Node, users: Table, start: Start) -> None:
@@ -1081,7 +1096,7 @@ def test_it_is_idle_only_while_nothing_waits_to_be_pinned(node: Node, users: Tab
 def test_requests_that_nobody_waits_for_any_more_are_passed_over(node: Node, users: Table, start: Start) -> None:
     desk = start(*node.data_dirs)
     with desk.freeze():
-        assert desk.pinner.ask(ScanAll()).cancel()
+        assert desk.pinner.ask(desk.pinner.reconcile).cancel()
     desk.scan()
 
 
@@ -1089,7 +1104,7 @@ def test_after_its_end_requests_fail(node: Node, users: Table, start: Start) -> 
     desk = start(*node.data_dirs)
     desk.end()
     with pytest.raises(cassbackup.Fault, match="ended"):
-        desk.ask(ScanAll())
+        desk.scan()
 
 
 def test_an_error_that_nobody_foresaw_is_told(
@@ -1099,13 +1114,13 @@ def test_an_error_that_nobody_foresaw_is_told(
     with desk.freeze():
         desk.pinner._sort = lambda *_: 1 / 0  # type: ignore[assignment,method-assign]
         users.flush()
-        asked = [desk.pinner.ask(request) for request in (ListTag("daily"), ScanAll())]
-    desk.wait(lambda: desk.said(PinnerFailed))
+        asked = [desk.pinner.ask(desk.pinner.reconcile) for _ in range(2)]
+    desk.wait(lambda: desk.said(Exception))
     for one in asked:
         with pytest.raises(cassbackup.Fault, match="ended"):
             one.result(PATIENCE_S)
     assert "Traceback" in caplog.text
-    desk.news = [news for news in desk.news if not isinstance(news, PinnerFailed)]
+    desk.news = [news for news in desk.news if not isinstance(news, Exception)]
 
 
 def test_a_sign_of_life_comes_every_five_seconds(node: Node, users: Table, start: Start) -> None:
@@ -1231,7 +1246,7 @@ def test_where_no_link_is_possible_the_cure_is_told(node: Node, users: Table) ->
     other = f"/dev/shm/cassbackup-test-{os.getpid()}"
     try:
         with pytest.raises(cassbackup.Usage, match=r"Invalid cross-device link.*--pin-dir"):
-            open_pin_directory(str(node.data_dirs[0]), other)
+            opened(str(node.data_dirs[0]), other)
     finally:
         shutil.rmtree(other)
 
@@ -1240,22 +1255,22 @@ def test_the_pins_are_beside_the_data_or_inside_and_stay_where_they_are(node: No
     data = node.data_dirs[0]
     blocker = node.root / ".cassbackup"
     blocker.write_text("nothing can be made here")
-    disk = open_pin_directory(str(data))
+    disk = opened(str(data))
     assert disk.path == str(data / ".cassbackup" / "backups")
-    disk.close()
+    os.close(disk._lock)
     blocker.unlink()
-    again = open_pin_directory(str(data))
+    again = opened(str(data))
     assert (again.path, again.id) == (disk.path, disk.id)
-    again.close()
+    os.close(again._lock)
     shutil.rmtree(data / ".cassbackup")
-    disk = open_pin_directory(str(data))
+    disk = opened(str(data))
     assert disk.path == str(blocker / "data")
-    disk.close()
+    os.close(disk._lock)
     link = node.root / "link"
     link.symlink_to(data)
-    disk = open_pin_directory(str(link))
+    disk = opened(str(link))
     assert (disk.path, disk.root) == (str(blocker / "data"), str(link))
-    disk.close()
+    os.close(disk._lock)
 
 
 def test_a_pin_directory_of_somebody_else_or_behind_a_link_is_not_used(
@@ -1278,29 +1293,44 @@ def test_a_pin_directory_of_somebody_else_or_behind_a_link_is_not_used(
     desk.scan().assert_pinned(node.history)
 
 
-def test_links_to_our_own_files_prove_nothing_about_cassandras(node: Node, users: Table) -> None:
-    """fs.protected_hardlinks lets nobody link what is somebody else's."""
+def checked_by_nobody(root: Path) -> str:
+    """Return what a user who owns nothing of the data is told at the start."""
     become = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", sys.executable]
     source = Path(cassbackup.__file__).read_text().partition('if __name__ == "__main__":')[0]
-    script = (
-        f"{source}\ntry: print(PinDirectory({str(node.data_dirs[0])!r}).check())\nexcept Usage as u: print('Usage', u)"
-    )
+    script = f"{source}\ntry: print(PinDirectory({str(root)!r}).check())\nexcept Usage as u: print('Usage', u)"
     if os.geteuid() or subprocess.run([*become, "-c", "import pyinotify"], check=False, capture_output=True).returncode:
         pytest.skip("needs root, and a Python that nobody may run")
-    for folder in (node.data_dirs[0], *node.data_dirs[0].parents):
-        if folder.is_relative_to(node.root):
-            folder.chmod(0o777)
-        elif str(folder).startswith("/tmp/"):
+    for folder in root.parents:
+        if str(folder).startswith("/tmp/"):
             folder.chmod(folder.stat().st_mode | 0o055)
-    done = subprocess.run([*become, "-"], input=script, check=True, capture_output=True, text=True)
-    assert done.stdout.startswith("Usage")
-    assert done.stdout.count("Operation not permitted") == 2
+    return subprocess.run([*become, "-"], input=script, check=True, capture_output=True, text=True).stdout
+
+
+def test_links_to_our_own_files_prove_nothing_about_cassandras(node: Node, users: Table) -> None:
+    """fs.protected_hardlinks lets nobody link what is somebody else's."""
+    for folder in (node.data_dirs[0], node.root):
+        folder.chmod(0o777)
+    said = checked_by_nobody(node.data_dirs[0])
+    assert said.startswith("Usage")
+    assert said.count("Operation not permitted") == 2
+
+
+def test_who_may_make_no_pin_directory_is_told_so_and_whose_data_it_is(node: Node, users: Table) -> None:
+    """It passes by itself as little as a missing link does: exit 2 on a first start."""
+    data = node.data_dirs[0]
+    data.chmod(0o755)
+    said = checked_by_nobody(data)
+    assert said.startswith("Usage user nobody cannot link ")
+    assert said.count("Permission denied") == 2
+    assert "run as root, who owns the data" in said
+    data.chmod(0o700)
+    assert checked_by_nobody(data).startswith("user nobody may not read it"), "a disk may be mounted there late"
 
 
 def test_two_daemons_never_share_a_pin_directory(node: Node, users: Table, start: Start) -> None:
     start(*node.data_dirs)
     with pytest.raises(cassbackup.Busy, match=f"pid {os.getpid()}"):
-        open_pin_directory(str(node.data_dirs[0]))
+        opened(str(node.data_dirs[0]))
 
 
 def test_the_proof_of_a_link_needs_one_file_that_may_be_linked(node: Node, users: Table, tmp_path: Path) -> None:

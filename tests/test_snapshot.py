@@ -25,7 +25,7 @@ from servers import Bucket, FileBucket
 from tree import Node
 
 import cassbackup
-from cassbackup import describe_schema
+from cassbackup import Fingerprint, PinDirectory, _read_tag, describe_schema
 
 pytestmark = pytest.mark.slow
 
@@ -223,6 +223,19 @@ def test_the_default_tag_is_the_minute_and_earlier_ones_of_ours_are_cleared_when
     subprocess.run([*snapshots.nodetool.split(), "snapshot", "-t", old], check=True)
     snapshots("-t", "weekly")
     assert snapshots.on_disk() == {old}  # not listed: it stays
+
+
+def test_a_tag_is_read_with_its_manifests_and_the_tables_that_lack_one(node: Node) -> None:
+    users, posts, empty = (node.table("ks1", name) for name in ("users", "posts", "empty"))
+    for table in (users, posts):
+        table.flush()
+    node.snapshot("daily", [users, empty])
+    disks = [PinDirectory(str(root)) for root in node.data_dirs]
+    manifests, bare = _read_tag(disks, [f"ks1/{table.directory}" for table in node.tables], "daily")
+    folder = users.directories()[0] / "snapshots" / "daily"
+    assert manifests[str(folder)] == Fingerprint.of((folder / "manifest.json").stat())
+    assert len(manifests) == 2
+    assert bare == [f"ks1/{posts.directory}"]
 
 
 def test_tables_that_a_filter_leaves_out_are_not_waited_for(snapshots: Snapshots) -> None:
