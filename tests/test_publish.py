@@ -316,6 +316,30 @@ def test_a_component_that_comes_late_completes_its_incremental(scene: Scene, nod
 
 
 @pytest.mark.slow
+def test_a_component_that_comes_after_its_incremental_was_listed_incomplete_completes_it(
+    scene: Scene, node: Node
+) -> None:
+    """The listing that completes it repeats what was listed before; the bytes are not sent again."""
+    node.incremental = False
+    users = node.table("ks1", "users")
+    sstable = users.flush()
+    late = sstable.components.pop("Statistics.db")
+    scene.start(*node.data_dirs, args=("--incomplete-after", "3s"))
+    sstable.link("backups", node.history, users.unit())
+    wait_for(lambda: [found for found in scene.listings("incremental") if found.state == "incomplete"])
+    scene.settled()
+    sent = scene.page()["sent"]["files"]
+    path = users.directories()[0] / "backups" / f"{sstable.stem}-Statistics.db"
+    os.link(sstable.path("Statistics.db"), path)
+    node.history.add(users.unit(), path, late)
+    scene.settled()
+    assert scene.page()["sent"]["files"] == sent + 1
+    [complete] = [found for found in scene.listings("incremental") if found.state == "complete"]
+    assert len(complete.entries) == len(sstable.components) + 1
+    scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
 def test_only_incrementals_that_are_listed_complete_are_deleted_and_only_if_asked_for(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     whole = users.flush()
