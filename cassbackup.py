@@ -231,6 +231,11 @@ class Fingerprint(NamedTuple):
         """Return the fingerprint of what stat(2) told."""
         return cls(info.st_ino, info.st_size, info.st_mtime_ns)
 
+    @property
+    def written(self) -> float:
+        """Return the mtime in seconds since 1970."""
+        return max(0, self.mtime_ns) / 1e9
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -2586,10 +2591,10 @@ def _any_glob(name: str, patterns: Iterable[str]) -> bool:
 class Filters:
     """What the operator wants stored. Globs; `include` and `exclude` are regular expressions on the whole path."""
 
-    keyspaces: tuple[str, ...] = ()
-    exclude_keyspaces: tuple[str, ...] = ()
-    exclude_tables: tuple[str, ...] = ()  # keyspace.table
-    exclude_tags: tuple[str, ...] = ()
+    keyspace: tuple[str, ...] = ()
+    exclude_keyspace: tuple[str, ...] = ()
+    exclude_table: tuple[str, ...] = ()  # keyspace.table
+    exclude_tag: tuple[str, ...] = ()
     include: re.Pattern[str] | None = None  # archives: without it only snapshots/ and backups/ are scanned
     exclude: re.Pattern[str] | None = None
     only_tag: str = ""  # nothing but snapshots/<only_tag>
@@ -2597,16 +2602,16 @@ class Filters:
     def wants_directory(self, relative: str) -> bool:
         """Tell whether a directory, given by its path below the data directory, is scanned."""
         parts = relative.split("/")
-        if parts[-1] in _NEVER_SCANNED or _any_glob(parts[0], self.exclude_keyspaces):
+        if parts[-1] in _NEVER_SCANNED or _any_glob(parts[0], self.exclude_keyspace):
             return False
-        if self.keyspaces and not _any_glob(parts[0], self.keyspaces):
+        if self.keyspace and not _any_glob(parts[0], self.keyspace):
             return False
-        if len(parts) > 1 and _any_glob(f"{parts[0]}.{table_id_of(parts[1])[0]}", self.exclude_tables):
+        if len(parts) > 1 and _any_glob(f"{parts[0]}.{table_id_of(parts[1])[0]}", self.exclude_table):
             return False
         if len(parts) < 3 or parts[2:] == ["snapshots"]:
             return True
         if parts[2] == "snapshots":
-            return parts[3] == self.only_tag if self.only_tag else not _any_glob(parts[3], self.exclude_tags)
+            return parts[3] == self.only_tag if self.only_tag else not _any_glob(parts[3], self.exclude_tag)
         return not self.only_tag and (parts[2] == "backups" or self.include is not None)
 
     def wants_file(self, path: str) -> bool:
@@ -2617,8 +2622,8 @@ class Filters:
 
     def unmatched(self, names: Collection[str]) -> Iterator[str]:
         """Yield the filters that fit none of the keyspaces and ks.tables there are. Tags come and go: not theirs."""
-        keyspaces, excluded = ("keyspace", self.keyspaces), ("exclude-keyspace", self.exclude_keyspaces)
-        for option, patterns in (keyspaces, excluded, ("exclude-table", self.exclude_tables)):
+        keyspaces, excluded = ("keyspace", self.keyspace), ("exclude-keyspace", self.exclude_keyspace)
+        for option, patterns in (keyspaces, excluded, ("exclude-table", self.exclude_table)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     yield f"--{option} {pattern}"
@@ -3874,8 +3879,8 @@ def _read_manifest(body: bytes) -> dict[str, Any] | None:
 
 def manifest_time(files: Iterable[Pinned | Known]) -> str:
     """Return the UTC at which Cassandra wrote manifest.json, the first if there are several; "" if there is none."""
-    written = [file.fingerprint.mtime_ns for file in files if file.name == MANIFEST]
-    return utc(max(0, min(written)) / 1e9) if written else ""
+    written = [file.fingerprint.written for file in files if file.name == MANIFEST]
+    return utc(min(written)) if written else ""
 
 
 def sstable_in(name: str) -> str:
@@ -3883,6 +3888,11 @@ def sstable_in(name: str) -> str:
     folder, slash, base = name.rpartition("/")
     split = sstable_of(base)
     return f"{folder}{slash}{split[0]}" if split else ""
+
+
+def sstable_at(path: FilePath) -> str:
+    """Return the path of the SSTable that a file is of; "" for another file."""
+    return sstable_in(os.path.join(*path))
 
 
 def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) -> list[str]:
@@ -3928,9 +3938,12 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
     if not is_final:
         return Verdict([MANIFEST], frozenset(), ephemeral)
     names = {}
-    for directory, name in files:
-        index = _INDEX_IN_TAG.search(directory)  # manifest.json spells it .idx/nb-1-big-Data.db
-        names[f"{index[1]}/{name}" if index else name] = (directory, name)
+    for path in files:
+        directory, name = path
+        index = _INDEX_IN_TAG.search(directory)
+        if index:
+            name = f"{index[1]}/{name}"  # manifest.json spells it .idx/nb-1-big-Data.db
+        names[name] = path
     missing = named - names.keys()
     if not scanned:
         for name in named & names.keys():
@@ -3944,7 +3957,7 @@ def judge_incrementals(files: Collection[FilePath], read: ReadFile) -> dict[str,
     """Return what the SSTables among these files lack, where they lack something: {path of SSTable: paths}."""
     names = {os.path.join(*path): path for path in files}
     lacking = {}
-    for sstable in {sstable_in(name) for name in names} - {""}:
+    for sstable in {sstable_at(path) for path in files} - {""}:
         missing = _unfulfilled(sstable, names, read)
         if missing:
             lacking[sstable] = missing
@@ -3983,7 +3996,8 @@ def read_bad_keys(store: Store, node: str) -> frozenset[str]:
     found: dict[str, str] = {}
     for info, document in read_documents(store, f"{node}.listings/bad/"):
         try:
-            found.update({mark["key"]: mark["found"] for mark in document["keys"]})
+            for mark in document["keys"]:
+                found[mark["key"]] = mark["found"]
         except (KeyError, TypeError) as error:
             raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
     return frozenset(key for key, what in found.items() if what != "good")
@@ -4004,17 +4018,16 @@ class BucketView:
 def view_bucket(store: Store, node: str, before: BucketView | None) -> BucketView:
     """Read who owns the node's name, what prune is about to delete, and what is marked bad."""
     began = store.now()
-    sources: list[ObjectInfo] = []
-    for folder in ("pending-delete/", "listings/owner.", "listings/bad/"):
-        sources += store.list(f"{node}.{folder}")
+    marks = list(store.list(f"{node}.listings/bad/"))
+    sources = [*store.list(f"{node}.pending-delete/"), *store.list(f"{node}.listings/owner."), *marks]
     if before and before.sources == sources:  # each is written once, and may be long
         return replace(before, read=began)
     bad = doomed = read_bad_keys(store, node)
     for info, document in read_documents(store, f"{node}.pending-delete/"):
         doomed |= pending_keys(node, info.key, document)
-    owner = str(newest_document(store, f"{node}.listings/owner.").get("id", ""))
-    verified = max((info.modified for info in sources if "/bad/" in info.key), default=0.0)
-    return BucketView(began, owner, bad, verified, doomed, sources)
+    owner = newest_document(store, f"{node}.listings/owner.")
+    verified = max((mark.modified for mark in marks), default=0.0)
+    return BucketView(began, str(owner.get("id", "")), bad, verified, doomed, sources)
 
 
 # ---- from Known to Stored
@@ -4069,8 +4082,9 @@ def confirm(
     of the bucket. This is the only way from Known to Stored.
     """
     certain = set(asked) - doomed
+    open_keys = {entry.key for entry in entries} - certain - doomed
     infos: dict[str, ObjectInfo] = {}
-    for folder, keys in by_folder({entry.key for entry in entries} - certain - doomed).items():
+    for folder, keys in by_folder(open_keys).items():
         infos |= find_infos(store, folder, keys)
     stored: list[Stored] = []
     gone: list[Known] = []
@@ -4125,9 +4139,16 @@ def add_up(listings: Sequence[Listing[Known]]) -> Listing[Known] | None:
     """Add up listings of one unit, the oldest first: of each file the later entry, complete once any says so."""
     if not listings:
         return None
-    files = {entry.path: entry for listing in listings for entry in listing.files}
+    files: dict[FilePath, Known] = {}
+    for listing in listings:
+        files.update((entry.path, entry) for entry in listing.files)
     complete = any(listing.complete for listing in listings)
     return replace(listings[-1], files=tuple(files.values()), complete=complete)
+
+
+def bytes_of(files: Iterable[Pinned | Known]) -> set[tuple[FilePath, Fingerprint]]:
+    """Return of files where they are, and which bytes they are."""
+    return {(file.path, file.fingerprint) for file in files}
 
 
 class Before(NamedTuple):
@@ -4144,21 +4165,22 @@ def listed_snapshot(store: Store, node: str, view: BucketView, unit: Unit, pins:
     life whose listing has our manifest, or the one that is called like our pin directories, listed before its
     manifest came. Where there is none, it gets the name of the manifest's mtime, which survives the loss of all memory.
     """
-    folders = by_folder(_listing_keys(store, unit_prefix(node, replace(unit, life=""))))
+    whole_tag = replace(unit, life="")
+    folders = by_folder(_listing_keys(store, unit_prefix(node, whole_tag)))
     new = replace(unit, life=manifest_time(pins.values()) or unit.life)
     own = unit_prefix(node, unit)
     # What a process of no memory was the first to list has another name than these two.
     candidates = [own, unit_prefix(node, new), *sorted(folders)[-3:]]
-    ours = {(path, pin.fingerprint) for path, pin in pins.items()}
+    ours = bytes_of(pins.values())
+    manifests = bytes_of(pin for pin in pins.values() if pin.name == MANIFEST)
     covered = False
     for folder in dict.fromkeys(candidates):
         listing = add_up(_read_listings(store, node, folders.get(folder, ())))
         if not listing:
             continue
-        theirs = {(entry.path, entry.fingerprint) for entry in listing.files}
-        same_manifest = any(path[1] == MANIFEST for path, _ in ours & theirs)
+        theirs = bytes_of(listing.files)
         stored, gone = confirm(store, listing.files, view.doomed)
-        if folder == own or same_manifest:
+        if folder == own or manifests & theirs:
             complete = listing.complete and not gone
             return Before(replace(listing, files=tuple(stored), complete=complete), False)
         if listing.complete and ours <= theirs and not gone:
@@ -4172,9 +4194,9 @@ def listed_incrementals(
     """Return the listings that may name pinned files of backups/, or of an archive; and which files they do name."""
     prefix = unit_prefix(node, unit)
     # A file is listed after it was written.
-    oldest = min((pin.fingerprint.mtime_ns for pin in pins.values()), default=0)
-    after = utc(max(0, oldest) / 1e9)
-    listings = _read_listings(store, node, _listing_keys(store, prefix, prefix + after))
+    oldest = min((pin.fingerprint.written for pin in pins.values()), default=0.0)
+    keys = _listing_keys(store, prefix, after=prefix + utc(oldest))
+    listings = _read_listings(store, node, keys)
     found = {}
     for listing in listings:
         for entry in listing.files:
@@ -4187,9 +4209,10 @@ def listed_incrementals(
 
 def newest_snapshot(store: Store, node: str, unit: Unit) -> list[Listing[Known]]:
     """Return the newest complete snapshot of a table: a list of one, or of none."""
-    keys = _listing_keys(store, table_prefix(node, unit.keyspace, unit.table) + "snapshots/")
+    prefix = table_prefix(node, unit.keyspace, unit.table)
+    keys = _listing_keys(store, f"{prefix}snapshots/")
+    keys.sort(key=os.path.basename)  # it begins with the UTC
     complete = [key for key in keys if "-complete-" in os.path.basename(key)]
-    complete.sort(key=os.path.basename)  # it begins with the UTC
     return _read_listings(store, node, complete[-1:])
 
 
@@ -4211,15 +4234,17 @@ def publish(
     for entry in gone:
         pin = pins.get(entry.path)
         if pin and pin.fingerprint == entry.fingerprint:
-            key = f"{object_key(draft.node, pin.path)}@{moment}"
-            stored.append(send_one(store, pin, key, moment))
+            key = object_key(draft.node, pin.path)
+            stored.append(send_one(store, pin, f"{key}@{moment}", moment))
         else:
             log.error("gone from the store and from this node, not listed path=%s", quote("/".join(entry.path)))
             missing.append(entry.name)
     complete = draft.complete and not missing
-    known = replace(draft, complete=complete, files=tuple(stored), missing=(*draft.missing, *missing))
-    listing = cast(Listing[Stored], known)
-    key, body = listing_key(listing), dump_listing(listing)
+    all_missing = (*draft.missing, *missing)
+    confirmed = replace(draft, complete=complete, files=tuple(stored), missing=all_missing)
+    listing = cast(Listing[Stored], confirmed)
+    key = listing_key(listing)
+    body = dump_listing(listing)
     check_listing(draft.node, key, body)  # what we could not read again must not be written
     store.put(key, Body(body))
     if store.now() - view.read > PUBLISH_LIMIT_S:
@@ -4241,8 +4266,8 @@ _VIEW_S: Final = 60.0
 _DURATIONS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds; buckets of a histogram
 
 
-@dataclass(frozen=True, slots=True)
-class WatchOptions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchOptions(Filters):
     """What the operator chose for the daemon. Times are in seconds; parts of a disk are such as 0.1."""
 
     bucket: str
@@ -4252,13 +4277,6 @@ class WatchOptions:
     pin_dir: str = ""
     prefix: str = ""
     name: str = ""
-    keyspace: tuple[str, ...] = ()
-    exclude_keyspace: tuple[str, ...] = ()
-    exclude_table: tuple[str, ...] = ()
-    exclude_tag: tuple[str, ...] = ()
-    include: re.Pattern[str] | None = None
-    exclude: re.Pattern[str] | None = None
-    only_tag: str = ""
     full: bool = False
     delete_uploaded_incrementals: bool = False
     max_pinned: float = 0.1
@@ -4271,11 +4289,6 @@ class WatchOptions:
     metrics_listen: str = ""
     metrics_textfile: str = ""
     problems: tuple[str, ...] = ()  # settings that are wrong, but not so that nothing could be backed up
-
-    def filters(self) -> Filters:
-        """Return what is to be stored."""
-        globs = (self.keyspace, self.exclude_keyspace, self.exclude_table, self.exclude_tag)
-        return Filters(*globs, self.include, self.exclude, self.only_tag)
 
 
 @dataclass(slots=True)
@@ -4388,10 +4401,13 @@ class Waiting:
     size: int = 0
     directories: set[tuple[PinDirectory, str]] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    seen: dict[tuple[FilePath, Fingerprint], float] = field(
-        default_factory=dict
-    )  # since when, of what is written in place
-    lacking: dict[str, float] = field(default_factory=dict)  # SSTables of backups/, since when they lack a component
+    _since: dict[Any, float] = field(default_factory=dict)
+
+    def since(self, states: Iterable[T]) -> dict[T, float]:
+        """Return since when we know each of these states, monotonic; those that are over are forgotten."""
+        now = time.monotonic()
+        self._since = {state: self._since.get(state, now) for state in states}
+        return self._since
 
     def disk_of(self, directory: str) -> str:
         """Return the id of the disk that a directory is on, "" if it is on none of ours."""
@@ -4413,6 +4429,7 @@ class Round:
     lost: tuple[FilePath, ...]  # what had been given up by then; the listing names it
     files: dict[FilePath, Known] = field(default_factory=dict)  # stored, or known to be
     failed: dict[FilePath, Exception] = field(default_factory=dict)
+    delete: dict[FilePath, Fingerprint] = field(default_factory=dict)  # listed, and to go from backups/ with its pin
 
 
 def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
@@ -4436,9 +4453,12 @@ def _sstables_of(pins: Iterable[Pinned]) -> list[list[Pinned]]:
     """Sort pins by SSTable, the newest SSTable first; another file stands by itself."""
     sstables: dict[str, list[Pinned]] = {}
     for pin in pins:
-        path = os.path.join(*pin.path)
-        sstables.setdefault(sstable_in(path) or path, []).append(pin)
-    return sorted(sstables.values(), key=lambda some: -max(pin.fingerprint.mtime_ns for pin in some))
+        sstables.setdefault(sstable_at(pin.path) or pin.pin, []).append(pin)
+
+    def written(some: list[Pinned]) -> float:
+        return max(pin.fingerprint.written for pin in some)
+
+    return sorted(sstables.values(), key=written, reverse=True)
 
 
 def _round_of(pins: Iterable[Pinned]) -> list[Pinned]:
@@ -4520,7 +4540,7 @@ class Backup:
         self.failures: dict[Unit, str] = {}
         self.counts: Counter[str] = Counter()
         self.sent: Counter[str] = Counter(files=0, bytes=0)
-        self.scanned = False
+        self.scanned = asyncio.Event()  # all that an earlier process left pinned has been told
         self.last_view: BucketView | None = None
         self._viewed = 0.0  # when that was read, by CLOCK_BOOTTIME
         self._absent_since = math.inf  # since when owner.json is not there
@@ -4535,7 +4555,7 @@ class Backup:
         """Note that a unit has new pins; see to it that somebody works at it."""
         waiting = self.units.get(news.unit)
         if not waiting:
-            waiting = self.units[news.unit] = Waiting(news.found, doubtful=not self.scanned)
+            waiting = self.units[news.unit] = Waiting(news.found, doubtful=not self.scanned.is_set())
             task = asyncio.get_running_loop().create_task(self._process(news.unit, waiting))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -4561,11 +4581,10 @@ class Backup:
                     log.info("not listed yet unit=%s error=%s", label(unit), quote(str(fault)))
                     delay = 1.0
                 except Exception as error:
-                    text = self.failures[unit] = str(error) or repr(error)
                     unforeseen = not isinstance(error, (Fault, OSError))
-                    log.error(
-                        "not listed, will try again unit=%s error=%s", label(unit), quote(text), exc_info=unforeseen
-                    )
+                    self.failures[unit] = str(error) or repr(error)
+                    words = (label(unit), quote(self.failures[unit]))
+                    log.error("not listed, will try again unit=%s error=%s", *words, exc_info=unforeseen)
                     delay = pause
                     pause = min(2 * pause, _RETRY_MOST_S)
         del self.units[unit]
@@ -4582,28 +4601,26 @@ class Backup:
         """Store and list what there is of a unit; None when it is done, else the seconds until the next time."""
         directories = sorted(waiting.directories, key=lambda one: one[1])
         found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
-        kept = self._kept.get(unit, {})
-        pins = {path: pin for path, pin in found.files.items() if kept.get(path) != pin.fingerprint}
-        waiting.files, waiting.size = len(pins), sum(pin.size for pin in pins.values())
-        if not pins and not found.lost:
+        work = Round(unit, waiting, self.bucket, self.clock(), found.files, found.lost)
+        for path, fingerprint in self._kept.get(unit, {}).items():
+            if path in work.pins and work.pins[path].fingerprint == fingerprint:
+                del work.pins[path]
+        waiting.files = len(work.pins)
+        waiting.size = sum(pin.size for pin in work.pins.values())
+        if not work.pins and not work.lost:
             return None
-        work = Round(unit, waiting, self.bucket, self.clock(), pins, found.lost)
         if unit.kind == "snapshot":
             return await self._back_up_snapshot(work)
         return await self._back_up_incrementals(work)
 
     def _young(self, work: Round) -> set[FilePath]:
         """Return the files, written in place, that have not stood still long enough. No clock of a disk is asked."""
-        young = set()
-        now = time.monotonic()
         is_archive = work.unit.kind == "archive"
         quiet_s = 2.0 if is_archive else QUIET_S
-        for path, pin in work.pins.items():
-            if is_archive or (work.unit.kind == "snapshot" and pin.name in (MANIFEST, SCHEMA)):
-                since = work.waiting.seen.setdefault((path, pin.fingerprint), now)
-                if now - since < quiet_s:
-                    young.add(path)
-        return young
+        in_place = [pin for pin in work.pins.values() if is_archive or pin.name in (MANIFEST, SCHEMA)]
+        since = work.waiting.since(bytes_of(in_place))
+        now = time.monotonic()
+        return {path for (path, _), moment in since.items() if now - moment < quiet_s}
 
     # A table's snapshot
 
@@ -4655,9 +4672,9 @@ class Backup:
         """Tell whether a listing would say more than what is listed already."""
         if draft.complete and not before.complete:
             return True
-        told = {(entry.path, entry.fingerprint) for entry in before.files}
-        says = {(entry.path, entry.fingerprint) for entry in draft.files}
-        return not says <= told or not set(draft.lost) <= set(before.lost)
+        new_files = bytes_of(draft.files) - bytes_of(before.files)
+        new_losses = set(draft.lost) - set(before.lost)
+        return bool(new_files or new_losses)
 
     def _note_complete(self, listing: Listing[Known]) -> None:
         """Remember a complete snapshot: `status` and `snapshot` ask for it."""
@@ -4677,36 +4694,36 @@ class Backup:
     async def _back_up_incrementals(self, work: Round) -> float | None:
         unit, pins = work.unit, work.pins
         listed = await self._listed_already(work)
-        young = self._young(work)
+        young: set[FilePath] = set()
+        if unit.kind == "archive":
+            young = self._young(work)
         fresh = [pin for path, pin in pins.items() if path not in listed and path not in young]
         chosen = _round_of(fresh)
         await self._store(work, chosen)
         late: set[str] = set()
         missing: list[str] = []
-        for sstable, names in (await self._lacking(work)).items():
-            first = work.waiting.lacking.setdefault(sstable, time.monotonic())
-            if time.monotonic() - first < self._options.incomplete_after:
-                late.add(sstable)
-            else:
-                missing += map(os.path.basename, names)
-        entries = {path: entry for path, entry in work.files.items() if sstable_in(os.path.join(*path)) not in late}
+        if unit.kind == "incremental":
+            late, missing = await self._lacking(work)
+        entries = {path: entry for path, entry in work.files.items() if sstable_at(path) not in late}
         if entries or work.lost:
             complete = not missing and not work.lost
             unit = replace(unit, life="")  # in backups/ all lives are listed alike
             draft = self._draft(unit, work.began, complete, entries.values(), missing, work.lost)
             await self._publish(draft, work)
         work.files = {path: entry for path, entry in entries.items() if path in pins} | listed
-        delete = {} if missing else self._deletable(work)
-        if await self._let_go(work, delete) is None:
+        if not missing:
+            work.delete = self._deletable(work)
+        if await self._let_go(work) is None:
             return None
         if len(chosen) < len(fresh):
             return 0.0
         return 2.0 if late else QUIET_S
 
-    async def _lacking(self, work: Round) -> dict[str, list[str]]:
-        """Return what SSTables of backups/ lack, after adding to `work.files` what was listed of them before."""
-        if work.unit.kind == "archive":
-            return {}
+    async def _lacking(self, work: Round) -> tuple[set[str], list[str]]:
+        """Return the SSTables that may become complete yet, and the names that the others lack.
+
+        Whatever was listed earlier of an SSTable counts, and is added to `work.files`.
+        """
         lacking = await self._judge(work, work.files, judge_incrementals)
         if lacking:
             folders = {folder: work.waiting.disk_of(folder) for folder in map(os.path.dirname, lacking)}
@@ -4715,9 +4732,11 @@ class Backup:
                 if found and pin.path not in work.files:
                     work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
             lacking = await self._judge(work, work.files, judge_incrementals)
-        since = work.waiting.lacking
-        work.waiting.lacking = {name: since[name] for name in lacking if name in since}
-        return lacking
+        since = work.waiting.since(lacking)
+        young_after = time.monotonic() - self._options.incomplete_after
+        late = {sstable for sstable in lacking if since[sstable] > young_after}
+        missing = [os.path.basename(name) for sstable in lacking.keys() - late for name in lacking[sstable]]
+        return late, missing
 
     async def _listed_already(self, work: Round) -> dict[FilePath, Known]:
         """Return what of these pins the bucket lists already.
@@ -4745,11 +4764,12 @@ class Backup:
         listed = [pin for path, pin in work.pins.items() if path in work.files]
         if not self._options.delete_uploaded_incrementals or work.unit.kind != "incremental" or not listed:
             return {}
-        kept = {pin.path: pin.fingerprint for pin in _sstables_of(listed)[0]}
-        earlier = self._kept.get(work.unit, {})
-        self._kept[work.unit] = kept
-        released = {pin.path: pin.fingerprint for pin in listed} | earlier
-        return {path: fingerprint for path, fingerprint in released.items() if path not in kept}
+        released = dict(bytes_of(listed)) | self._kept.get(work.unit, {})
+        newest = _sstables_of(listed)[0]
+        self._kept[work.unit] = dict(bytes_of(newest))
+        for pin in newest:
+            del released[pin.path]
+        return released
 
     # What both have in common
 
@@ -4800,10 +4820,12 @@ class Backup:
 
     def _remember_listed(self, work: Round) -> None:
         marks: dict[str, set[int]] = {}
-        for (directory, name), entry in work.files.items():
-            marks.setdefault(directory, set()).add(mark_of(name, entry.fingerprint))
+        for entry in work.files.values():
+            here = marks.setdefault(entry.directory, set())
+            here.add(mark_of(entry.name, entry.fingerprint))
         # In backups/ all lives count alike, so there they have one name.
-        self.ledger.add_listed(work.unit.life if work.unit.kind == "snapshot" else "", self.clock(), marks)
+        life = work.unit.life if work.unit.kind == "snapshot" else ""
+        self.ledger.add_listed(life, self.clock(), marks)
 
     async def _store(self, work: Round, pins: Iterable[Pinned]) -> None:
         """Store what is not known to be stored. A file that is refused costs no other."""
@@ -4937,16 +4959,16 @@ class Backup:
             return listing
 
         listing = await self._workers.retry("publish", attempt)
+        files, missing, lost = len(listing.files), len(listing.missing), len(listing.lost)
         self.ledger.remember("newest", listing_key(listing))
-        self.counts.update(listings=1, listed_files=len(listing.files), lost=len(listing.lost))
-        if listing.lost:
-            self.ledger.remember(f"lost:{unit.place}", f"{len(listing.lost)}")
-        say, state = log.info, "complete"
+        self.counts.update(listings=1, listed_files=files)
+        if lost:
+            self.ledger.remember(f"lost:{unit.place}", str(lost))
         if not listing.complete:
             self.counts["incomplete"] += 1
-            say, state = log.warning, "incomplete"
-        numbers = (len(listing.files), listing.size, len(listing.missing), len(listing.lost))
-        say("listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", label(unit), state, *numbers)
+        level, state = (logging.INFO, "complete") if listing.complete else (logging.WARNING, "incomplete")
+        words = (label(unit), state, files, listing.size, missing, lost)
+        log.log(level, "listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", *words)
         return listing
 
     def _fresh_keys(self, listing: Listing[Known], pins: PinMap) -> set[str]:
@@ -4961,17 +4983,17 @@ class Backup:
                 fresh.add(entry.key)
         return fresh
 
-    async def _let_go(self, work: Round, delete: Mapping[FilePath, Fingerprint] | None = None) -> float | None:
+    async def _let_go(self, work: Round) -> float | None:
         """Have the pins of what is listed unlinked; return None if none is left. Raises what a file was refused for."""
         self._remember_listed(work)
         kept = self._kept.get(work.unit, {})
         files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}
-        files.update(delete or {})
+        files |= work.delete
         # What was given up since the pins were read is in no listing yet: its names must stay.
-        left = await self.ask(LetGo(work.unit, files, bool(work.lost), frozenset(delete or ())))
+        left = await self.ask(LetGo(work.unit, files, bool(work.lost), frozenset(work.delete)))
         if work.failed:
-            (directory, name), error = next(iter(work.failed.items()))
-            what = f"{len(work.failed)} files are refused, {quote(f'{directory}/{name}')}: {error}"
+            path, error = next(iter(work.failed.items()))
+            what = f"{len(work.failed)} files are refused, {quote(os.path.join(*path))}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
         return None if left <= len(kept) else QUIET_S
 
@@ -5014,27 +5036,22 @@ def overdraft(disk: PinDirectory, held: int, max_pinned: float, min_free: float)
     free: to give up a few pins would not help a disk that others have filled.
     """
     info = os.statvfs(disk.path)
-    size, free = info.f_blocks * info.f_frsize, info.f_bavail * info.f_frsize
+    size = info.f_blocks * info.f_frsize
+    free = info.f_bavail * info.f_frsize
     over = held - int(max_pinned * size)
     if held > free / 10:
         over = max(over, int(min_free * size) - free)
     return max(0, min(over, held))
 
 
-class Systemd:
-    """Tells the service manager how it goes, where there is one: sd_notify(3)."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        address = environ.get("NOTIFY_SOCKET", "")
-        self._address = f"\0{address[1:]}" if address.startswith("@") else address
-        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6 if ours else 0.0
-
-    def tell(self, *lines: str) -> None:
-        """Send it, if it can be sent at once."""
-        if self._address:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
+def tell_manager(environ: Mapping[str, str], line: str) -> None:
+    """Tell the service manager, where there is one, how it goes, if it can be told at once: sd_notify(3)."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    if address.startswith("@"):
+        address = f"\0{address[1:]}"
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(line.encode(), socket.MSG_DONTWAIT, address)
 
 
 # Metric behind cassbackup_, where the status has it, and what it is. Counters end in _total.
@@ -5100,9 +5117,11 @@ class Metrics:
             yield kind(f"cassbackup_{name}", what, value=float(value))
         what = "When the oldest file was found that is not listed; none: all is."
         yield self._by_table("oldest_unlisted", what, status["oldest"], min)
-        taken = {place: one["taken"] for place, one in status["tables"].items()}
-        moments = {place: seconds_of(moment) if moment else 0.0 for place, moment in taken.items()}
-        yield self._by_table("last_snapshot", "When the newest complete snapshot was taken; 0: never.", moments, max)
+        what = "When the newest complete snapshot was taken; 0: never."
+        moments = {}
+        for place, table in status["tables"].items():
+            moments[place] = seconds_of(table["taken"]) if table["taken"] else 0.0
+        yield self._by_table("last_snapshot", what, moments, max)
         yield from self._of_store(status["operations"])
 
     def _by_table(self, name: str, what: str, moments: Mapping[str, float], choose: Callable[..., float]) -> Any:
@@ -5132,9 +5151,15 @@ class Metrics:
         yield took
 
 
-def _socket_path(state_dir: str, fd: int) -> str:
-    # A socket's path ends at 107 bytes (unix(7)); that of a state directory need not.
-    return f"/proc/self/fd/{fd}/socket" if len(os.fsencode(state_dir)) > 90 else os.path.join(state_dir, "socket")
+@contextlib.contextmanager
+def _socket_of(state_dir: str) -> Iterator[str]:
+    """Give the path of a daemon's socket, short enough: it ends at 107 bytes (unix(7)), a state directory need not."""
+    fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        folder = state_dir if len(os.fsencode(state_dir)) <= 90 else f"/proc/self/fd/{fd}"
+        yield f"{folder}/socket"
+    finally:
+        os.close(fd)
 
 
 def _holder(state_dir: str) -> str:
@@ -5153,16 +5178,12 @@ def _holder(state_dir: str) -> str:
 
 
 def _ask_once(state_dir: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with socket.socket(socket.AF_UNIX) as asker:
-            asker.settimeout(None if timeout_s == math.inf else timeout_s)
-            asker.connect(_socket_path(state_dir, fd))
-            asker.sendall(json.dumps(request).encode() + b"\n")
-            with asker.makefile("rb") as reply:
-                line = reply.readline()
-    finally:
-        os.close(fd)
+    with _socket_of(state_dir) as path, socket.socket(socket.AF_UNIX) as asker:
+        asker.settimeout(timeout_s)
+        asker.connect(path)
+        asker.sendall(json.dumps(request).encode() + b"\n")
+        with asker.makefile("rb") as reply:
+            line = reply.readline()
     if not line:
         raise ConnectionResetError("the daemon ended before it answered")
     document = json.loads(line)
@@ -5220,20 +5241,6 @@ def _marks_there(directory: str) -> set[int]:
     return there
 
 
-def _put_document(store: Store, key: str, body: bytes) -> None:
-    store.put(key, Body(body))
-
-
-def _trim_heartbeats(store: Store, node: str, kept: int) -> bool:
-    """Delete all but the newest heartbeats; return False where that is refused.
-
-    By the store's time: some may be of a day when our clock was ahead.
-    """
-    beats = sorted(store.list(f"{node}.listings/heartbeat/"), key=lambda info: info.modified)
-    old = [info.key for info in beats[:-kept]]
-    return not old or not store.delete(old[:1000])
-
-
 class Daemon:
     """The loop: listens to the pinner, sees to the bucket, and tells how it goes."""
 
@@ -5246,7 +5253,7 @@ class Daemon:
         self._memories = [os.path.join(folder, "identity.json") for folder in folders]
         self._known = next(filter(None, map(load_identity, self._memories)), None)
         ledger = self._open_ledger(self._known)
-        self._pinner = Pinner(disks, options.filters(), ledger.listed(), options.reconcile, self._post)
+        self._pinner = Pinner(disks, options, ledger.listed(), options.reconcile, self._post)
         patience = 120.0 if options.once else math.inf
         self._workers = Workers(self._pinner.idle, options.store.threads, patience)
         self._backup = Backup(options, self._pinner, self._workers, ledger)
@@ -5258,8 +5265,6 @@ class Daemon:
         self._began = time.time()
         self._speeds: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=7)
         self._metrics: Metrics | None = None
-        self._may_delete = True
-        self._systemd = Systemd(environ)
         self._oldest: dict[str, float] = {}
 
     def _open_ledger(self, identity: Identity | None) -> Ledger:
@@ -5288,12 +5293,13 @@ class Daemon:
         tasks = [self._loop.create_task(one) for one in work]
         for one in tasks:
             one.add_done_callback(self._ended)
-        self._systemd.tell("READY=1")
+        tell_manager(self._environ, "READY=1")
         await self._stop.wait()
-        self._systemd.tell("STOPPING=1")
+        tell_manager(self._environ, "STOPPING=1")
         server.close()
+        code = self._exit_code()
         await self._finish(tasks)
-        return self._exit_code()
+        return code
 
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():
@@ -5305,13 +5311,11 @@ class Daemon:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Leave where a part of us has ended by an error: a daemon that does half of its work protects nothing."""
         error = None if task.cancelled() else task.exception()
-        if error:
-            log.error("a part of the daemon failed error=%r", error, exc_info=error)
-            self._give_up(Fault(repr(error)), FAILED)
-
-    def _give_up(self, fault: Exception, code: int) -> None:
-        log.critical("leaving error=%s", quote(str(fault)))
-        self._code = code
+        if not error:
+            return
+        unforeseen = None if isinstance(error, (Fault, OSError)) else error
+        log.critical("leaving error=%s", quote(str(error) or repr(error)), exc_info=unforeseen)
+        self._code = error.code if isinstance(error, Fault) else FAILED
         self._stop.set()
 
     def _exit_code(self) -> int:
@@ -5319,10 +5323,10 @@ class Daemon:
             return self._code
         if self._backup.failures:
             return FAILED
-        counts = self._backup.counts
-        if counts["incomplete"] or counts["lost"] or self._backup.units or self._state.refused:
+        backup, state = self._backup, self._state
+        if backup.counts["incomplete"] or backup.units or backup.ledger.facts("lost:"):
             return BEHIND
-        if self._state.absent or self._state.unmatched or self._options.problems:
+        if state.refused or state.absent or state.unmatched or self._options.problems:
             return BEHIND
         return DONE
 
@@ -5351,10 +5355,10 @@ class Daemon:
                 self._backup.ledger.forget_directory(news.directory)
             elif isinstance(news, PinnerState):
                 self._state, self._alive = news, time.monotonic()
-                # What an earlier process left pinned was told before this.
-                self._backup.scanned = news.scanned > 0
+                if news.scanned:
+                    self._backup.scanned.set()
             elif isinstance(news, PinnerFailed):
-                self._give_up(Fault(f"the pinner failed ({news.error})", "restart"), FAILED)
+                raise Fault(f"the pinner failed ({news.error})", "restart")
 
     # The bucket: whose it is, and whether it is what it was
 
@@ -5372,15 +5376,11 @@ class Daemon:
                 self._backup.disconnected.clear()
                 self._backup.connected.set()
                 await self._backup.disconnected.wait()
-            except Usage as fault:
-                self._give_up(fault, MISUSED)
-                return
             except (Fault, OSError) as error:
-                # A right that is missing may come: a role of a new machine, a bucket that is made after its nodes.
                 self._workers.note("connect", error)
-                if self._options.once:
-                    self._give_up(error, FAILED)
-                    return
+                if self._options.once or isinstance(error, Usage):
+                    raise
+                # A right that is missing may come: a role of a new machine, a bucket that is made after its nodes.
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 60.0)
 
@@ -5406,25 +5406,27 @@ class Daemon:
 
     async def _claim(self) -> None:
         """Be the owner of the node's name in the bucket, or become it. Raises Usage where somebody else is."""
-        store, node = self._backup.store, self._backup.node
+        backup, ledger = self._backup, self._backup.ledger
+        folder = f"{backup.node}.listings"
         machine = machine_id() or self._disks[0].id
-        owner = await self._workers.once("claim", True, newest_document, store, f"{node}.listings/owner.")
+        owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
         bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
-        if owner and owner.get("machine_id") != machine and not self._options.adopt:
-            what = f"{node} in {store.url} belongs to another machine ({owner.get('machine_id')})"
+        theirs = owner.get("machine_id")
+        if owner and theirs != machine and not self._options.adopt:
+            what = f"{backup.node} in {backup.store.url} belongs to another machine ({theirs})"
             raise Usage(what, "give this node another --name; or --adopt, if it is the same node on a new machine")
-        if owner.get("machine_id") != machine:
-            key = f"{node}.listings/owner.{self._backup.clock()}.json" if owner else f"{node}.listings/owner.json"
+        if theirs != machine:
+            key = f"{folder}/owner.{backup.clock()}.json" if owner else f"{folder}/owner.json"
             directories = [quote(disk.root) for disk in self._disks]
             body = dump_document(id=bucket, machine_id=machine, data_directories=directories)
-            await self._workers.once("claim", True, _put_document, store, key, body)
-        ledger = self._backup.ledger
-        if ledger.bucket != bucket:
-            if ledger.bucket:
-                log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
-            ledger.forget(bucket)
-            await self._backup.ask(Forget())
-        self._backup.bucket = bucket
+            await self._workers.once("claim", True, backup.store.put, key, Body(body))
+        backup.bucket = bucket  # from here on nothing counts that was sent to another
+        if ledger.bucket == bucket:
+            return
+        if ledger.bucket:
+            log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
+        ledger.forget(bucket)
+        await backup.ask(Forget())
 
     # What time brings
 
@@ -5438,9 +5440,8 @@ class Daemon:
                 self._workers.note(name, None)
                 await asyncio.sleep(seconds)
                 pause = 1.0
-            except Usage as fault:
-                self._give_up(fault, MISUSED)
-                return
+            except Usage:
+                raise
             except Exception as error:
                 if not isinstance(error, (Fault, OSError)):
                     log.exception("a periodic task failed task=%s", name)
@@ -5472,8 +5473,7 @@ class Daemon:
 
     async def _heartbeat(self) -> None:
         """Say in the bucket that all that was found by a moment is listed: a quiet table and a dead daemon differ."""
-        while not self._state.scanned:
-            await asyncio.sleep(0.2)
+        await self._backup.scanned.wait()
         await self._backup.view(0.0)  # nothing is said in a bucket that is not ours
         scanned, units = self._state.scanned, self._backup.units
         oldest = _oldest_of({unit: waiting for unit, waiting in units.items() if unit.urgent})
@@ -5486,16 +5486,12 @@ class Daemon:
             oldest_incrementals={quote(place): utc(moment) for place, moment in oldest.items()},
             cassbackup=__version__,
         )
-        store, node = self._backup.store, self._backup.node
-        key = f"{node}.listings/heartbeat/{self._backup.clock()}.json"
-        await self._workers.once("heartbeat", True, _put_document, store, key, body)
-        # A daemon need not have the right to delete: prune does it too. So it is tried once, and no fault.
-        if self._may_delete:
-            self._may_delete = False
-            self._may_delete = await self._workers.once("heartbeat", True, _trim_heartbeats, store, node, 100)
+        key = f"{self._backup.node}.listings/heartbeat/{self._backup.clock()}.json"
+        await self._workers.once("heartbeat", True, self._backup.store.put, key, Body(body))
 
     async def _trim(self) -> None:
         """Let the ledger forget what no file has any more; end multipart uploads that nobody goes on with."""
+        await self._backup.scanned.wait()
         await self._backup.connected.wait()
         store, ledger = self._backup.store, self._backup.ledger
         ledger.trim(time.time() - 35 * 86400)
@@ -5504,30 +5500,35 @@ class Daemon:
             if not os.path.isdir(directory):
                 if not self._state.absent:  # else its disk may come back
                     ledger.forget_directory(directory)
-            elif not life:  # a snapshot goes as a whole, but from backups/ files go one by one
-                with contextlib.suppress(OSError):
-                    there = await self._loop.run_in_executor(None, _marks_there, directory)
-                    ledger.replace_listed(directory, life, now, marks & there)
+                continue
+            if life:  # a snapshot goes as a whole, but from backups/ files go one by one
+                continue
+            with contextlib.suppress(OSError):
+                there = await self._loop.run_in_executor(None, _marks_there, directory)
+                ledger.replace_listed(directory, life, now, marks & there)
         await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400)
 
     async def _measure(self) -> None:
-        while not self._state.scanned:
-            await asyncio.sleep(0.2)
+        await self._backup.scanned.wait()
         self._speeds.append((time.monotonic(), self._backup.sent["bytes"]))
         places = sorted(self._state.tables)
         self._oldest = await self._loop.run_in_executor(None, _oldest_data, self._disks, places)
 
     async def _tell_systemd(self) -> None:
         """Tell the lag, and that we live: only while the pinner does too."""
-        limit = self._systemd.watchdog_s
+        pid = str(os.getpid())
+        limit = 0.0  # no watchdog, or one of another process
+        if self._environ.get("WATCHDOG_PID", pid) == pid:
+            limit = int(self._environ.get("WATCHDOG_USEC", 0)) / 1e6
         while True:
             status = self.status()
             line = f"STATUS=lag {status['lag_s']:.0f} s, {status['pending']['files']} files pending"
-            for what in [*status["failures"].values(), *status["errors"]][:1]:
-                line += f"; {quote(what)}"
-            self._systemd.tell(line)
+            wrong = [*status["failures"].values(), *status["errors"]]
+            if wrong:
+                line += f"; {quote(wrong[0])}"
+            tell_manager(self._environ, line)
             if limit and time.monotonic() - self._alive < limit:
-                self._systemd.tell("WATCHDOG=1")
+                tell_manager(self._environ, "WATCHDOG=1")
             await asyncio.sleep(min(10.0, limit / 2 or 10.0))
 
     async def _show_metrics(self) -> None:
@@ -5558,8 +5559,8 @@ class Daemon:
 
     async def _end_when_done(self) -> None:
         """End a run of --once when all that its first scan found is listed, or has failed."""
-        while not (self._state.scanned and self._backup.scanned and self._backup.connected.is_set()):
-            await asyncio.sleep(0.05)
+        await self._backup.scanned.wait()
+        await self._backup.connected.wait()
         while not (self._pinner.idle.is_set() and self._news.empty() and self._backup.is_done()):
             await asyncio.sleep(0.05)
         if not self._code and not self._backup.failures:
@@ -5575,11 +5576,8 @@ class Daemon:
         state_dir = self._options.state_dir
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(state_dir, "socket"))
-        fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            server = await asyncio.start_unix_server(self._answer, _socket_path(state_dir, fd), limit=64 * KIB)
-        finally:
-            os.close(fd)
+        with _socket_of(state_dir) as path:
+            server = await asyncio.start_unix_server(self._answer, path, limit=64 * KIB)
         os.chmod(os.path.join(state_dir, "socket"), 0o666)
         return server
 
@@ -5613,7 +5611,7 @@ class Daemon:
 
     async def _wait_for(self, tag: str, keyspaces: tuple[str, ...]) -> dict[str, Any]:
         """Tell whether a snapshot is listed: each manifest.json that is there now is in a complete listing."""
-        state: TagState = await self._backup.ask(ListTag(tag, keyspaces))
+        state: TagState = await asyncio.wrap_future(self._pinner.ask(ListTag(tag, keyspaces)))
         until = time.monotonic() + 4.0
         while True:
             waiting = list(state.bare)
@@ -5970,7 +5968,8 @@ def node_info(store: Patient, name: str) -> NodeInfo:
     """Ask the bucket who a node is. Raises Usage where 0.1 wrote its listings; a damaged document is only logged."""
     heard = ""
     for info in store.list(f"{name}.listings/heartbeat/"):
-        heard = info.key.rpartition("/")[2].removesuffix(".json")
+        beat = info.key.rpartition("/")[2].removesuffix(".json")
+        heard = max(heard, min(beat, utc(info.modified)))  # the node's clock may have been ahead
     try:
         newest_document(store, f"{name}.listings/owner.")
         told = newest_document(store, f"{name}.listings/node.")
