@@ -4497,10 +4497,11 @@ def _beside(folders: Mapping[str, str], sstables: Collection[str]) -> list[Pinne
     `folders`: these directories, and the id of the disk of each.
     """
     found = []
+    prefixes = tuple(f"{os.path.basename(sstable)}-" for sstable in sstables)  # backups/ may hold a year of files
     for directory, disk in folders.items():
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
-                if sstable_in(entry.path) in sstables:
+                if entry.name.startswith(prefixes) and sstable_in(entry.path) in sstables:
                     info = entry.stat(follow_symlinks=False)
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
                     found.append(Pinned(directory, entry.name, entry.path, disk, Fingerprint.of(info), *who))
@@ -4681,7 +4682,8 @@ class Backup:
         if not listing.complete:
             return
         place = listing.unit.place
-        if listing.taken >= self.ledger.fact(f"complete:{place}").split("\t")[0]:
+        newest, _, _ = self.ledger.fact(f"complete:{place}").partition("\t")
+        if listing.taken >= newest:
             self.ledger.remember(f"complete:{place}", f"{listing.taken}\t{listing.unit.tag}")
         self.ledger.remember(f"lost:{place}", "")
         for entry in listing.files:
@@ -4720,23 +4722,31 @@ class Backup:
         return 2.0 if late else QUIET_S
 
     async def _lacking(self, work: Round) -> tuple[set[str], list[str]]:
-        """Return the SSTables that may become complete yet, and the names that the others lack.
-
-        Whatever was listed earlier of an SSTable counts, and is added to `work.files`.
-        """
+        """Return the SSTables that may become complete yet, and the names that the others lack."""
         lacking = await self._judge(work, work.files, judge_incrementals)
         if lacking:
-            folders = {folder: work.waiting.disk_of(folder) for folder in map(os.path.dirname, lacking)}
-            for pin in await self._workers.once("pins", True, _beside, folders, lacking.keys()):
-                found = self.ledger.lookup(work.unit.place, pin.name, pin.disk, pin.fingerprint)
-                if found and pin.path not in work.files:
-                    work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
+            await self._add_earlier(work, lacking)
             lacking = await self._judge(work, work.files, judge_incrementals)
         since = work.waiting.since(lacking)
-        young_after = time.monotonic() - self._options.incomplete_after
-        late = {sstable for sstable in lacking if since[sstable] > young_after}
-        missing = [os.path.basename(name) for sstable in lacking.keys() - late for name in lacking[sstable]]
+        late: set[str] = set()
+        missing: list[str] = []
+        for sstable, names in lacking.items():
+            if time.monotonic() - since[sstable] < self._options.incomplete_after:
+                late.add(sstable)
+            else:
+                missing += map(os.path.basename, names)
         return late, missing
+
+    async def _add_earlier(self, work: Round, sstables: Collection[str]) -> None:
+        """Add to a round what is stored already of these SSTables: the listing that completes one repeats it."""
+        folders = {}
+        for sstable in sstables:
+            folder = os.path.dirname(sstable)
+            folders[folder] = work.waiting.disk_of(folder)
+        for pin in await self._workers.once("pins", True, _beside, folders, sstables):
+            found = self.ledger.lookup(work.unit.place, pin.name, pin.disk, pin.fingerprint)
+            if found and pin.path not in work.files:
+                work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
 
     async def _listed_already(self, work: Round) -> dict[FilePath, Known]:
         """Return what of these pins the bucket lists already.
@@ -5628,10 +5638,10 @@ class Daemon:
 
     def _tables(self) -> dict[str, dict[str, Any]]:
         """Return of each table when its newest complete snapshot was taken, and its oldest Data.db written."""
-        known = {place: text.split("\t") for place, text in self._backup.ledger.facts("complete:").items()}
+        complete = self._backup.ledger.facts("complete:")
         tables = {}
         for place in sorted(self._state.tables):
-            taken, tag = known.get(place, ["", ""])
+            taken, _, tag = complete.get(place, "").partition("\t")
             if not tag.startswith("dropped-"):  # a dropped table needs no snapshot any more
                 tables[place] = {"taken": taken or None, "oldest_data": self._oldest.get(place)}
         return tables
@@ -5705,13 +5715,13 @@ def _open_state(path: str) -> None:
 
 def _become_owner(path: str, state_dir: str) -> None:
     """Become the owner of the data directory if we are root: link(2) asks for that (fs.protected_hardlinks)."""
+    if os.geteuid() != 0:
+        return
     try:
         info = os.stat(path)
     except OSError as error:
-        if os.geteuid() != 0:
-            return  # a disk that is mounted late: the pinner waits for it
         raise Fault(f"{quote(path)}: {error.strerror}", "mount it; root cannot know yet whose data it is") from None
-    if os.geteuid() != 0 or info.st_uid == 0:
+    if info.st_uid == 0:
         return
     os.chown(state_dir, info.st_uid, info.st_gid)
     try:
@@ -5745,8 +5755,6 @@ def watch(options: WatchOptions, environ: Mapping[str, str]) -> int:
     if not options.bucket:
         raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
     disks = _open_disks(options)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # one descriptor for each open life of a tag
     log.info("watching paths=%s", quote(" ".join(disk.root for disk in disks)))
 
     async def run() -> int:
