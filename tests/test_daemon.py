@@ -232,6 +232,17 @@ def test_local_memory_that_is_gone_costs_time_and_never_data_p4(scene: Scene, no
     assert_no_pin_is_left(area_of(node))
 
 
+def test_the_daemon_deletes_nothing_from_the_bucket(scene: Scene, node: Node) -> None:
+    """A stolen node must not be able to, and the report reads a month of heartbeats."""
+    prefix = "node1.listings/heartbeat/"
+    old = {f"{prefix}20260101T000{number:03}.000000Z.json" for number in range(120)}
+    for key in old:
+        scene.bucket.put(key, b"{}")
+    scene.start(*node.data_dirs, args=("--heartbeat", "1s"))
+    wait_for(lambda: len([key for key in scene.bucket.objects() if key.startswith(prefix)]) > len(old) + 2)
+    assert old <= set(scene.bucket.objects())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Locks and signals
 

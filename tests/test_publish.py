@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -337,6 +338,24 @@ def test_a_component_that_comes_after_its_incremental_was_listed_incomplete_comp
     [complete] = [found for found in scene.listings("incremental") if found.state == "complete"]
     assert len(complete.entries) == len(sstable.components) + 1
     scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_an_archived_file_that_is_still_being_written_is_sent_once_it_stands_still(
+    scene: Scene, node: Node, tmp_path: Path
+) -> None:
+    node.table("ks1", "users").flush()
+    logs = tmp_path / "commitlog"
+    logs.mkdir()
+    (logs / "CommitLog-7-1.log").write_bytes(b"an older one")
+    scene.start(*node.data_dirs, logs, args=("--include", r"CommitLog-.*\.log$"))
+    with open(logs / "CommitLog-7-2.log", "wb", buffering=0) as file:
+        for _ in range(20):
+            file.write(b"a mutation\n")
+            time.sleep(0.2)
+    scene.settled()
+    sent = [key for key in scene.file_keys() if "CommitLog-7-2.log" in key]
+    assert [len(scene.bucket.objects()[key]) for key in sent] == [20 * 11]
 
 
 @pytest.mark.slow
