@@ -5308,7 +5308,13 @@ class Daemon:
         tell_manager(self._environ, "STOPPING=1")
         server.close()
         code = self._exit_code()
-        await self._finish(tasks)
+        # Nothing more is begun; what is under way may end. What is not listed stays pinned for the next start.
+        for one in tasks:
+            one.cancel()
+        await self._workers.finish(STOP_S - 5.0)
+        await self._backup.end()
+        self._pinner.stop()
+        self._backup.ledger.close()
         return code
 
     def _signalled(self, number: int) -> None:
@@ -5339,15 +5345,6 @@ class Daemon:
         if state.refused or state.absent or state.unmatched or self._options.problems:
             return BEHIND
         return DONE
-
-    async def _finish(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """Begin nothing more; what is under way may end. What is not listed stays pinned for the next start."""
-        for task in tasks:
-            task.cancel()
-        await self._workers.finish(STOP_S - 5.0)
-        await self._backup.end()
-        self._pinner.stop()
-        self._backup.ledger.close()
 
     # What the pinner tells
 
