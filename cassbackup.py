@@ -4640,6 +4640,7 @@ class Backup:
         if again.files.keys() != work.pins.keys():
             return QUIET_S  # more has come while this was sent
         verdict = await self._judge(work, files, judge_snapshot, scanned)
+        self._check_bucket(work)
         if verdict.ephemeral:
             self.counts["skipped_ephemeral"] += 1
             log.info("a repair's own snapshot, skipped unit=%s", label(unit))
@@ -4915,8 +4916,7 @@ class Backup:
             done.set_result(None)
 
     def _take_results(self, work: Round, pins: Sequence[Pinned], results: Sequence[Sent]) -> None:
-        if work.bucket != self.bucket:
-            raise Changed("the bucket was made anew while files were sent", "they are sent again")
+        self._check_bucket(work)
         stored = []
         for pin, result in zip(pins, results, strict=True):
             work.failed.pop(pin.path, None)
@@ -4951,19 +4951,24 @@ class Backup:
             self.disconnected.set()
         raise Changed("the bucket was made anew", "everything is stored again")
 
+    def _check_bucket(self, work: Round) -> None:
+        """Raise Changed where the bucket was made anew since a round began: nothing that it was told is true there."""
+        if work.bucket != self.bucket:
+            raise Changed("the bucket was made anew", "everything is stored again")
+
     async def _publish(self, draft: Listing[Known], work: Round) -> Listing[Stored]:
         """Write a listing and remember it."""
         unit, pins, moment = draft.unit, work.pins, self.clock()
 
         async def attempt() -> Listing[Stored]:
             view = await self.view()
-            if work.bucket != view.owner:
-                raise Changed("the bucket was made anew", "everything is stored again")
+            self._check_bucket(work)
             # Asked at each try: tries may go on for days, and an old word is no word.
             asked = self._fresh_keys(draft, pins)
             named = replace(draft, listed=self.clock())
             args = (self.store, view, named, pins, asked, moment)
             listing = await self._workers.once("list", unit.urgent, publish, *args)
+            self._check_bucket(work)
             confirmed = [entry for entry in listing.files if entry.key not in asked and entry.path in pins]
             self.ledger.record(unit.place, [(pins[entry.path].disk, entry) for entry in confirmed])
             return listing
@@ -4995,6 +5000,7 @@ class Backup:
 
     async def _let_go(self, work: Round) -> float | None:
         """Have the pins of what is listed unlinked; return None if none is left. Raises what a file was refused for."""
+        self._check_bucket(work)
         self._remember_listed(work)
         kept = self._kept.get(work.unit, {})
         files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}

@@ -373,6 +373,33 @@ def test_a_bucket_made_anew_under_a_running_daemon_gets_all_that_is_on_disk_agai
 
 
 @pytest.mark.slow
+def test_a_listing_that_was_under_way_when_the_bucket_was_made_anew_does_not_count_p1(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    """What it names is not in the new bucket: whoever took it for listed would never store that again."""
+    node.incremental = False
+    node.table("ks1", "users").flush()
+    scene.start(*node.data_dirs, args=("--heartbeat", "1s"))
+
+    def make_anew() -> None:
+        owner = json.loads(scene.bucket.get("node1.listings/owner.json"))
+        scene.bucket.empty()
+        scene.bucket.put("node1.listings/owner.json", json.dumps({**owner, "id": "another life"}).encode())
+        wait_for(lambda: "not the one that the ledger knows" in scene.daemon.log())
+        time.sleep(1.0)
+
+    slow = between.on("PUT", r"listings/ks1/.*complete-", Call(make_anew, "before"))
+    node.snapshot("daily")
+    assert slow.acted.wait(120)
+
+    def is_restorable() -> bool:
+        objects = scene.bucket.objects()
+        return all(entry.key in objects for entry in scene.listings("snapshot")[-1].entries)
+
+    wait_for(lambda: scene.listings("snapshot") and is_restorable(), 60)
+
+
+@pytest.mark.slow
 def test_a_data_directory_that_goes_away_is_red_until_it_is_back_p8(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush()
