@@ -348,7 +348,7 @@ def test_p1_under_another_etag_the_checksum_decides(scene: Scene, stored: list[S
     """An operator has copied the bucket; some servers know no CRC-32, and their bytes are read."""
     for entry in stored:
         info = scene.store._store.head(entry.key)
-        scene.store.heads[entry.key] = replace(info, etag="other", crc32=info.crc32 if tells else "")
+        scene.store.heads[entry.key] = replace(info, etag="other", crc32=entry.crc32 if tells else "")
     bad = as_known(stored[1], crc32="00000000")
     found, gone = confirm(scene.store, [as_known(stored[0]), bad], frozenset())
     assert (found, gone) == ([stored[0]], [bad])
