@@ -232,6 +232,11 @@ class Fingerprint(NamedTuple):
         """Return the fingerprint of what stat(2) told."""
         return cls(info.st_ino, info.st_size, info.st_mtime_ns)
 
+    @property
+    def written(self) -> float:
+        """Return the mtime in seconds since 1970."""
+        return max(0, self.mtime_ns) / 1e9
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -273,6 +278,11 @@ class Pinned:
         """Return the file as its directory and name."""
         return self.directory, self.name
 
+    @property
+    def size(self) -> int:
+        """Return its bytes."""
+        return self.fingerprint.size
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -304,6 +314,11 @@ class Known:
     def path(self) -> FilePath:
         """Return the file as its directory and name."""
         return self.directory, self.name
+
+    @property
+    def size(self) -> int:
+        """Return its bytes."""
+        return self.fingerprint.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +352,7 @@ class Listing(Generic[Entry]):
     @property
     def size(self) -> int:
         """Return the bytes of all files."""
-        return sum(entry.fingerprint.size for entry in self.files)
+        return sum(entry.size for entry in self.files)
 
     @property
     def lacks(self) -> list[str]:
@@ -2627,10 +2642,10 @@ def _any_glob(name: str, patterns: Iterable[str]) -> bool:
 class Filters:
     """What the operator wants stored. Globs; `include` and `exclude` are regular expressions on the whole path."""
 
-    keyspaces: tuple[str, ...] = ()
-    exclude_keyspaces: tuple[str, ...] = ()
-    exclude_tables: tuple[str, ...] = ()  # keyspace.table
-    exclude_tags: tuple[str, ...] = ()
+    keyspace: tuple[str, ...] = ()
+    exclude_keyspace: tuple[str, ...] = ()
+    exclude_table: tuple[str, ...] = ()  # keyspace.table
+    exclude_tag: tuple[str, ...] = ()
     include: re.Pattern[str] | None = None  # archives: without it only snapshots/ and backups/ are scanned
     exclude: re.Pattern[str] | None = None
     only_tag: str = ""  # nothing but snapshots/<only_tag>
@@ -2638,16 +2653,16 @@ class Filters:
     def wants_directory(self, relative: str) -> bool:
         """Tell whether a directory, given by its path below the data directory, is scanned."""
         parts = relative.split("/")
-        if parts[-1] in _NEVER_SCANNED or _any_glob(parts[0], self.exclude_keyspaces):
+        if parts[-1] in _NEVER_SCANNED or _any_glob(parts[0], self.exclude_keyspace):
             return False
-        if self.keyspaces and not _any_glob(parts[0], self.keyspaces):
+        if self.keyspace and not _any_glob(parts[0], self.keyspace):
             return False
-        if len(parts) > 1 and _any_glob(f"{parts[0]}.{table_id_of(parts[1])[0]}", self.exclude_tables):
+        if len(parts) > 1 and _any_glob(f"{parts[0]}.{table_id_of(parts[1])[0]}", self.exclude_table):
             return False
         if len(parts) < 3 or parts[2:] == ["snapshots"]:
             return True
         if parts[2] == "snapshots":
-            return parts[3] == self.only_tag if self.only_tag else not _any_glob(parts[3], self.exclude_tags)
+            return parts[3] == self.only_tag if self.only_tag else not _any_glob(parts[3], self.exclude_tag)
         return not self.only_tag and (parts[2] == "backups" or self.include is not None)
 
     def wants_file(self, path: str) -> bool:
@@ -2658,8 +2673,8 @@ class Filters:
 
     def unmatched(self, names: Collection[str]) -> Iterator[str]:
         """Yield the filters that fit none of the keyspaces and ks.tables there are. Tags come and go: not theirs."""
-        keyspaces, excluded = ("keyspace", self.keyspaces), ("exclude-keyspace", self.exclude_keyspaces)
-        for option, patterns in (keyspaces, excluded, ("exclude-table", self.exclude_tables)):
+        keyspaces, excluded = ("keyspace", self.keyspace), ("exclude-keyspace", self.exclude_keyspace)
+        for option, patterns in (keyspaces, excluded, ("exclude-table", self.exclude_table)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     yield f"--{option} {pattern}"
@@ -3783,18 +3798,20 @@ _INDEX_IN_TAG = re.compile(r"/snapshots/[^/]+/(\.[^/]+)\Z")
 # ---- is it complete: pure functions
 
 
-def manifest_files(body: bytes) -> list[str] | None:
-    """Return the Data.db files that a manifest.json names; None while Cassandra is still writing it."""
+def _read_manifest(body: bytes) -> dict[str, Any] | None:
+    """Return what a manifest.json says, as "files" its Data.db files; None while Cassandra is still writing it."""
     try:
-        return [str(name) for name in json.loads(body)["files"]]
+        manifest = dict(json.loads(body))
+        manifest["files"] = [str(name) for name in manifest["files"]]
     except (ValueError, KeyError, TypeError):
         return None
+    return manifest
 
 
 def manifest_time(files: Iterable[Pinned | Known]) -> str:
     """Return the UTC at which Cassandra wrote manifest.json, the first if there are several; "" if there is none."""
-    written = [file.fingerprint.mtime_ns for file in files if file.name == MANIFEST]
-    return utc(max(0, min(written)) / 1e9) if written else ""
+    written = [file.fingerprint.written for file in files if file.name == MANIFEST]
+    return utc(min(written)) if written else ""
 
 
 def sstable_in(name: str) -> str:
@@ -3804,67 +3821,77 @@ def sstable_in(name: str) -> str:
     return f"{folder}{slash}{split[0]}" if split else ""
 
 
+def sstable_at(path: FilePath) -> str:
+    """Return the path of the SSTable that a file is of; "" for another file."""
+    return sstable_in(os.path.join(*path))
+
+
 def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) -> list[str]:
     """Return the components that an SSTable's own TOC.txt names and that are not there."""
     toc = f"{sstable}-TOC.txt"
     if toc not in names:
         return [toc]
-    words = read(names[toc]).decode("utf-8", "replace").split()
-    needed = [f"{sstable}-{word}" for word in words if not OPTIONAL_COMPONENT.fullmatch(word)]
-    return [name for name in needed if name not in names]
+    missing = []
+    for word in read(names[toc]).decode("utf-8", "replace").split():
+        name = f"{sstable}-{word}"
+        if name not in names and not OPTIONAL_COMPONENT.fullmatch(word):
+            missing.append(name)
+    return sorted(missing)
 
 
 class Verdict(NamedTuple):
-    """What may be said of a snapshot: which names it lacks, and which files are not of it."""
+    """What may be said of a snapshot."""
 
-    missing: tuple[str, ...]
-    strays: frozenset[FilePath] = frozenset()
+    missing: list[str]
+    strays: frozenset[FilePath]  # these files are not of it
+    ephemeral: bool  # a repair took it for itself (CASSANDRA-12404)
 
 
-def judge_snapshot(files: Collection[FilePath], manifests: Sequence[bytes], scanned: bool, read: ReadFile) -> Verdict:
+def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -> Verdict:
     """Tell whether a table's snapshot is complete.
 
     Cassandra writes manifest.json after the last link of a table, and it names every Data.db (TableSnapshot,
     SnapshotManifest). `scanned`: a scan of all data directories, begun after it was final, missed nothing. Else, when
     the tag is cleared already, each TOC.txt must be fulfilled.
     """
+    ephemeral = any(name == EPHEMERAL for _, name in files)
     named: set[str] = set()
-    for body in manifests:
-        named_here = manifest_files(body)
-        if named_here is None:
-            return Verdict((MANIFEST,))
-        named.update(named_here)
-    if not manifests:
-        return Verdict((MANIFEST,))
+    is_final = False
+    for path in files:
+        if path[1] != MANIFEST:
+            continue
+        manifest = _read_manifest(read(path))
+        if manifest is None:
+            return Verdict([MANIFEST], frozenset(), ephemeral)
+        is_final = True
+        named.update(manifest["files"])
+        ephemeral = ephemeral or manifest.get("ephemeral") is True
+    if not is_final:
+        return Verdict([MANIFEST], frozenset(), ephemeral)
     names = {}
-    for directory, name in files:
-        index = _INDEX_IN_TAG.search(directory)  # manifest.json spells it .idx/nb-1-big-Data.db
-        names[f"{index[1]}/{name}" if index else name] = (directory, name)
+    for path in files:
+        directory, name = path
+        index = _INDEX_IN_TAG.search(directory)
+        if index:
+            name = f"{index[1]}/{name}"  # manifest.json spells it .idx/nb-1-big-Data.db
+        names[name] = path
     missing = named - names.keys()
     if not scanned:
         for name in named & names.keys():
             missing.update(_unfulfilled(name.removesuffix("-Data.db"), names, read))
     ours = {"", *map(sstable_in, named)}
-    strays = [path for name, path in names.items() if sstable_in(name) not in ours]
-    return Verdict(tuple(sorted(missing)), frozenset(strays))
+    strays = frozenset(path for name, path in names.items() if sstable_in(name) not in ours)
+    return Verdict(sorted(missing), strays, ephemeral)
 
 
-class Lacking(NamedTuple):
-    """An SSTable of backups/ that is not complete: the names that it lacks, and the files that are there."""
-
-    missing: tuple[str, ...]
-    there: frozenset[FilePath]
-
-
-def judge_incrementals(files: Collection[FilePath], read: ReadFile) -> dict[str, Lacking]:
-    """Return the SSTables among these files that lack components, by directory and name of the SSTable."""
+def judge_incrementals(files: Collection[FilePath], read: ReadFile) -> dict[str, list[str]]:
+    """Return what the SSTables among these files lack, where they lack something: {path of SSTable: paths}."""
     names = {os.path.join(*path): path for path in files}
     lacking = {}
-    for sstable, components in itertools.groupby(sorted(names), sstable_in):
-        missing = _unfulfilled(sstable, names, read) if sstable else []
+    for sstable in {sstable_at(path) for path in files} - {""}:
+        missing = _unfulfilled(sstable, names, read)
         if missing:
-            there = frozenset(names[component] for component in components)
-            lacking[sstable] = Lacking(tuple(sorted(missing)), there)
+            lacking[sstable] = missing
     return lacking
 
 
@@ -3900,7 +3927,8 @@ def read_bad_keys(store: Store, node: str) -> frozenset[str]:
     found: dict[str, str] = {}
     for info, document in read_documents(store, f"{node}.listings/bad/"):
         try:
-            found.update({mark["key"]: mark["found"] for mark in document["keys"]})
+            for mark in document["keys"]:
+                found[mark["key"]] = mark["found"]
         except (KeyError, TypeError) as error:
             raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
     return frozenset(key for key, what in found.items() if what != "good")
@@ -3921,17 +3949,16 @@ class BucketView:
 def view_bucket(store: Store, node: str, before: BucketView | None) -> BucketView:
     """Read who owns the node's name, what prune is about to delete, and what is marked bad."""
     began = store.now()
-    sources: list[ObjectInfo] = []
-    for folder in ("pending-delete/", "listings/owner.", "listings/bad/"):
-        sources += store.list(f"{node}.{folder}")
+    marks = list(store.list(f"{node}.listings/bad/"))
+    sources = [*store.list(f"{node}.pending-delete/"), *store.list(f"{node}.listings/owner."), *marks]
     if before and before.sources == sources:  # each is written once, and may be long
         return replace(before, read=began)
     bad = doomed = read_bad_keys(store, node)
     for info, document in read_documents(store, f"{node}.pending-delete/"):
         doomed |= pending_keys(node, info.key, document)
-    owner = str(newest_document(store, f"{node}.listings/owner.").get("id", ""))
-    verified = max((info.modified for info in sources if "/bad/" in info.key), default=0.0)
-    return BucketView(began, owner, bad, verified, doomed, sources)
+    owner = newest_document(store, f"{node}.listings/owner.")
+    verified = max((mark.modified for mark in marks), default=0.0)
+    return BucketView(began, str(owner.get("id", "")), bad, verified, doomed, sources)
 
 
 # ---- from Known to Stored
@@ -3965,7 +3992,7 @@ def find_infos(store: Store, folder: str, wanted: set[str]) -> dict[str, ObjectI
 
 
 def _is_there(store: Store, entry: Known, info: ObjectInfo | None) -> bool:
-    if not info or info.size != entry.fingerprint.size:
+    if not info or info.size != entry.size:
         return False
     if info.etag and info.etag == entry.etag:
         return True
@@ -3986,8 +4013,9 @@ def confirm(
     of the bucket. This is the only way from Known to Stored.
     """
     certain = set(asked) - doomed
+    open_keys = {entry.key for entry in entries} - certain - doomed
     infos: dict[str, ObjectInfo] = {}
-    for folder, keys in by_folder({entry.key for entry in entries} - certain - doomed).items():
+    for folder, keys in by_folder(open_keys).items():
         infos |= find_infos(store, folder, keys)
     stored: list[Stored] = []
     gone: list[Known] = []
@@ -4042,45 +4070,53 @@ def add_up(listings: Sequence[Listing[Known]]) -> Listing[Known] | None:
     """Add up listings of one unit, the oldest first: of each file the later entry, complete once any says so."""
     if not listings:
         return None
-    files = {entry.path: entry for listing in listings for entry in listing.files}
+    files: dict[FilePath, Known] = {}
+    for listing in listings:
+        files.update((entry.path, entry) for entry in listing.files)
     complete = any(listing.complete for listing in listings)
     return replace(listings[-1], files=tuple(files.values()), complete=complete)
+
+
+def bytes_of(files: Iterable[Pinned | Known]) -> set[tuple[FilePath, Fingerprint]]:
+    """Return of files where they are, and which bytes they are."""
+    return {(file.path, file.fingerprint) for file in files}
 
 
 class Before(NamedTuple):
     """What the bucket lists of a snapshot already."""
 
-    life: str  # under which it is listed, or will be
-    listing: Listing[Known] | None  # what its listings say, added up, but for what is gone or doomed
+    listing: Listing[Known]  # its listings added up, but for what is gone or doomed; without files where it has none
     covered: bool  # a complete listing of another life has every file of this one
 
 
 def listed_snapshot(store: Store, node: str, view: BucketView, unit: Unit, pins: PinMap) -> Before:
-    """Return what the bucket lists of the life of a tag that these pins are of.
+    """Return what the bucket lists of the life of a tag that these pins are of, and what that life is called.
 
     Only manifest.json tells one life from another: the SSTables are the same inodes in every snapshot. So it is the
     life whose listing has our manifest, or the one that is called like our pin directories, listed before its
     manifest came. Where there is none, it gets the name of the manifest's mtime, which survives the loss of all memory.
     """
-    folders = by_folder(_listing_keys(store, unit_prefix(node, replace(unit, life=""))))
-    life = manifest_time(pins.values()) or unit.life
+    whole_tag = replace(unit, life="")
+    folders = by_folder(_listing_keys(store, unit_prefix(node, whole_tag)))
+    new = replace(unit, life=manifest_time(pins.values()) or unit.life)
     own = unit_prefix(node, unit)
-    ours = {(path, pin.fingerprint) for path, pin in pins.items()}
-    covered = False
     # What a process of no memory was the first to list has another name than these two.
-    for folder in dict.fromkeys([own, unit_prefix(node, replace(unit, life=life)), *sorted(folders)[-3:]]):
+    candidates = [own, unit_prefix(node, new), *sorted(folders)[-3:]]
+    ours = bytes_of(pins.values())
+    manifests = bytes_of(pin for pin in pins.values() if pin.name == MANIFEST)
+    covered = False
+    for folder in dict.fromkeys(candidates):
         listing = add_up(_read_listings(store, node, folders.get(folder, ())))
         if not listing:
             continue
-        theirs = {(entry.path, entry.fingerprint) for entry in listing.files}
-        same_manifest = any(path[1] == MANIFEST for path, _ in ours & theirs)
+        theirs = bytes_of(listing.files)
         stored, gone = confirm(store, listing.files, view.doomed)
-        if folder == own or same_manifest:
-            listing = replace(listing, files=tuple(stored), complete=listing.complete and not gone)
-            return Before(listing.unit.life, listing, False)
+        if folder == own or manifests & theirs:
+            complete = listing.complete and not gone
+            return Before(replace(listing, files=tuple(stored), complete=complete), False)
         if listing.complete and ours <= theirs and not gone:
             covered = True
-    return Before(life, None, covered)
+    return Before(Listing(node, new, "", "", False, ()), covered)
 
 
 def listed_incrementals(
@@ -4089,13 +4125,14 @@ def listed_incrementals(
     """Return the listings that may name pinned files of backups/, or of an archive; and which files they do name."""
     prefix = unit_prefix(node, unit)
     # A file is listed after it was written.
-    oldest = min((pin.fingerprint.mtime_ns for pin in pins.values()), default=0)
-    after = utc(max(0, oldest) / 1e9)
-    listings = _read_listings(store, node, _listing_keys(store, prefix, prefix + after))
+    oldest = min((pin.fingerprint.written for pin in pins.values()), default=0.0)
+    keys = _listing_keys(store, prefix, after=prefix + utc(oldest))
+    listings = _read_listings(store, node, keys)
     found = {}
     for listing in listings:
         for entry in listing.files:
-            if entry.path in pins and pins[entry.path].fingerprint == entry.fingerprint:
+            pin = pins.get(entry.path)
+            if pin and pin.fingerprint == entry.fingerprint:
                 found[entry.path] = entry
     stored, _ = confirm(store, found.values(), view.doomed)
     return listings, stored
@@ -4103,9 +4140,10 @@ def listed_incrementals(
 
 def newest_snapshot(store: Store, node: str, unit: Unit) -> list[Listing[Known]]:
     """Return the newest complete snapshot of a table: a list of one, or of none."""
-    keys = _listing_keys(store, table_prefix(node, unit.keyspace, unit.table) + "snapshots/")
+    prefix = table_prefix(node, unit.keyspace, unit.table)
+    keys = _listing_keys(store, f"{prefix}snapshots/")
+    keys.sort(key=os.path.basename)  # it begins with the UTC
     complete = [key for key in keys if "-complete-" in os.path.basename(key)]
-    complete.sort(key=os.path.basename)  # it begins with the UTC
     return _read_listings(store, node, complete[-1:])
 
 
@@ -4123,28 +4161,23 @@ def publish(
     an hour is there at the second try.
     """
     stored, gone = confirm(store, draft.files, view.doomed, asked)
-    missing = list(draft.missing)
+    missing: list[str] = []
     for entry in gone:
         pin = pins.get(entry.path)
         if pin and pin.fingerprint == entry.fingerprint:
-            key = f"{object_key(draft.node, pin.path)}@{moment}"
-            stored.append(send_one(store, pin, key, moment))
+            key = object_key(draft.node, pin.path)
+            stored.append(send_one(store, pin, f"{key}@{moment}", moment))
         else:
             log.error("gone from the store and from this node, not listed path=%s", quote("/".join(entry.path)))
             missing.append(entry.name)
-    listing = Listing(
-        node=draft.node,
-        unit=draft.unit,
-        taken=draft.taken,
-        listed=draft.listed,
-        complete=draft.complete and len(missing) == len(draft.missing),
-        files=tuple(stored),
-        missing=tuple(missing),
-        lost=draft.lost,
-    )
+    complete = draft.complete and not missing
+    all_missing = (*draft.missing, *missing)
+    confirmed = replace(draft, complete=complete, files=tuple(stored), missing=all_missing)
+    listing = cast(Listing[Stored], confirmed)
+    key = listing_key(listing)
     body = dump_listing(listing)
-    check_listing(draft.node, listing_key(listing), body)  # what we could not read again must not be written
-    store.put(listing_key(listing), Body(body))
+    check_listing(draft.node, key, body)  # what we could not read again must not be written
+    store.put(key, Body(body))
     if store.now() - view.read > PUBLISH_LIMIT_S:
         raise Unreachable("publishing a listing took more than an hour", "it is done again: prune may have run")
     return listing
@@ -4164,8 +4197,8 @@ _VIEW_S: Final = 60.0
 _DURATIONS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds; buckets of a histogram
 
 
-@dataclass(frozen=True, slots=True)
-class WatchOptions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchOptions(Filters):
     """What the operator chose for the daemon. Times are in seconds; parts of a disk are such as 0.1."""
 
     bucket: str
@@ -4175,13 +4208,6 @@ class WatchOptions:
     pin_dir: str = ""
     prefix: str = ""
     name: str = ""
-    keyspace: tuple[str, ...] = ()
-    exclude_keyspace: tuple[str, ...] = ()
-    exclude_table: tuple[str, ...] = ()
-    exclude_tag: tuple[str, ...] = ()
-    include: re.Pattern[str] | None = None
-    exclude: re.Pattern[str] | None = None
-    only_tag: str = ""
     full: bool = False
     delete_uploaded_incrementals: bool = False
     max_pinned: float = 0.1
@@ -4195,17 +4221,16 @@ class WatchOptions:
     metrics_textfile: str = ""
     problems: tuple[str, ...] = ()  # settings that are wrong, but not so that nothing could be backed up
 
-    def filters(self) -> Filters:
-        """Return what is to be stored."""
-        globs = (self.keyspace, self.exclude_keyspace, self.exclude_table, self.exclude_tag)
-        return Filters(*globs, self.include, self.exclude, self.only_tag)
 
+@dataclass(slots=True)
+class Operation:
+    """How the jobs of one kind go, and what went wrong last."""
 
-class LastError(NamedTuple):
-    """What went wrong last, and since when it does."""
-
-    error: str
-    since: float
+    durations: list[int] = field(default_factory=lambda: [0] * (len(_DURATIONS) + 1))  # how many took so long
+    seconds: float = 0.0  # how long all of them took
+    failed: int = 0
+    error: str = ""  # "" when the last one succeeded
+    since: float = 0.0  # when it began to fail, seconds since 1970
 
 
 class Workers:
@@ -4225,10 +4250,7 @@ class Workers:
         self._said = -math.inf
         self._running = 0
         self._stopping = False
-        self.errors: dict[str, LastError] = {}
-        self.failed: Counter[str] = Counter()
-        self.seconds: dict[str, float] = {}
-        self.durations: dict[str, list[int]] = {}
+        self.operations: dict[str, Operation] = {}
 
     async def once(self, operation: str, urgent: bool, job: Callable[..., T], *args: Any) -> T:
         """Do a job on a thread, one time."""
@@ -4239,11 +4261,13 @@ class Workers:
             began = time.monotonic()
             self._running += 1
             try:
-                value = await asyncio.get_running_loop().run_in_executor(self._pools[urgent], job, *args)
+                return await asyncio.get_running_loop().run_in_executor(self._pools[urgent], job, *args)
             finally:
                 self._running -= 1
-                self._measure(operation, time.monotonic() - began)
-        return value
+                taken = time.monotonic() - began
+                one = self.operations.setdefault(operation, Operation())
+                one.seconds += taken
+                one.durations[bisect.bisect_left(_DURATIONS, taken)] += 1
 
     async def run(self, operation: str, urgent: bool, job: Callable[..., T], *args: Any) -> T:
         """Do a job on a thread, again and again while the store does not answer."""
@@ -4264,33 +4288,28 @@ class Workers:
         while time.monotonic() < self._hold_until:
             await asyncio.sleep(0.1)
 
-    def note(self, operation: str, fault: Fault | None) -> None:
-        """Keep what an operation came to: a fault, or None where it succeeded."""
-        if fault is None:
-            if self.errors.pop(operation, None):
+    def note(self, operation: str, error: Exception | None) -> None:
+        """Keep what an operation came to: an error, or None where it succeeded."""
+        one = self.operations.setdefault(operation, Operation())
+        if error is None:
+            if one.error:
                 log.info("works again operation=%s", operation)
+            one.error = ""
             return
+        if not one.error:
+            one.since = time.time()
+        one.error = str(error) or repr(error)
+        one.failed += 1
         now = time.monotonic()
-        since = self.errors[operation].since if operation in self.errors else time.time()
-        self.errors[operation] = LastError(str(fault), since)
-        self.failed[operation] += 1
-        if isinstance(fault, Throttled):
+        if isinstance(error, Throttled):
             self._hold_until = now + 1.0
         if now - self._said > 60.0:  # an outage fails every job there is: one line a minute tells as much
             self._said = now
-            log.error("store failed, trying again operation=%s error=%s", operation, quote(str(fault)))
+            log.error("store failed, trying again operation=%s error=%s", operation, quote(one.error))
 
-    def _measure(self, operation: str, seconds: float) -> None:
-        counts = self.durations.setdefault(operation, [0] * (len(_DURATIONS) + 1))
-        counts[bisect.bisect_left(_DURATIONS, seconds)] += 1
-        self.seconds[operation] = self.seconds.get(operation, 0.0) + seconds
-
-    def numbers(self) -> dict[str, dict[str, Any]]:
-        """Return of each operation how many tries failed, and how long they took: see _DURATIONS."""
-        found = {}
-        for name, durations in self.durations.items():
-            found[name] = {"failed": self.failed[name], "durations": durations, "seconds": self.seconds[name]}
-        return found
+    def failing(self) -> dict[str, Operation]:
+        """Return the operations that fail."""
+        return {name: one for name, one in self.operations.items() if one.error}
 
     async def finish(self, limit_s: float) -> None:
         """Begin no job any more; wait for those under way, but not for ever."""
@@ -4313,58 +4332,75 @@ class Waiting:
     size: int = 0
     directories: set[tuple[PinDirectory, str]] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    seen: dict[FilePath, tuple[Fingerprint, float]] = field(default_factory=dict)  # files that are written in place
-    lacking: dict[str, float] = field(default_factory=dict)  # SSTables of backups/, since when they lack a component
+    _since: dict[Any, float] = field(default_factory=dict)
+
+    def since(self, states: Iterable[T]) -> dict[T, float]:
+        """Return since when we know each of these states, monotonic; those that are over are forgotten."""
+        now = time.monotonic()
+        self._since = {state: self._since.get(state, now) for state in states}
+        return self._since
+
+    def disk_of(self, directory: str) -> str:
+        """Return the id of the disk that a directory is on, "" if it is on none of ours."""
+        for disk, _ in self.directories:
+            if directory.startswith(disk.root.rstrip("/") + "/"):
+                return disk.id
+        return ""
 
 
 @dataclass(slots=True)
-class Storing:
-    """Files on their way to the store, and how far that has got."""
+class Round:
+    """One go at a unit: its pins, and how far storing them has got."""
 
     unit: Unit
+    waiting: Waiting
     bucket: str  # the life of the bucket in which it began
-    files: dict[FilePath, Known] = field(default_factory=dict)
+    began: str  # UTC: when the pins had been read
+    pins: dict[FilePath, Pinned]
+    lost: tuple[FilePath, ...]  # what had been given up by then; the listing names it
+    files: dict[FilePath, Known] = field(default_factory=dict)  # stored, or known to be
     failed: dict[FilePath, Exception] = field(default_factory=dict)
-    lost: Sequence[FilePath] = ()  # had been given up when its pins were read; the listing names them
-    changed: Changed | None = None  # a file changed while it was read, as TOC.txt does when an index is built
+    delete: dict[FilePath, Fingerprint] = field(default_factory=dict)  # listed, and to go from backups/ with its pin
 
 
 def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
-    """Yield what one job takes along: a large file alone, small ones together; manifest.json and its kin first."""
+    """Yield what one job takes along: a large file alone, small ones together.
+
+    manifest.json and its kin come first, then the largest: a large one begun last would be waited for alone.
+    """
     batch: list[Pinned] = []
     size = 0
-    for pin in sorted(pins, key=lambda pin: pin.name not in (MANIFEST, SCHEMA)):
-        if pin.fingerprint.size > _BATCH_BYTES:
-            yield [pin]
-            continue
-        batch.append(pin)
-        size += pin.fingerprint.size
-        if len(batch) >= _BATCH_FILES or size >= _BATCH_BYTES:
+    for pin in sorted(pins, key=lambda pin: (pin.name not in (MANIFEST, SCHEMA), -pin.size)):
+        if batch and (len(batch) >= _BATCH_FILES or size + pin.size > _BATCH_BYTES):
             yield batch
             batch, size = [], 0
+        batch.append(pin)
+        size += pin.size
     if batch:
         yield batch
 
 
-def _sstables_of(pins: PinMap) -> dict[str, list[Pinned]]:
-    """Return the pins of each SSTable, by directory and name of the SSTable; another file stands by itself."""
+def _sstables_of(pins: Iterable[Pinned]) -> list[list[Pinned]]:
+    """Sort pins by SSTable, the newest SSTable first; another file stands by itself."""
     sstables: dict[str, list[Pinned]] = {}
-    for path, pin in pins.items():
-        whole = os.path.join(*path)
-        sstables.setdefault(sstable_in(whole) or whole, []).append(pin)
-    return sstables
+    for pin in pins:
+        sstables.setdefault(sstable_at(pin.path) or pin.pin, []).append(pin)
+
+    def written(some: list[Pinned]) -> float:
+        return max(pin.fingerprint.written for pin in some)
+
+    return sorted(sstables.values(), key=written, reverse=True)
 
 
-def _round_of(pins: PinMap) -> dict[FilePath, Pinned]:
+def _round_of(pins: Iterable[Pinned]) -> list[Pinned]:
     """Return what of a great backlog is listed next: SSTables with all that they have, the newest first."""
-    sstables = sorted(_sstables_of(pins).values(), key=lambda some: -max(pin.fingerprint.mtime_ns for pin in some))
-    chosen: dict[FilePath, Pinned] = {}
+    chosen: list[Pinned] = []
     size = 0
-    for some in sstables:
-        size += sum(pin.fingerprint.size for pin in some)
+    for some in _sstables_of(pins):
+        size += sum(pin.size for pin in some)
         if chosen and (len(chosen) + len(some) > _ROUND_FILES or size > _ROUND_BYTES):
             break
-        chosen.update((pin.path, pin) for pin in some)
+        chosen += some
     return chosen
 
 
@@ -4372,25 +4408,11 @@ def _read_small(store: Store, pins: PinMap, files: Mapping[FilePath, Known], pat
     """Read a small stored file, from its pin where there is one."""
     pin = pins.get(path)
     if pin and pin.fingerprint == files[path].fingerprint:
-        return bytes(PinnedSource(pin).read(0, pin.fingerprint.size))
+        return bytes(PinnedSource(pin).read(0, pin.size))
     return read_object(store, files[path].key)
 
 
-def _judge_snapshot(store: Store, pins: PinMap, files: Mapping[FilePath, Known], scanned: bool) -> tuple[Verdict, bool]:
-    """Return what may be said of a snapshot, and whether a repair took it for itself (CASSANDRA-12404)."""
-    read = functools.partial(_read_small, store, pins, files)
-    manifests = [read(path) for path in files if path[1] == MANIFEST]
-    verdict = judge_snapshot(files, manifests, scanned, read)
-    finals = [json.loads(body) for body in manifests if manifest_files(body) is not None]
-    ephemeral = any(final.get("ephemeral") is True for final in finals)
-    return verdict, ephemeral or any(name == EPHEMERAL for _, name in files)
-
-
-def _judge_incrementals(store: Store, pins: PinMap, files: Mapping[FilePath, Known]) -> dict[str, Lacking]:
-    return judge_incrementals(files, functools.partial(_read_small, store, pins, files))
-
-
-def _read_pins(directories: Sequence[tuple[PinDirectory, str]], life: str) -> Pins:
+def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str) -> Pins:
     files: dict[FilePath, Pinned] = {}
     lost: list[FilePath] = []
     for disk, relative in directories:
@@ -4400,15 +4422,20 @@ def _read_pins(directories: Sequence[tuple[PinDirectory, str]], life: str) -> Pi
     return Pins(files, tuple(lost))
 
 
-def _beside(disk: str, directory: str, names: Iterable[str]) -> list[Pinned]:
-    """Return the files that a directory of Cassandra's has by these names, as what a pin of theirs would be."""
+def _beside(folders: Mapping[str, str], sstables: Collection[str]) -> list[Pinned]:
+    """Return the files of these SSTables that Cassandra's own directories have, as what a pin of theirs would be.
+
+    `folders`: these directories, and the id of the disk of each.
+    """
     found = []
-    for name in names:
-        path = os.path.join(directory, name)
-        with contextlib.suppress(OSError):
-            info = os.lstat(path)
-            who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
-            found.append(Pinned(directory, name, path, disk, Fingerprint.of(info), *who))
+    prefixes = tuple(f"{os.path.basename(sstable)}-" for sstable in sstables)  # backups/ may hold a year of files
+    for directory, disk in folders.items():
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.startswith(prefixes) and sstable_in(entry.path) in sstables:
+                    info = entry.stat(follow_symlinks=False)
+                    who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
+                    found.append(Pinned(directory, entry.name, entry.path, disk, Fingerprint.of(info), *who))
     return found
 
 
@@ -4437,21 +4464,22 @@ class Backup:
         self.ledger = ledger
         self.clock = Clock()
         self.connected = asyncio.Event()  # the node's name is ours: from here on something may be stored
+        self.disconnected = asyncio.Event()  # the bucket was made anew: the name must be claimed again
         self.store: Store
         self.node = ""
         self.bucket = ""  # the id in owner.json
         self.units: dict[Unit, Waiting] = {}
         self.failures: dict[Unit, str] = {}
         self.counts: Counter[str] = Counter()
-        self.sent: Counter[str] = Counter()
-        self.scanned = False
-        self._view: tuple[float, BucketView] | None = None
-        self._absent_since: float | None = None
+        self.sent: Counter[str] = Counter(files=0, bytes=0)
+        self.scanned = asyncio.Event()  # all that an earlier process left pinned has been told
+        self.last_view: BucketView | None = None
+        self._viewed = 0.0  # when that was read, by CLOCK_BOOTTIME
+        self._absent_since = math.inf  # since when owner.json is not there
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = {True: asyncio.Semaphore(4), False: asyncio.Semaphore(8)}  # units at work at a time
         self._under_way: dict[object, asyncio.Future[None]] = {}  # bytes, and keys, that are being put
         self._kept: dict[Unit, dict[FilePath, Fingerprint]] = {}  # listed, but not let go: see _deletable
-        self.begin_anew: Callable[[], Awaitable[None]]
 
     # A unit comes, and goes
 
@@ -4459,7 +4487,7 @@ class Backup:
         """Note that a unit has new pins; see to it that somebody works at it."""
         waiting = self.units.get(news.unit)
         if not waiting:
-            waiting = self.units[news.unit] = Waiting(news.found, doubtful=not self.scanned)
+            waiting = self.units[news.unit] = Waiting(news.found, doubtful=not self.scanned.is_set())
             task = asyncio.get_running_loop().create_task(self._process(news.unit, waiting))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -4469,6 +4497,7 @@ class Backup:
         waiting.news.set()
 
     async def _process(self, unit: Unit, waiting: Waiting) -> None:
+        """Back a unit up, round after round, until nothing of it is left."""
         delay: float | None = QUIET_S
         pause = _RETRY_S
         while delay is not None or waiting.news.is_set():
@@ -4485,20 +4514,17 @@ class Backup:
                     delay = 1.0
                 except Exception as error:
                     unforeseen = not isinstance(error, (Fault, OSError))
-                    text = quote(str(error) or repr(error))
-                    log.error("not listed, will try again unit=%s error=%s", label(unit), text, exc_info=unforeseen)
                     self.failures[unit] = str(error) or repr(error)
+                    words = (label(unit), quote(self.failures[unit]))
+                    log.error("not listed, will try again unit=%s error=%s", *words, exc_info=unforeseen)
                     delay = pause
                     pause = min(2 * pause, _RETRY_MOST_S)
         del self.units[unit]
 
     async def _until_due(self, waiting: Waiting, delay: float) -> None:
         """Wait so long, or until there is news; then until nothing has come for a moment."""
-        if delay > QUIET_S:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(waiting.news.wait(), delay)
-        else:
-            await asyncio.sleep(delay)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(waiting.news.wait(), delay)
         until = time.monotonic() + 5.0
         while time.monotonic() < min(until, waiting.touched + QUIET_S):
             await asyncio.sleep(QUIET_S / 3)
@@ -4506,84 +4532,188 @@ class Backup:
     async def _back_up(self, unit: Unit, waiting: Waiting) -> float | None:
         """Store and list what there is of a unit; None when it is done, else the seconds until the next time."""
         directories = sorted(waiting.directories, key=lambda one: one[1])
-        pins, lost = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
-        taken = self.clock()
+        found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
+        work = Round(unit, waiting, self.bucket, self.clock(), found.files, found.lost)
         for path, fingerprint in self._kept.get(unit, {}).items():
-            if path in pins and pins[path].fingerprint == fingerprint:
-                del pins[path]
-        waiting.files, waiting.size = len(pins), sum(pin.fingerprint.size for pin in pins.values())
-        if not pins and not lost:
+            if path in work.pins and work.pins[path].fingerprint == fingerprint:
+                del work.pins[path]
+        waiting.files = len(work.pins)
+        waiting.size = sum(pin.size for pin in work.pins.values())
+        if not work.pins and not work.lost:
             return None
         if unit.kind == "snapshot":
-            return await self._back_up_snapshot(unit, waiting, pins, lost)
-        return await self._back_up_incrementals(unit, waiting, pins, lost, taken)
+            return await self._back_up_snapshot(work)
+        return await self._back_up_incrementals(work)
 
-    def _young(self, waiting: Waiting, pins: PinMap, quiet_s: float, names: Collection[str]) -> set[FilePath]:
-        """Return the files, written in place, that have not stood still for so long. No clock of a disk is asked."""
-        young = set()
+    def _young(self, work: Round) -> set[FilePath]:
+        """Return the files, written in place, that have not stood still long enough. No clock of a disk is asked."""
+        is_archive = work.unit.kind == "archive"
+        quiet_s = 2.0 if is_archive else QUIET_S
+        in_place = [pin for pin in work.pins.values() if is_archive or pin.name in (MANIFEST, SCHEMA)]
+        since = work.waiting.since(bytes_of(in_place))
         now = time.monotonic()
-        for path, pin in pins.items():
-            if names and path[1] not in names:
-                continue
-            fingerprint, since = waiting.seen.get(path, (None, now))
-            if fingerprint != pin.fingerprint:
-                waiting.seen[path] = (pin.fingerprint, now)
-                since = now
-            if now - since < quiet_s:
-                young.add(path)
-        return young
+        return {path for (path, _), moment in since.items() if now - moment < quiet_s}
 
     # A table's snapshot
 
-    async def _back_up_snapshot(
-        self, unit: Unit, waiting: Waiting, pins: PinMap, lost: Sequence[FilePath]
-    ) -> float | None:
-        await self._learn_snapshot(unit, waiting)
-        young = self._young(waiting, pins, QUIET_S, (MANIFEST, SCHEMA))
-        storing = await self._store(unit, [pin for path, pin in pins.items() if path not in young])
-        storing.lost = lost
+    async def _back_up_snapshot(self, work: Round) -> float | None:
+        unit = work.unit
+        await self._learn_snapshot(work)
+        young = self._young(work)
+        await self._store(work, [pin for path, pin in work.pins.items() if path not in young])
         if young:
             return QUIET_S
-        before = await self._look_up(listed_snapshot, unit, pins)
-        earlier = {entry.path: entry for entry in before.listing.files} if before.listing else {}
-        files = {**earlier, **storing.files}
+        before = await self._look_up(listed_snapshot, work)
+        files = {entry.path: entry for entry in before.listing.files} | work.files
         has_manifest = any(name == MANIFEST for _, name in files)
-        scanned = has_manifest and await self._ask(self._pinner.scan_tag, unit)
-        again, _ = await self._workers.once("pins", False, _read_pins, list(waiting.directories), unit.life)
-        if again.keys() != pins.keys():
+        scanned = has_manifest and await self.ask(self._pinner.scan_tag, unit)
+        again = await self._workers.once("pins", False, _read_pins, list(work.waiting.directories), unit.life)
+        if again.files.keys() != work.pins.keys():
             return QUIET_S  # more has come while this was sent
-        judged = self._workers.run("get", False, _judge_snapshot, self.store, pins, files, scanned)
-        verdict, ephemeral = await judged
-        if ephemeral:
+        verdict = await self._judge(work, files, judge_snapshot, scanned)
+        self._check_bucket(work)
+        if verdict.ephemeral:
             self.counts["skipped_ephemeral"] += 1
             log.info("a repair's own snapshot, skipped unit=%s", label(unit))
-            return await self._let_go(unit, storing)
-        gone = [path[1] for path in lost if path not in files]
-        refused = [name for _, name in storing.failed]
-        complete = not verdict.missing and not gone and not refused
-        complete = complete or bool(before.listing and before.listing.complete)
-        rest = self._patience_left(unit, waiting, files, complete)
+            return await self._let_go(work)
+        lost = [path for path in work.lost if path not in files]
+        missing = {*verdict.missing, *(name for _, name in work.failed)}
+        complete = before.listing.complete or not (missing or lost)
+        rest = self._patience_left(work, files, complete)
         if rest > 0:
             return rest
         if complete or not before.covered:
             kept = [entry for path, entry in files.items() if path not in verdict.strays]
-            taken = manifest_time(kept) or before.life
-            missing = set() if complete else {*verdict.missing, *refused}
-            draft = self._draft(replace(unit, life=before.life), taken, complete, kept, missing, gone)
-            if self._adds(draft, before.listing):
-                self._note_complete(await self._publish(draft, pins, storing))
-            else:
-                self._note_complete(draft)
-        return await self._let_go(unit, storing)
+            taken = manifest_time(kept) or before.listing.unit.life
+            listing = self._draft(before.listing.unit, taken, complete, kept, missing, lost)
+            if self._adds(listing, before.listing):
+                listing = await self._publish(listing, work)
+            self._note_complete(listing)
+        return await self._let_go(work)
 
-    def _patience_left(self, unit: Unit, waiting: Waiting, files: Collection[FilePath], complete: bool) -> float:
+    def _patience_left(self, work: Round, files: Collection[FilePath], complete: bool) -> float:
         """Return for how many seconds a snapshot may still become more than it is."""
         patience = self._options.incomplete_after
         if complete:
             # Cassandra writes schema.cql after manifest.json, and of system tables never.
-            has_schema = unit.keyspace.startswith("system") or any(name == SCHEMA for _, name in files)
+            has_schema = work.unit.keyspace.startswith("system") or any(name == SCHEMA for _, name in files)
             patience = 0.0 if has_schema else 2.0
-        return waiting.touched + patience - time.monotonic()
+        return work.waiting.touched + patience - time.monotonic()
+
+    @staticmethod
+    def _adds(draft: Listing[Known], before: Listing[Known]) -> bool:
+        """Tell whether a listing would say more than what is listed already."""
+        if draft.complete and not before.complete:
+            return True
+        new_files = bytes_of(draft.files) - bytes_of(before.files)
+        new_losses = set(draft.lost) - set(before.lost)
+        return bool(new_files or new_losses)
+
+    def _note_complete(self, listing: Listing[Known]) -> None:
+        """Remember a complete snapshot: `status` and `snapshot` ask for it."""
+        if not listing.complete:
+            return
+        place = listing.unit.place
+        newest, _, _ = self.ledger.fact(f"complete:{place}").partition("\t")
+        if listing.taken >= newest:
+            self.ledger.remember(f"complete:{place}", f"{listing.taken}\t{listing.unit.tag}")
+        self.ledger.remember(f"lost:{place}", "")
+        for entry in listing.files:
+            if entry.name == MANIFEST:
+                inode, _, mtime_ns = entry.fingerprint
+                self.ledger.remember(f"manifest:{entry.directory}", f"{inode} {mtime_ns}")
+
+    # Incrementals, and archives
+
+    async def _back_up_incrementals(self, work: Round) -> float | None:
+        unit, pins = work.unit, work.pins
+        listed = await self._listed_already(work)
+        young: set[FilePath] = set()
+        if unit.kind == "archive":
+            young = self._young(work)
+        fresh = [pin for path, pin in pins.items() if path not in listed and path not in young]
+        chosen = _round_of(fresh)
+        await self._store(work, chosen)
+        late: set[str] = set()
+        missing: list[str] = []
+        if unit.kind == "incremental":
+            late, missing = await self._lacking(work)
+        entries = {path: entry for path, entry in work.files.items() if sstable_at(path) not in late}
+        if entries or work.lost:
+            complete = not missing and not work.lost
+            unit = replace(unit, life="")  # in backups/ all lives are listed alike
+            draft = self._draft(unit, work.began, complete, entries.values(), missing, work.lost)
+            await self._publish(draft, work)
+        work.files = {path: entry for path, entry in entries.items() if path in pins} | listed
+        if not missing:
+            work.delete = self._deletable(work)
+        if await self._let_go(work) is None:
+            return None
+        if len(chosen) < len(fresh):
+            return 0.0
+        return 2.0 if late else QUIET_S
+
+    async def _lacking(self, work: Round) -> tuple[set[str], list[str]]:
+        """Return the SSTables that may become complete yet, and the names that the others lack."""
+        lacking = await self._judge(work, work.files, judge_incrementals)
+        if lacking:
+            await self._add_earlier(work, lacking)
+            lacking = await self._judge(work, work.files, judge_incrementals)
+        since = work.waiting.since(lacking)
+        late: set[str] = set()
+        missing: list[str] = []
+        for sstable, names in lacking.items():
+            if time.monotonic() - since[sstable] < self._options.incomplete_after:
+                late.add(sstable)
+            else:
+                missing += map(os.path.basename, names)
+        return late, missing
+
+    async def _add_earlier(self, work: Round, sstables: Collection[str]) -> None:
+        """Add to a round what is stored already of these SSTables: the listing that completes one repeats it."""
+        folders = {}
+        for sstable in sstables:
+            folder = os.path.dirname(sstable)
+            folders[folder] = work.waiting.disk_of(folder)
+        for pin in await self._workers.once("pins", True, _beside, folders, sstables):
+            found = self.ledger.lookup(work.unit.place, pin.name, pin.disk, pin.fingerprint)
+            if found and pin.path not in work.files:
+                work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
+
+    async def _listed_already(self, work: Round) -> dict[FilePath, Known]:
+        """Return what of these pins the bucket lists already.
+
+        Only a process that ended between a listing and the letting go leaves such pins, or a ledger that was lost. So
+        the bucket is asked for what an earlier process may have listed, and not at each flush.
+        """
+        fact = f"learned:{work.unit.place}:{work.unit.kind}"
+        if not work.waiting.doubtful and self.ledger.fact(fact):
+            return {}
+        listings, listed = await self._look_up(listed_incrementals, work)
+        for listing in listings:
+            self._record(work, listing.files)
+        await self._learn_snapshot(work)
+        self.ledger.remember(fact, "1")
+        work.waiting.doubtful = False
+        return {entry.path: entry for entry in listed}
+
+    def _deletable(self, work: Round) -> dict[FilePath, Fingerprint]:
+        """Return what may go from backups/, by --delete-uploaded-incrementals.
+
+        The newest SSTable of a table stays, with its pins, until a newer one has come: else Cassandra could begin
+        again to count its generations, and the same names would come with other content.
+        """
+        listed = [pin for path, pin in work.pins.items() if path in work.files]
+        if not self._options.delete_uploaded_incrementals or work.unit.kind != "incremental" or not listed:
+            return {}
+        released = dict(bytes_of(listed)) | self._kept.get(work.unit, {})
+        newest = _sstables_of(listed)[0]
+        self._kept[work.unit] = dict(bytes_of(newest))
+        for pin in newest:
+            del released[pin.path]
+        return released
+
+    # What both have in common
 
     def _draft(
         self,
@@ -4592,370 +4722,241 @@ class Backup:
         complete: bool,
         files: Iterable[Known],
         missing: Iterable[str],
-        gone: Iterable[str],
+        lost: Iterable[FilePath],
     ) -> Listing[Known]:
-        lost = tuple(Lost(name, "given up to keep the disk free") for name in sorted(gone))
-        return Listing(self.node, unit, taken, "", complete, tuple(files), tuple(sorted(missing)), lost)
+        lost_names = tuple(Lost(name, "given up to keep the disk free") for _, name in sorted(lost))
+        missing_names = () if complete else tuple(sorted(missing))
+        return Listing(self.node, unit, taken, "", complete, tuple(files), missing_names, lost_names)
 
-    @staticmethod
-    def _adds(draft: Listing[Known], before: Listing[Known] | None) -> bool:
-        """Tell whether a listing would say more than what is listed already."""
-        if not before:
-            return bool(draft.files or draft.lost)
-        if draft.complete and not before.complete:
-            return True
-        told = {(entry.path, entry.fingerprint) for entry in before.files}
-        new = {(entry.path, entry.fingerprint) for entry in draft.files} - told
-        return bool(new) or not set(draft.lost) <= set(before.lost)
+    async def ask(self, do: Callable[..., T], *args: object) -> T:
+        """Have the pinner do something in its own thread; return its answer."""
+        return await asyncio.wrap_future(self._pinner.ask(do, *args))
 
-    def _note_complete(self, listing: Listing[Known]) -> None:
-        """Remember a complete snapshot: `status` and `snapshot` ask for it."""
-        if not listing.complete:
-            return
-        unit = listing.unit
-        known = self.ledger.fact(f"complete:{unit.place}").split("\t")
-        if listing.taken >= known[0]:
-            self.ledger.remember(f"complete:{unit.place}", f"{listing.taken}\t{unit.tag}")
-        self.ledger.remember(f"lost:{unit.place}", "")
-        for entry in listing.files:
-            if entry.name == MANIFEST:
-                fingerprint = entry.fingerprint
-                text = f"{fingerprint.inode} {fingerprint.mtime_ns}"
-                self.ledger.remember(f"manifest:{entry.directory}", text)
-
-    # Incrementals, and archives
-
-    async def _back_up_incrementals(
-        self, unit: Unit, waiting: Waiting, pins: PinMap, lost: Sequence[FilePath], taken: str
-    ) -> float | None:
-        listed = await self._listed_already(unit, waiting, pins)
-        young: set[FilePath] = set()
-        if unit.kind == "archive":
-            young = self._young(waiting, pins, 2.0, ())
-        fresh = {path: pin for path, pin in pins.items() if path not in listed and path not in young}
-        chosen = _round_of(fresh)
-        storing = await self._store(unit, list(chosen.values()))
-        storing.lost = lost
-        files = dict(storing.files)
-        late: set[FilePath] = set()
-        missing: list[str] = []
-        if unit.kind == "incremental":
-            lacking = await self._lacking(unit, waiting, pins, files)
-            for sstable, lack in lacking.items():
-                first = waiting.lacking.setdefault(sstable, time.monotonic())
-                if time.monotonic() - first < self._options.incomplete_after:
-                    late |= lack.there
-                else:
-                    missing += [os.path.basename(name) for name in lack.missing]
-            waiting.lacking = {name: since for name, since in waiting.lacking.items() if name in lacking}
-        entries = {path: entry for path, entry in files.items() if path not in late}
-        if entries or lost:
-            complete = not missing and not lost
-            gone = [name for _, name in lost]
-            draft = self._draft(replace(unit, life=""), taken, complete, entries.values(), missing, gone)
-            await self._publish(draft, pins, storing)
-        done = {path: entry for path, entry in entries.items() if path in pins}
-        storing.files = {**done, **listed}
-        self._remember_listed(unit, storing.files)
-        delete = {} if missing else self._deletable(unit, pins, storing.files)
-        if await self._let_go(unit, storing, delete) is None:
-            return None
-        if len(chosen) < len(fresh):
-            return 0.0
-        return 2.0 if late else QUIET_S
-
-    async def _lacking(
-        self, unit: Unit, waiting: Waiting, pins: PinMap, files: dict[FilePath, Known]
-    ) -> dict[str, Lacking]:
-        """Return the SSTables that lack components, after adding to `files` what was listed of them before."""
-        lacking = await self._workers.run("get", True, _judge_incrementals, self.store, pins, files)
-        if not lacking:
-            return {}
-        disks = {os.path.normpath(os.path.join(disk.root, relative)): disk for disk, relative in waiting.directories}
-        for lack in lacking.values():
-            directory = next(iter(lack.there))[0]
-            names = [os.path.basename(name) for name in lack.missing]
-            for pin in await self._workers.once("pins", True, _beside, disks[directory].id, directory, names):
-                found = self.ledger.lookup(unit.place, pin.name, pin.disk, pin.fingerprint)
-                if found:
-                    files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
-        return await self._workers.run("get", True, _judge_incrementals, self.store, pins, files)
-
-    async def _listed_already(self, unit: Unit, waiting: Waiting, pins: PinMap) -> dict[FilePath, Known]:
-        """Return what of these pins the bucket lists already.
-
-        Only a process that ended between a listing and the letting go leaves such pins, or a ledger that was lost. So
-        the bucket is asked for what an earlier process may have listed, and not at each flush.
-        """
-        fact = f"learned:{unit.place}:{unit.kind}"
-        if not waiting.doubtful and self.ledger.fact(fact):
-            return {}
-        listings, listed = await self._look_up(listed_incrementals, unit, pins)
-        for listing in listings:
-            self._record(waiting, unit, listing.files)
-        await self._learn_snapshot(unit, waiting)
-        self.ledger.remember(fact, "1")
-        waiting.doubtful = False
-        return {entry.path: entry for entry in listed}
-
-    async def _look_up(self, job: Callable[..., T], unit: Unit, pins: PinMap) -> T:
+    async def _look_up(self, job: Callable[..., T], work: Round) -> T:
         """Ask the bucket what it lists of a unit; what is gone, bad or about to be deleted does not count."""
 
         async def attempt() -> T:
-            view = await self.view()
-            return await self._workers.once("list", unit.urgent, job, self.store, self.node, view, unit, pins)
+            args = (self.store, self.node, await self.view(), work.unit, work.pins)
+            return await self._workers.once("list", work.unit.urgent, job, *args)
 
         return await self._workers.retry("list", attempt)
 
-    async def _learn_snapshot(self, unit: Unit, waiting: Waiting) -> None:
+    async def _judge(self, work: Round, files: Mapping[FilePath, Known], job: Callable[..., T], *args: Any) -> T:
+        read = functools.partial(_read_small, self.store, work.pins, files)
+        return await self._workers.run("get", work.unit.urgent, job, files, read, *args)
+
+    async def _learn_snapshot(self, work: Round) -> None:
         """Read the newest complete snapshot of a table, once in the life of a ledger: its bytes need no sending."""
+        unit = work.unit
         fact = f"learned:{unit.place}:snapshot"
         if unit.kind == "archive" or self.ledger.fact(fact):
             return
         for listing in await self._workers.run("list", unit.urgent, newest_snapshot, self.store, self.node, unit):
-            self._record(waiting, unit, listing.files)
+            self._record(work, listing.files)
             self._note_complete(listing)
         self.ledger.remember(fact, "1")
 
-    def _deletable(self, unit: Unit, pins: PinMap, files: Collection[FilePath]) -> dict[FilePath, Fingerprint]:
-        """Return what may go from backups/, by --delete-uploaded-incrementals.
+    def _record(self, work: Round, entries: Iterable[Known]) -> None:
+        disks = [(work.waiting.disk_of(entry.directory), entry) for entry in entries]
+        self.ledger.record(work.unit.place, disks)
 
-        The newest SSTable of a table stays, with its pins, until a newer one has come: else Cassandra could begin
-        again to count its generations, and the same names would come with other content.
-        """
-        sstables = _sstables_of({path: pins[path] for path in files if path in pins})
-        if not self._options.delete_uploaded_incrementals or unit.kind != "incremental" or not sstables:
-            return {}
-        newest = max(sstables.values(), key=lambda some: max(pin.fingerprint.mtime_ns for pin in some))
-        released = {path: pins[path].fingerprint for path in files if path in pins}
-        released.update(self._kept.get(unit, {}))
-        self._kept[unit] = {pin.path: pin.fingerprint for pin in newest}
-        return {path: one for path, one in released.items() if path not in self._kept[unit]}
-
-    # What both have in common
-
-    def _disk_of(self, waiting: Waiting, directory: str) -> str:
-        for disk, _ in waiting.directories:
-            if directory.startswith(disk.root.rstrip("/") + "/"):
-                return disk.id
-        return ""
-
-    def _record(self, waiting: Waiting, unit: Unit, entries: Iterable[Known]) -> None:
-        self.ledger.record(unit.place, [(self._disk_of(waiting, entry.directory), entry) for entry in entries])
-
-    def _remember_listed(self, unit: Unit, files: Mapping[FilePath, Known]) -> None:
+    def _remember_listed(self, work: Round) -> None:
         marks: dict[str, set[int]] = {}
-        for (directory, name), entry in files.items():
-            marks.setdefault(directory, set()).add(mark_of(name, entry.fingerprint))
+        for entry in work.files.values():
+            here = marks.setdefault(entry.directory, set())
+            here.add(mark_of(entry.name, entry.fingerprint))
         # In backups/ all lives count alike, so there they have one name.
-        self.ledger.add_listed(unit.life if unit.kind == "snapshot" else "", self.clock(), marks)
+        life = work.unit.life if work.unit.kind == "snapshot" else ""
+        self.ledger.add_listed(life, self.clock(), marks)
 
-    async def _ask(self, do: Callable[..., T], *args: object) -> T:
-        return await asyncio.wrap_future(self._pinner.ask(do, *args))
-
-    async def _store(self, unit: Unit, pins: Sequence[Pinned]) -> Storing:
-        """Store what is not known to be stored; return how far that got. A file that is refused costs no other."""
-        storing = Storing(unit, self.bucket)
-        unsent = [pin for pin in pins if not self._is_stored(storing, pin)]
+    async def _store(self, work: Round, pins: Iterable[Pinned]) -> None:
+        """Store what is not known to be stored. A file that is refused costs no other."""
+        unsent = [pin for pin in pins if not self._is_stored(work, pin)]
+        if not unsent:
+            return
         batches = _batches_of(unsent)
         # Sixteen senders share the batches: enough to keep every worker busy, few enough for little memory.
-        await asyncio.gather(*(self._send_batches(storing, batches) for _ in range(16)))
-        if storing.changed:
-            raise storing.changed  # judged without this file, a unit could pass for complete
-        if not unsent:
-            return storing
-        by_path = {pin.path: pin for pin in pins}
-        args = (self.store, by_path, dict(storing.files), self.clock())
-        for path, entry in (await self._workers.run("put", unit.urgent, _check_digests, *args)).items():
+        await asyncio.gather(*(self._send_batches(work, batches) for _ in range(16)))
+        for error in work.failed.values():
+            if isinstance(error, Changed):
+                raise error  # judged without this file, a unit could pass for complete
+        args = (self.store, work.pins, dict(work.files), self.clock())
+        for path, entry in (await self._workers.run("put", work.unit.urgent, _check_digests, *args)).items():
             if entry:
-                storing.files[path] = entry
-                self.ledger.record(unit.place, [(by_path[path].disk, entry)])
+                work.files[path] = entry
+                self._record(work, [entry])
                 continue
             self.counts["digest_mismatch"] += 1
             hint = "the disk may be failing: run nodetool verify; a scrubbed SSTable may have a stale digest"
             log.error("Data.db is not what its Digest.crc32 says path=%s hint=%s", quote("/".join(path)), hint)
-        return storing
 
-    def _is_stored(self, storing: Storing, pin: Pinned) -> bool:
+    def _is_stored(self, work: Round, pin: Pinned) -> bool:
         """Tell whether bytes are known to be stored, perhaps under the path of another snapshot."""
-        found = self.ledger.lookup(storing.unit.place, pin.name, pin.disk, pin.fingerprint)
-        if not found or (self._options.full and not found.fresh):
+        found = self.ledger.lookup(work.unit.place, pin.name, pin.disk, pin.fingerprint)
+        if not found:
             return False
         # What is written in place, or grows, may have kept its mtime: these few bytes are always sent.
-        if not found.fresh and (pin.name in (MANIFEST, SCHEMA) or pin.name.endswith("-TOC.txt")):
+        is_sent_always = pin.name in (MANIFEST, SCHEMA) or pin.name.endswith("-TOC.txt")
+        if not found.fresh and (self._options.full or is_sent_always):
             return False
-        storing.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
+        work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
         self.counts["reused"] += 1
         return True
 
-    async def _send_batches(self, storing: Storing, batches: Iterator[list[Pinned]]) -> None:
+    async def _send_batches(self, work: Round, batches: Iterator[list[Pinned]]) -> None:
         for batch in batches:
-            free = [pin for pin in batch if not self._blocker(storing, pin)]
-            await self._send(storing, free)
-            for pin in batch:
-                if pin in free:
-                    continue
-                # Another unit is sending these very bytes: a snapshot follows on a flush. Or other bytes to this key:
-                # where a server cannot put conditionally, only one of us may look and put at a time.
-                while blocker := self._blocker(storing, pin):
-                    await asyncio.wait([blocker])
-                if not self._is_stored(storing, pin):
-                    await self._send(storing, [pin])
+            # Another unit may be sending these very bytes: a snapshot follows on a flush. Or other bytes to this key:
+            # where a server cannot put conditionally, only one of us may look and put at a time.
+            while busy := {self._under_way[name] for name in self._names_of(work, batch) if name in self._under_way}:
+                await asyncio.wait(busy)
+                batch = [pin for pin in batch if not self._is_stored(work, pin)]
+            if batch:
+                await self._send(work, batch)
 
-    def _names_of(self, storing: Storing, pin: Pinned) -> tuple[object, object]:
-        bytes_of = (storing.unit.place, pin.name, pin.disk, pin.fingerprint)
-        return bytes_of, object_key(self.node, pin.path)
+    def _names_of(self, work: Round, pins: Iterable[Pinned]) -> list[object]:
+        """Return the bytes and the keys of files: of each there is one put at a time."""
+        names: list[object] = []
+        for pin in pins:
+            names.append((work.unit.place, pin.name, pin.disk, pin.fingerprint))
+            names.append(object_key(self.node, pin.path))
+        return names
 
-    def _blocker(self, storing: Storing, pin: Pinned) -> asyncio.Future[None] | None:
-        bytes_of, key = self._names_of(storing, pin)
-        return self._under_way.get(bytes_of) or self._under_way.get(key)
-
-    async def _send(self, storing: Storing, pins: list[Pinned]) -> None:
+    async def _send(self, work: Round, pins: list[Pinned]) -> None:
         """Send files until each is stored or refused; remember at once what is stored."""
-        if not pins:
-            return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        names = [name for pin in pins for name in self._names_of(storing, pin)]
+        names = self._names_of(work, pins)
         self._under_way.update(dict.fromkeys(names, done))
         left = pins
 
         async def attempt() -> None:
             nonlocal left
             files = [(pin, object_key(self.node, pin.path)) for pin in left]
-            results = await self._workers.once("put", storing.unit.urgent, send, self.store, files, self.clock())
-            unanswered = self._take_results(storing, left, results)
-            left = [pin for pin, _ in unanswered]
-            if unanswered:
-                raise unanswered[0][1]
+            results = await self._workers.once("put", work.unit.urgent, send, self.store, files, self.clock())
+            self._take_results(work, left, results)
+            # Of some the store has not said anything.
+            left = [pin for pin in left if isinstance(work.failed.get(pin.path), Unreachable)]
+            if left:
+                raise work.failed[left[0].path]
 
         try:
-            await self._workers.retry("put", attempt)
-        except Unreachable as fault:  # a command's patience has an end
-            storing.failed.update((pin.path, fault) for pin in left)
+            with contextlib.suppress(Unreachable):  # a command's patience has an end
+                await self._workers.retry("put", attempt)
         finally:
             for name in names:
                 self._under_way.pop(name, None)
             done.set_result(None)
 
-    def _take_results(
-        self, storing: Storing, pins: Sequence[Pinned], results: Sequence[Sent]
-    ) -> list[tuple[Pinned, Unreachable]]:
-        """Take in what became of files; return those of which the store has not said anything."""
-        if storing.bucket != self.bucket:
-            raise Changed("the bucket was made anew while files were sent", "they are sent again")
-        unanswered = []
+    def _take_results(self, work: Round, pins: Sequence[Pinned], results: Sequence[Sent]) -> None:
+        self._check_bucket(work)
         stored = []
         for pin, result in zip(pins, results, strict=True):
+            work.failed.pop(pin.path, None)
             if isinstance(result, Stored):
-                storing.files[pin.path] = result
+                work.files[pin.path] = result
                 stored.append((pin.disk, result))
-                self.sent.update(files=1, bytes=pin.fingerprint.size)
-            elif isinstance(result, Unreachable):
-                unanswered.append((pin, result))
-            elif isinstance(result, Changed):
-                storing.changed = result
+                self.sent.update(files=1, bytes=pin.size)
             else:
-                storing.failed[pin.path] = result
+                work.failed[pin.path] = result
         # At once, for a crash: what we forget is sent a second time.
-        self.ledger.record(storing.unit.place, stored)
-        return unanswered
+        self.ledger.record(work.unit.place, stored)
 
     async def view(self, good_for_s: float = _VIEW_S) -> BucketView:
         """Return what a publication must know of the bucket. Raises Unreachable where it is not ours."""
         await self.connected.wait()
         # CLOCK_BOOTTIME goes on while the machine sleeps: what was read before that is old.
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        if self._view and now - self._view[0] < good_for_s:
-            return self._view[1]
-        view = await self._workers.once("list", True, view_bucket, self.store, self.node, self.last_view())
+        if self.last_view and now - self._viewed < good_for_s:
+            return self.last_view
+        view = await self._workers.once("list", True, view_bucket, self.store, self.node, self.last_view)
         if view.owner and view.owner == self.bucket:
-            self._view, self._absent_since = (now, view), None
+            self.last_view, self._viewed, self._absent_since = view, now, math.inf
             return view
-        if not self.connected.is_set():
-            raise Changed("the bucket was made anew", "everything is stored again")
-        if not view.owner and (self._absent_since is None or now - self._absent_since < _VIEW_S):
-            if self._absent_since is None:
-                self._absent_since = now
-            raise Unreachable("owner.json is not in the bucket any more", "nothing is listed until that is clear")
-        log.warning("the bucket was made anew, storing and listing everything again store=%s", self.store.url)
-        self._view, self._absent_since = None, None
-        await self.begin_anew()
+        if not view.owner:
+            self._absent_since = min(self._absent_since, now)
+            if now - self._absent_since < _VIEW_S:
+                raise Unreachable("owner.json is not in the bucket any more", "nothing is listed until that is clear")
+        if self.connected.is_set():  # else another unit has found it out
+            log.warning("the bucket was made anew, storing and listing everything again store=%s", self.store.url)
+            self.last_view, self._absent_since = None, math.inf
+            self.connected.clear()
+            self.disconnected.set()
         raise Changed("the bucket was made anew", "everything is stored again")
 
-    async def _publish(self, draft: Listing[Known], pins: PinMap, storing: Storing) -> Listing[Stored]:
+    def _check_bucket(self, work: Round) -> None:
+        """Raise Changed where the bucket was made anew since a round began: nothing that it was told is true there."""
+        if work.bucket != self.bucket:
+            raise Changed("the bucket was made anew", "everything is stored again")
+
+    async def _publish(self, draft: Listing[Known], work: Round) -> Listing[Stored]:
         """Write a listing and remember it."""
-        unit, moment = draft.unit, self.clock()
+        unit, pins, moment = draft.unit, work.pins, self.clock()
 
         async def attempt() -> Listing[Stored]:
             view = await self.view()
-            if storing.bucket != view.owner:
-                raise Changed("the bucket was made anew", "everything is stored again")
+            self._check_bucket(work)
             # Asked at each try: tries may go on for days, and an old word is no word.
-            asked = self._fresh_keys(unit, draft.files, pins)
+            asked = self._fresh_keys(draft, pins)
             named = replace(draft, listed=self.clock())
-            job = functools.partial(publish, self.store, view, named, pins, asked, moment)
-            listing = await self._workers.once("list", unit.urgent, job)
+            args = (self.store, view, named, pins, asked, moment)
+            listing = await self._workers.once("list", unit.urgent, publish, *args)
+            self._check_bucket(work)
             confirmed = [entry for entry in listing.files if entry.key not in asked and entry.path in pins]
             self.ledger.record(unit.place, [(pins[entry.path].disk, entry) for entry in confirmed])
             return listing
 
         listing = await self._workers.retry("publish", attempt)
+        files, missing, lost = len(listing.files), len(listing.missing), len(listing.lost)
         self.ledger.remember("newest", listing_key(listing))
-        self.counts.update(listings=1, listed_files=len(listing.files), lost=len(listing.lost))
-        if listing.lost:
-            self.ledger.remember(f"lost:{unit.place}", f"{len(listing.lost)}")
-        say = log.info
+        self.counts.update(listings=1, listed_files=files)
+        if lost:
+            self.ledger.remember(f"lost:{unit.place}", str(lost))
         if not listing.complete:
             self.counts["incomplete"] += 1
-            say = log.warning
-        state = "complete" if listing.complete else "incomplete"
-        numbers = (state, len(listing.files), listing.size, len(listing.missing), len(listing.lost))
-        say("listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", label(unit), *numbers)
+        level, state = (logging.INFO, "complete") if listing.complete else (logging.WARNING, "incomplete")
+        words = (label(unit), state, files, listing.size, missing, lost)
+        log.log(level, "listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", *words)
         return listing
 
-    def _fresh_keys(self, unit: Unit, files: Iterable[Known], pins: PinMap) -> set[str]:
+    def _fresh_keys(self, listing: Listing[Known], pins: PinMap) -> set[str]:
         """Return the keys for which this process has had the store's word lately."""
         fresh = set()
-        for entry in files:
+        for entry in listing.files:
             pin = pins.get(entry.path)
-            found = pin and self.ledger.lookup(unit.place, entry.name, pin.disk, entry.fingerprint)
+            if not pin:
+                continue
+            found = self.ledger.lookup(listing.unit.place, entry.name, pin.disk, entry.fingerprint)
             if found and found.fresh and found.key == entry.key:
                 fresh.add(entry.key)
         return fresh
 
-    async def _let_go(
-        self, unit: Unit, storing: Storing, delete: Mapping[FilePath, Fingerprint] | None = None
-    ) -> float | None:
+    async def _let_go(self, work: Round) -> float | None:
         """Have the pins of what is listed unlinked; return None if none is left. Raises what a file was refused for."""
-        if unit.kind == "snapshot":
-            self._remember_listed(unit, storing.files)
-        kept = self._kept.get(unit, {})
-        files = {path: entry.fingerprint for path, entry in storing.files.items() if path not in kept}
-        files.update(delete or {})
-        left = await self._ask(self._pinner.let_go, unit, files, storing.lost, frozenset(delete or ()))
-        for (directory, name), error in storing.failed.items():
-            what = f"{len(storing.failed)} files are refused, {quote(f'{directory}/{name}')}: {error}"
+        self._check_bucket(work)
+        self._remember_listed(work)
+        kept = self._kept.get(work.unit, {})
+        files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}
+        files |= work.delete
+        # What was given up since the pins were read is in no listing yet: its names must stay.
+        left = await self.ask(self._pinner.let_go, work.unit, files, work.lost, frozenset(work.delete))
+        if work.failed:
+            path, error = next(iter(work.failed.items()))
+            what = f"{len(work.failed)} files are refused, {quote(os.path.join(*path))}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
         return None if left <= len(kept) else QUIET_S
 
     # What the daemon asks
 
-    def note_lost(self, unit: Unit, disk: PinDirectory, relative: str, names: Iterable[str]) -> None:
+    def note_lost(self, unit: Unit, directory: str, names: Iterable[str]) -> None:
         """Name the files that were given up; their unit is listed with them under `lost`."""
         hint = "the store was unreachable too long for --max-pinned and --min-free: mend the store, or raise them"
         for name in names:
-            path = os.path.join(disk.root, relative, name)
-            log.error("given up to keep the disk free, LOST path=%s hint=%s", quote(path), hint)
+            log.error("given up to keep the disk free, LOST path=%s hint=%s", quote(f"{directory}/{name}"), hint)
             self.counts["lost"] += 1
             self.ledger.remember(f"lost:{unit.place}", "1")
 
     def is_done(self) -> bool:
         """Tell whether all is listed, but for what has been tried in vain."""
         return all(unit in self.failures for unit in self.units)
-
-    def last_view(self) -> BucketView | None:
-        """Return what was last read of the bucket, if anything was."""
-        return self._view[1] if self._view else None
 
     async def end(self) -> None:
         """End the work at all units: what is not listed stays pinned for the next start."""
@@ -4964,15 +4965,14 @@ class Backup:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def pins_alone(
-    directories: Sequence[tuple[PinDirectory, str, str]],
-) -> list[tuple[PinDirectory, str, str, list[Pinned]]]:
-    """Return, of each directory of pins (disk, source directory, life), those that alone hold their bytes."""
+def pins_alone(disk: PinDirectory, directories: Iterable[tuple[Unit, str]]) -> list[tuple[Unit, str, dict[str, int]]]:
+    """Return the pins that alone hold their bytes, by source directory: their names and sizes."""
     found = []
-    for disk, relative, life in directories:
-        alone = [pin for pin in disk.read(relative, life).files.values() if pin.links == 1]
+    for unit, relative in directories:
+        pins = disk.read(relative, unit.life).files.values()
+        alone = {pin.name: pin.size for pin in pins if pin.links == 1}
         if alone:
-            found.append((disk, relative, life, alone))
+            found.append((unit, relative, alone))
     return found
 
 
@@ -4983,27 +4983,22 @@ def overdraft(disk: PinDirectory, held: int, max_pinned: float, min_free: float)
     free: to give up a few pins would not help a disk that others have filled.
     """
     info = os.statvfs(disk.path)
-    size, free = info.f_blocks * info.f_frsize, info.f_bavail * info.f_frsize
+    size = info.f_blocks * info.f_frsize
+    free = info.f_bavail * info.f_frsize
     over = held - int(max_pinned * size)
     if held > free / 10:
         over = max(over, int(min_free * size) - free)
     return max(0, min(over, held))
 
 
-class Systemd:
-    """Tells the service manager how it goes, where there is one: sd_notify(3)."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        address = environ.get("NOTIFY_SOCKET", "")
-        self._address = f"\0{address[1:]}" if address.startswith("@") else address
-        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog_s = int(environ.get("WATCHDOG_USEC", 0)) / 1e6 if ours else 0.0
-
-    def tell(self, *lines: str) -> None:
-        """Send it, if it can be sent at once."""
-        if self._address:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, self._address)
+def tell_manager(environ: Mapping[str, str], line: str) -> None:
+    """Tell the service manager, where there is one, how it goes, if it can be told at once: sd_notify(3)."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    if address.startswith("@"):
+        address = f"\0{address[1:]}"
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(line.encode(), socket.MSG_DONTWAIT, address)
 
 
 # Metric behind cassbackup_, where the status has it, and what it is. Counters end in _total.
@@ -5015,7 +5010,7 @@ _METRICS: Final = (
     ("pending_bytes", "pending bytes", "Bytes in them."),
     ("pinned_alone_bytes", "pinned_alone_bytes", "Disk space that only our pins hold."),
     ("pinned_alone_limit_bytes", "pinned_alone_limit_bytes", "What --max-pinned allows of that."),
-    ("failing", "failures", "1: something fails, and is tried again; `cassbackup status` says what."),
+    ("failing", "failing", "1: something fails, and is tried again; `cassbackup status` says what."),
     ("store_failing_since_timestamp_seconds", "failing_since", "When the store began to fail; 0: it does not."),
     ("found_files_total", "counts found", "Files found."),
     ("rescan_found_files_total", "counts found_by_rescan", "Files found by a timer's scan, not by an event."),
@@ -5065,15 +5060,15 @@ class Metrics:
                 value = value.get(word, 0)
             if isinstance(value, (list, dict)):
                 value = len(value)
-            if name == "failing":
-                value = bool(status["failures"] or status["errors"])
             kind = core.CounterMetricFamily if name.endswith("_total") else core.GaugeMetricFamily
             yield kind(f"cassbackup_{name}", what, value=float(value))
         what = "When the oldest file was found that is not listed; none: all is."
         yield self._by_table("oldest_unlisted", what, status["oldest"], min)
-        taken = {place: one["taken"] for place, one in status["tables"].items()}
-        moments = {place: seconds_of(moment) if moment else 0.0 for place, moment in taken.items()}
-        yield self._by_table("last_snapshot", "When the newest complete snapshot was taken; 0: never.", moments, max)
+        what = "When the newest complete snapshot was taken; 0: never."
+        moments = {}
+        for place, table in status["tables"].items():
+            moments[place] = seconds_of(table["taken"]) if table["taken"] else 0.0
+        yield self._by_table("last_snapshot", what, moments, max)
         yield from self._of_store(status["operations"])
 
     def _by_table(self, name: str, what: str, moments: Mapping[str, float], choose: Callable[..., float]) -> Any:
@@ -5103,9 +5098,15 @@ class Metrics:
         yield took
 
 
-def _socket_path(state_dir: str, fd: int) -> str:
-    # A socket's path ends at 107 bytes (unix(7)); that of a state directory need not.
-    return f"/proc/self/fd/{fd}/socket" if len(os.fsencode(state_dir)) > 90 else os.path.join(state_dir, "socket")
+@contextlib.contextmanager
+def _socket_of(state_dir: str) -> Iterator[str]:
+    """Give the path of a daemon's socket, short enough: it ends at 107 bytes (unix(7)), a state directory need not."""
+    fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        folder = state_dir if len(os.fsencode(state_dir)) <= 90 else f"/proc/self/fd/{fd}"
+        yield f"{folder}/socket"
+    finally:
+        os.close(fd)
 
 
 def _holder(state_dir: str) -> str:
@@ -5124,16 +5125,12 @@ def _holder(state_dir: str) -> str:
 
 
 def _ask_once(state_dir: str, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with socket.socket(socket.AF_UNIX) as asker:
-            asker.settimeout(None if timeout_s == math.inf else timeout_s)
-            asker.connect(_socket_path(state_dir, fd))
-            asker.sendall(json.dumps(request).encode() + b"\n")
-            with asker.makefile("rb") as reply:
-                line = reply.readline()
-    finally:
-        os.close(fd)
+    with _socket_of(state_dir) as path, socket.socket(socket.AF_UNIX) as asker:
+        asker.settimeout(timeout_s)
+        asker.connect(path)
+        asker.sendall(json.dumps(request).encode() + b"\n")
+        with asker.makefile("rb") as reply:
+            line = reply.readline()
     if not line:
         raise ConnectionResetError("the daemon ended before it answered")
     document = json.loads(line)
@@ -5158,6 +5155,14 @@ def ask_daemon(state_dir: str, request: Mapping[str, Any], timeout_s: float) -> 
         if time.monotonic() > until:
             raise Fault(f"the daemon (pid {holder}) holds {quote(state_dir)} and does not answer", "look into its log")
         time.sleep(0.2)
+
+
+def _oldest_of(units: Mapping[Unit, Waiting]) -> dict[str, float]:
+    """Return of each table when the oldest file was found that is not listed, seconds since 1970."""
+    oldest: dict[str, float] = {}
+    for unit, waiting in units.items():
+        oldest[unit.place] = min(waiting.found, oldest.get(unit.place, waiting.found))
+    return oldest
 
 
 def _oldest_data(disks: Sequence[PinDirectory], places: Iterable[str]) -> dict[str, float]:
@@ -5200,20 +5205,6 @@ def _marks_there(directory: str) -> set[int]:
     return there
 
 
-def _put_document(store: Store, key: str, body: bytes) -> None:
-    store.put(key, Body(body))
-
-
-def _trim_heartbeats(store: Store, node: str, kept: int) -> bool:
-    """Delete all but the newest heartbeats; return False where that is refused.
-
-    By the store's time: some may be of a day when our clock was ahead.
-    """
-    beats = sorted(store.list(f"{node}.listings/heartbeat/"), key=lambda info: info.modified)
-    old = [info.key for info in beats[:-kept]]
-    return not old or not store.delete(old[:1000])
-
-
 class Daemon:
     """The loop: listens to the pinner, sees to the bucket, and tells how it goes."""
 
@@ -5221,15 +5212,15 @@ class Daemon:
         self._options, self._environ, self._disks = options, environ, disks
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[object] = asyncio.Queue()
-        self._memories = [os.path.join(folder, "identity.json") for folder in self._memory_folders()]
+        # Of a disk that is not there yet the pin directory is not known.
+        folders = [options.state_dir, *(disk.path for disk in disks if disk.path)]
+        self._memories = [os.path.join(folder, "identity.json") for folder in folders]
         self._known = next(filter(None, map(load_identity, self._memories)), None)
-        self._ledger_path = os.path.join(options.state_dir, "ledger.db")
-        ledger = Ledger(self._ledger_path, self._scope(self._known))
-        self._pinner = Pinner(disks, options.filters(), ledger.listed(), options.reconcile, self._post)
+        ledger = self._open_ledger(self._known)
+        self._pinner = Pinner(disks, options, ledger.listed(), options.reconcile, self._post)
         patience = 120.0 if options.once else math.inf
         self._workers = Workers(self._pinner.idle, options.store.threads, patience)
         self._backup = Backup(options, self._pinner, self._workers, ledger)
-        self._backup.begin_anew = self._begin_anew
         self._state = PinnerState(0.0, {}, {}, frozenset(), {}, ())
         self._alive = time.monotonic()  # when the pinner last said something
         self._stop = asyncio.Event()
@@ -5238,17 +5229,12 @@ class Daemon:
         self._began = time.time()
         self._speeds: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=7)
         self._metrics: Metrics | None = None
-        self._may_delete = True
-        self._systemd = Systemd(environ)
         self._oldest: dict[str, float] = {}
 
-    def _memory_folders(self) -> list[str]:
-        # Of a disk that is not there yet the pin directory is not known.
-        return [self._options.state_dir, *(disk.path for disk in self._disks if disk.path)]
-
-    @staticmethod
-    def _scope(identity: Identity | None) -> str:
-        return f"{identity.node} {identity.url}" if identity else ""
+    def _open_ledger(self, identity: Identity | None) -> Ledger:
+        """Open the ledger; what it has of another bucket or node does not count."""
+        scope = f"{identity.node} {identity.url}" if identity else ""
+        return Ledger(os.path.join(self._options.state_dir, "ledger.db"), scope)
 
     async def run(self) -> int:
         """Watch until asked to stop, or, once, until everything is listed. Returns the exit code."""
@@ -5271,12 +5257,19 @@ class Daemon:
         tasks = [self._loop.create_task(one) for one in work]
         for one in tasks:
             one.add_done_callback(self._ended)
-        self._systemd.tell("READY=1")
+        tell_manager(self._environ, "READY=1")
         await self._stop.wait()
-        self._systemd.tell("STOPPING=1")
+        tell_manager(self._environ, "STOPPING=1")
         server.close()
-        await self._finish(tasks)
-        return self._exit_code()
+        code = self._exit_code()
+        # Nothing more is begun; what is under way may end. What is not listed stays pinned for the next start.
+        for one in tasks:
+            one.cancel()
+        await self._workers.finish(STOP_S - 5.0)
+        await self._backup.end()
+        self._pinner.stop()
+        self._backup.ledger.close()
+        return code
 
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():
@@ -5288,13 +5281,11 @@ class Daemon:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Leave where a part of us has ended by an error: a daemon that does half of its work protects nothing."""
         error = None if task.cancelled() else task.exception()
-        if error:
-            log.error("a part of the daemon failed error=%r", error, exc_info=error)
-            self._give_up(Fault(repr(error)), FAILED)
-
-    def _give_up(self, fault: Exception, code: int) -> None:
-        log.critical("leaving error=%s", quote(str(fault)))
-        self._code = code
+        if not error:
+            return
+        unforeseen = None if isinstance(error, (Fault, OSError)) else error
+        log.critical("leaving error=%s", quote(str(error) or repr(error)), exc_info=unforeseen)
+        self._code = error.code if isinstance(error, Fault) else FAILED
         self._stop.set()
 
     def _exit_code(self) -> int:
@@ -5302,21 +5293,12 @@ class Daemon:
             return self._code
         if self._backup.failures:
             return FAILED
-        counts = self._backup.counts
-        if counts["incomplete"] or counts["lost"] or self._backup.units or self._state.refused:
+        backup, state = self._backup, self._state
+        if backup.counts["incomplete"] or backup.units or backup.ledger.facts("lost:"):
             return BEHIND
-        if self._state.absent or self._state.unmatched or self._options.problems:
+        if state.refused or state.absent or state.unmatched or self._options.problems:
             return BEHIND
         return DONE
-
-    async def _finish(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """Begin nothing more; what is under way may end. What is not listed stays pinned for the next start."""
-        for task in tasks:
-            task.cancel()
-        await self._workers.finish(STOP_S - 5.0)
-        await self._backup.end()
-        self._pinner.stop()
-        self._backup.ledger.close()
 
     # What the pinner tells
 
@@ -5334,84 +5316,78 @@ class Daemon:
                 self._backup.ledger.forget_directory(news.directory)
             elif isinstance(news, PinnerState):
                 self._state, self._alive = news, time.monotonic()
-                # What an earlier process left pinned was told before this.
-                self._backup.scanned = news.scanned > 0
+                if news.scanned:
+                    self._backup.scanned.set()
             elif isinstance(news, Exception):
-                self._give_up(Fault(f"the pinner failed ({news!r})", "restart"), FAILED)
+                raise Fault(f"the pinner failed ({news!r})", "restart")
 
     # The bucket: whose it is, and whether it is what it was
 
     async def _connect(self) -> None:
-        """Make the node's name ours, however long that takes. Nothing is stored before, but everything is pinned."""
+        """Make the node's name ours, however long that takes, and again when the bucket was made anew.
+
+        Nothing is stored before, but everything is pinned.
+        """
         pause = 2.0
-        while not self._backup.connected.is_set():
+        while True:
             try:
                 await self._find_bucket()
                 self._workers.note("connect", None)
+                pause = 2.0
+                self._backup.disconnected.clear()
                 self._backup.connected.set()
-            except Usage as fault:
-                self._give_up(fault, MISUSED)
-                return
+                await self._backup.disconnected.wait()
             except (Fault, OSError) as error:
+                self._workers.note("connect", error)
+                if self._options.once or isinstance(error, Usage):
+                    raise
                 # A right that is missing may come: a role of a new machine, a bucket that is made after its nodes.
-                self._workers.note("connect", error if isinstance(error, Fault) else Fault(str(error)))
-                if self._options.once:
-                    self._give_up(error, FAILED)
-                    return
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 60.0)
 
     async def _find_bucket(self) -> None:
         """Find out who we are, open the store, and claim the node's name in it."""
-        identity = await self._workers.retry("identify", self._identify)
-        store = await self._loop.run_in_executor(None, self._open_store, identity)
-        if self._scope(identity) != self._scope(self._known):
-            self._backup.ledger.close()
-            self._backup.ledger = Ledger(self._ledger_path, self._scope(identity))
-            await asyncio.wrap_future(self._pinner.ask(self._pinner.forget))
-        self._backup.store, self._backup.node = store, identity.node
+        options, backup, known = self._options, self._backup, self._known
+        given = (options.bucket, options.prefix, options.name, options.store.region, self._environ, known)
+        identity = await self._workers.run("identify", True, identify, *given)
+        is_new = known is None or known.url != identity.url
+        store_options = replace(options.store, region=identity.region)
+        backup.store = await self._workers.once("connect", True, open_store, identity.url, store_options, is_new)
+        backup.node = identity.node
+        if known is None or (known.node, known.url) != (identity.node, identity.url):
+            backup.ledger.close()
+            backup.ledger = self._open_ledger(identity)
+            await backup.ask(self._pinner.forget)
         await self._workers.retry("claim", self._claim)
+        self._known = identity
         for path in self._memories:
             with contextlib.suppress(OSError):  # on a full disk nothing can be written, and much must be stored
                 save_identity(path, identity)
         log.info("storing node=%s bucket=%s", identity.node, identity.url)
 
-    async def _identify(self) -> Identity:
-        options = self._options
-        given = (options.bucket, options.prefix, options.name, options.store.region, self._environ, self._known)
-        return await self._loop.run_in_executor(None, identify, *given)
-
-    def _open_store(self, identity: Identity) -> Store:
-        options = replace(self._options.store, region=identity.region)
-        return open_store(identity.url, options, new=self._known is None or self._known.url != identity.url)
-
     async def _claim(self) -> None:
         """Be the owner of the node's name in the bucket, or become it. Raises Usage where somebody else is."""
-        store, node = self._backup.store, self._backup.node
+        backup, ledger = self._backup, self._backup.ledger
+        folder = f"{backup.node}.listings"
         machine = machine_id() or self._disks[0].id
-        owner = await self._workers.once("claim", True, newest_document, store, f"{node}.listings/owner.")
+        owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
         bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
-        if owner and owner.get("machine_id") != machine and not self._options.adopt:
-            what = f"{node} in {store.url} belongs to another machine ({owner.get('machine_id')})"
+        theirs = owner.get("machine_id")
+        if owner and theirs != machine and not self._options.adopt:
+            what = f"{backup.node} in {backup.store.url} belongs to another machine ({theirs})"
             raise Usage(what, "give this node another --name; or --adopt, if it is the same node on a new machine")
-        if owner.get("machine_id") != machine:
-            key = f"{node}.listings/owner.{self._backup.clock()}.json" if owner else f"{node}.listings/owner.json"
+        if theirs != machine:
+            key = f"{folder}/owner.{backup.clock()}.json" if owner else f"{folder}/owner.json"
             directories = [quote(disk.root) for disk in self._disks]
             body = dump_document(id=bucket, machine_id=machine, data_directories=directories)
-            await self._workers.once("claim", True, _put_document, store, key, body)
-        ledger = self._backup.ledger
-        if ledger.bucket != bucket:
-            if ledger.bucket:
-                log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
-            ledger.forget(bucket)
-            await asyncio.wrap_future(self._pinner.ask(self._pinner.forget))
-        self._backup.bucket = bucket
-
-    async def _begin_anew(self) -> None:
-        """Trust nothing that we remember of the bucket, and store and list again all that is on the disks."""
-        self._backup.connected.clear()
-        await self._workers.retry("claim", self._claim)
-        self._backup.connected.set()
+            await self._workers.once("claim", True, backup.store.put, key, Body(body))
+        backup.bucket = bucket  # from here on nothing counts that was sent to another
+        if ledger.bucket == bucket:
+            return
+        if ledger.bucket:
+            log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
+        ledger.forget(bucket)
+        await backup.ask(self._pinner.forget)
 
     # What time brings
 
@@ -5425,49 +5401,43 @@ class Daemon:
                 self._workers.note(name, None)
                 await asyncio.sleep(seconds)
                 pause = 1.0
-            except Usage as fault:
-                self._give_up(fault, MISUSED)
-                return
+            except Usage:
+                raise
             except Exception as error:
                 if not isinstance(error, (Fault, OSError)):
                     log.exception("a periodic task failed task=%s", name)
-                self._workers.note(name, error if isinstance(error, Fault) else Fault(repr(error)))
+                self._workers.note(name, error)
                 pause = min(2 * pause, seconds, 600.0)
                 await asyncio.sleep(pause)
 
     async def _keep_limits(self) -> None:
         """Give pins up, the oldest first, where they alone hold more of a disk than they may."""
         began = time.monotonic()
-        units = sorted(self._backup.units.items(), key=lambda item: item[0].life)
-        directories = []
-        for unit, waiting in units:
-            directories += [(disk, relative, unit.life) for disk, relative in waiting.directories]
-        alone = await self._workers.once("limits", True, pins_alone, directories)
-        self._held = sum(pin.fingerprint.size for *_, pins in alone for pin in pins)
-        for disk in filter(lambda disk: disk.path, self._disks):
-            some = [one for one in alone if one[0] is disk]
-            held = sum(pin.fingerprint.size for *_, pins in some for pin in pins)
-            over = overdraft(disk, held, self._options.max_pinned, self._options.min_free)
-            for _, relative, life, pins in some:
+        directories: dict[PinDirectory, list[tuple[Unit, str]]] = {}
+        for unit in sorted(self._backup.units, key=lambda unit: unit.life):
+            for disk, relative in self._backup.units[unit].directories:
+                directories.setdefault(disk, []).append((unit, relative))
+        held = 0
+        for disk, some in directories.items():
+            alone = await self._workers.once("limits", True, pins_alone, disk, some)
+            here = sum(sum(sizes.values()) for _, _, sizes in alone)
+            held += here
+            over = overdraft(disk, here, self._options.max_pinned, self._options.min_free)
+            for unit, relative, sizes in alone:
                 if over <= 0:
                     break
-                names = tuple(pin.name for pin in pins)
-                asked = self._pinner.ask(self._pinner.give_up, disk, relative, life, names)
-                given_up = await asyncio.wrap_future(asked)
-                over -= sum(pin.fingerprint.size for pin in pins if pin.name in given_up)
-                self._backup.note_lost(unit_of(disk.root, relative, life), disk, relative, given_up)
+                given_up = await self._backup.ask(self._pinner.give_up, disk, relative, unit.life, tuple(sizes))
+                over -= sum(sizes[name] for name in given_up)
+                self._backup.note_lost(unit, disk.source(relative), given_up)
+        self._held = held
         await asyncio.sleep(20 * (time.monotonic() - began))  # a million pins take seconds: a twentieth of a core
 
     async def _heartbeat(self) -> None:
         """Say in the bucket that all that was found by a moment is listed: a quiet table and a dead daemon differ."""
-        while not self._state.scanned:
-            await asyncio.sleep(0.2)
+        await self._backup.scanned.wait()
         await self._backup.view(0.0)  # nothing is said in a bucket that is not ours
         scanned, units = self._state.scanned, self._backup.units
-        oldest: dict[str, float] = {}
-        for unit, waiting in units.items():
-            if unit.urgent:
-                oldest[unit.place] = min(waiting.found, oldest.get(unit.place, waiting.found))
+        oldest = _oldest_of({unit: waiting for unit, waiting in units.items() if unit.urgent})
         found = [waiting.found for waiting in units.values()]
         through = min([scanned, *found, *self._state.refused.values()])
         body = dump_document(
@@ -5477,16 +5447,12 @@ class Daemon:
             oldest_incrementals={quote(place): utc(moment) for place, moment in oldest.items()},
             cassbackup=__version__,
         )
-        store, node = self._backup.store, self._backup.node
-        key = f"{node}.listings/heartbeat/{self._backup.clock()}.json"
-        await self._workers.once("heartbeat", True, _put_document, store, key, body)
-        # A daemon need not have the right to delete: prune does it too. So it is tried once, and no fault.
-        if self._may_delete:
-            self._may_delete = False
-            self._may_delete = await self._workers.once("heartbeat", True, _trim_heartbeats, store, node, 100)
+        key = f"{self._backup.node}.listings/heartbeat/{self._backup.clock()}.json"
+        await self._workers.once("heartbeat", True, self._backup.store.put, key, Body(body))
 
     async def _trim(self) -> None:
         """Let the ledger forget what no file has any more; end multipart uploads that nobody goes on with."""
+        await self._backup.scanned.wait()
         await self._backup.connected.wait()
         store, ledger = self._backup.store, self._backup.ledger
         ledger.trim(time.time() - 35 * 86400)
@@ -5495,31 +5461,35 @@ class Daemon:
             if not os.path.isdir(directory):
                 if not self._state.absent:  # else its disk may come back
                     ledger.forget_directory(directory)
-            elif not life:  # a snapshot goes as a whole, but from backups/ files go one by one
-                with contextlib.suppress(OSError):
-                    there = await self._loop.run_in_executor(None, _marks_there, directory)
-                    ledger.replace_listed(directory, life, now, marks & there)
+                continue
+            if life:  # a snapshot goes as a whole, but from backups/ files go one by one
+                continue
+            with contextlib.suppress(OSError):
+                there = await self._loop.run_in_executor(None, _marks_there, directory)
+                ledger.replace_listed(directory, life, now, marks & there)
         await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400)
 
     async def _measure(self) -> None:
-        while not self._state.scanned:
-            await asyncio.sleep(0.2)
+        await self._backup.scanned.wait()
         self._speeds.append((time.monotonic(), self._backup.sent["bytes"]))
         places = sorted(self._state.tables)
         self._oldest = await self._loop.run_in_executor(None, _oldest_data, self._disks, places)
 
     async def _tell_systemd(self) -> None:
         """Tell the lag, and that we live: only while the pinner does too."""
-        limit = self._systemd.watchdog_s
+        pid = str(os.getpid())
+        limit = 0.0  # no watchdog, or one of another process
+        if self._environ.get("WATCHDOG_PID", pid) == pid:
+            limit = int(self._environ.get("WATCHDOG_USEC", 0)) / 1e6
         while True:
             status = self.status()
             line = f"STATUS=lag {status['lag_s']:.0f} s, {status['pending']['files']} files pending"
-            if status["failures"] or status["errors"]:
-                line += "; " + quote(next(iter([*status["failures"].values(), *status["errors"]])))
-            lines = [line]
+            wrong = [*status["failures"].values(), *status["errors"]]
+            if wrong:
+                line += f"; {quote(wrong[0])}"
+            tell_manager(self._environ, line)
             if limit and time.monotonic() - self._alive < limit:
-                lines.append("WATCHDOG=1")
-            self._systemd.tell(*lines)
+                tell_manager(self._environ, "WATCHDOG=1")
             await asyncio.sleep(min(10.0, limit / 2 or 10.0))
 
     async def _show_metrics(self) -> None:
@@ -5550,8 +5520,8 @@ class Daemon:
 
     async def _end_when_done(self) -> None:
         """End a run of --once when all that its first scan found is listed, or has failed."""
-        while not (self._state.scanned and self._backup.scanned and self._backup.connected.is_set()):
-            await asyncio.sleep(0.05)
+        await self._backup.scanned.wait()
+        await self._backup.connected.wait()
         while not (self._pinner.idle.is_set() and self._news.empty() and self._backup.is_done()):
             await asyncio.sleep(0.05)
         if not self._code and not self._backup.failures:
@@ -5567,11 +5537,8 @@ class Daemon:
         state_dir = self._options.state_dir
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(state_dir, "socket"))
-        fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            server = await asyncio.start_unix_server(self._answer, _socket_path(state_dir, fd), limit=64 * KIB)
-        finally:
-            os.close(fd)
+        with _socket_of(state_dir) as path:
+            server = await asyncio.start_unix_server(self._answer, path, limit=64 * KIB)
         os.chmod(os.path.join(state_dir, "socket"), 0o666)
         return server
 
@@ -5597,7 +5564,7 @@ class Daemon:
         if uid not in (0, os.geteuid()):
             raise Denied(f"user {uid} may ask for the status, and for nothing else", "run this as root or cassandra")
         if do == "scan":
-            await asyncio.wrap_future(self._pinner.ask(self._pinner.reconcile))
+            await self._backup.ask(self._pinner.reconcile)
             return self.status()
         if do == "wait":
             return await self._wait_for(str(request["tag"]), tuple(map(str, request["keyspaces"])))
@@ -5618,32 +5585,30 @@ class Daemon:
                 break
             await asyncio.sleep(0.1)
         failures = [text for unit, text in self._backup.failures.items() if unit.tag == tag]
-        errors = [one.error for one in self._workers.errors.values()]
+        errors = [one.error for one in self._workers.failing().values()]
         error = next(iter(failures + errors), "")
         return {"done": not waiting, "tables": len(manifests), "waiting": waiting, "last_error": error}
 
     def _tables(self) -> dict[str, dict[str, Any]]:
         """Return of each table when its newest complete snapshot was taken, and its oldest Data.db written."""
-        known = {place: text.split("\t") for place, text in self._backup.ledger.facts("complete:").items()}
+        complete = self._backup.ledger.facts("complete:")
         tables = {}
         for place in sorted(self._state.tables):
-            taken, tag = known.get(place, ["", ""])
+            taken, _, tag = complete.get(place, "").partition("\t")
             if not tag.startswith("dropped-"):  # a dropped table needs no snapshot any more
                 tables[place] = {"taken": taken or None, "oldest_data": self._oldest.get(place)}
         return tables
 
     def status(self) -> dict[str, Any]:
         """Return what `cassbackup status` shows."""
-        state, backup, workers, now = self._state, self._backup, self._workers, time.time()
+        state, backup, now = self._state, self._backup, time.time()
         # Asked first: what the pinner has found waits in the queue or as a unit by the time that it is idle.
         quiet = self._pinner.idle.is_set() and self._news.empty()
-        waiting = list(backup.units.values())
-        oldest: dict[str, float] = {}
-        for unit, one in backup.units.items():
-            oldest[unit.place] = min(one.found, oldest.get(unit.place, one.found))
+        waiting, oldest = backup.units.values(), _oldest_of(backup.units)
+        failing, failures = self._workers.failing(), self._failures()
         since, before = self._speeds[0]
         disks = [os.statvfs(disk.path) for disk in self._disks if disk.path]
-        view = backup.last_view()
+        view = backup.last_view
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -5667,14 +5632,15 @@ class Daemon:
             "unmatched": list(state.unmatched),
             "lost": sorted(backup.ledger.facts("lost:")),
             "problems": list(self._options.problems),
-            "sent": dict(backup.sent) or {"files": 0, "bytes": 0},
+            "sent": dict(backup.sent),
             "rate": (backup.sent["bytes"] - before) / max(1.0, time.monotonic() - since),
             "counts": {**state.counts, **backup.counts},
-            "errors": {name: one._asdict() for name, one in workers.errors.items()},
-            "failing_since": min((one.since for one in workers.errors.values()), default=0.0),
-            "failures": self._failures(),
+            "failing": bool(failing or failures),
+            "failing_since": min((one.since for one in failing.values()), default=0.0),
+            "errors": {name: {"error": one.error, "since": one.since} for name, one in failing.items()},
+            "failures": failures,
             "tables": self._tables(),
-            "operations": workers.numbers(),
+            "operations": {name: asdict(one) for name, one in self._workers.operations.items()},
             "bad_objects": len(view.bad) if view else 0,
             "last_verify": view.verified if view else 0.0,
             "newest_listing": backup.ledger.fact("newest"),
@@ -5702,13 +5668,13 @@ def _open_state(path: str) -> None:
 
 def _become_owner(path: str, state_dir: str) -> None:
     """Become the owner of the data directory if we are root: link(2) asks for that (fs.protected_hardlinks)."""
+    if os.geteuid() != 0:
+        return
     try:
         info = os.stat(path)
     except OSError as error:
-        if os.geteuid() != 0:
-            return  # a disk that is mounted late: the pinner waits for it
         raise Fault(f"{quote(path)}: {error.strerror}", "mount it; root cannot know yet whose data it is") from None
-    if os.geteuid() != 0 or info.st_uid == 0:
+    if info.st_uid == 0:
         return
     os.chown(state_dir, info.st_uid, info.st_gid)
     try:
@@ -5745,8 +5711,6 @@ def watch(options: WatchOptions, environ: Mapping[str, str]) -> int:
     if not options.bucket:
         raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
     disks = _open_disks(options)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # one descriptor for each open life of a tag
     log.info("watching paths=%s", quote(" ".join(disk.root for disk in disks)))
 
     async def run() -> int:
@@ -6038,7 +6002,7 @@ def node_info(store: Patient, name: str) -> NodeInfo:
     """Ask the bucket who a node is. Raises Usage where 0.1 wrote its listings; a damaged document is only logged."""
     heard = ""
     for info in store.list(f"{name}.listings/heartbeat/"):
-        heard = moment_of(info.key)
+        heard = max(heard, min(moment_of(info.key), utc(info.modified)))  # the node's clock may have been ahead
     try:
         newest_document(store, f"{name}.listings/owner.")
         told = newest_document(store, f"{name}.listings/node.")

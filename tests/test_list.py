@@ -108,6 +108,12 @@ def test_the_last_that_was_heard_is_a_heartbeat_or_a_listing(shelf: Shelf) -> No
     assert " never " in next(line for line in shelf.list().text.splitlines() if line.startswith("fresh"))
 
 
+def test_a_clock_that_was_ahead_makes_no_silent_node_look_alive(shelf: Shelf) -> None:
+    shelf.put("db1", "heartbeat/20991231T000000.000000Z.json", {})
+    [page] = shelf.list().document["nodes"]
+    assert page["last"] < "2099", "the store's clock tells when it was put"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Snapshots and incrementals
 

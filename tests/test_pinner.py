@@ -590,8 +590,8 @@ def test_filters_leave_out_what_they_say_and_those_that_fit_nothing_are_named(no
     node.snapshot("daily")
     node.snapshot("scratch-1")
     keyspaces, tables = ("ks*", "shop,metrics"), ("ks1.cache", "users")
-    more = {"exclude_keyspaces": ("ks2", "ks9"), "exclude_tables": tables, "exclude_tags": ("scratch-*", "none")}
-    desk = start(*node.data_dirs, keyspaces=keyspaces, **more)
+    more = {"exclude_keyspace": ("ks2", "ks9"), "exclude_table": tables, "exclude_tag": ("scratch-*", "none")}
+    desk = start(*node.data_dirs, keyspace=keyspaces, **more)
     assert {(unit.keyspace, unit.table[:6], unit.tag) for unit in desk.units()} == {
         ("ks1", "users-", "daily"),
         ("ks1", "users-", ""),

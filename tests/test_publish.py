@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -313,6 +314,48 @@ def test_a_component_that_comes_late_completes_its_incremental(scene: Scene, nod
     scene.settled()
     scene.assert_all_is_listed(node.history)
     assert {found.state for found in scene.listings("incremental")} == {"complete"}
+
+
+@pytest.mark.slow
+def test_a_component_that_comes_after_its_incremental_was_listed_incomplete_completes_it(
+    scene: Scene, node: Node
+) -> None:
+    """The listing that completes it repeats what was listed before; the bytes are not sent again."""
+    node.incremental = False
+    users = node.table("ks1", "users")
+    sstable = users.flush()
+    late = sstable.components.pop("Statistics.db")
+    scene.start(*node.data_dirs, args=("--incomplete-after", "3s"))
+    sstable.link("backups", node.history, users.unit())
+    wait_for(lambda: [found for found in scene.listings("incremental") if found.state == "incomplete"])
+    scene.settled()
+    sent = scene.page()["sent"]["files"]
+    path = users.directories()[0] / "backups" / f"{sstable.stem}-Statistics.db"
+    os.link(sstable.path("Statistics.db"), path)
+    node.history.add(users.unit(), path, late)
+    scene.settled()
+    assert scene.page()["sent"]["files"] == sent + 1
+    [complete] = [found for found in scene.listings("incremental") if found.state == "complete"]
+    assert len(complete.entries) == len(sstable.components) + 1
+    scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_an_archived_file_that_is_still_being_written_is_sent_once_it_stands_still(
+    scene: Scene, node: Node, tmp_path: Path
+) -> None:
+    node.table("ks1", "users").flush()
+    logs = tmp_path / "commitlog"
+    logs.mkdir()
+    (logs / "CommitLog-7-1.log").write_bytes(b"an older one")
+    scene.start(*node.data_dirs, logs, args=("--include", r"CommitLog-.*\.log$"))
+    with open(logs / "CommitLog-7-2.log", "wb", buffering=0) as file:
+        for _ in range(20):
+            file.write(b"a mutation\n")
+            time.sleep(0.2)
+    scene.settled()
+    sent = [key for key in scene.file_keys() if "CommitLog-7-2.log" in key]
+    assert [len(scene.bucket.objects()[key]) for key in sent] == [20 * 11]
 
 
 @pytest.mark.slow
