@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from measure import NODE, Figure, Row
+from measure import NODE, Figure, Row, peak
 from storm import Storm
 from transfers import Bench, disk_of
 
@@ -29,11 +29,15 @@ def bench_catalog(bench: Bench) -> Iterator[Row]:
     total = _multiply(bucket / f"{NODE}.listings" / "storm", max(2, wanted // tables))
     os.sync()
     figures, beside = [], []
-    for words in (["list"], ["verify", "--latest"], ["restore", "--latest", "--dry-run", "--into", bench.scratch / "no"]):
+    for words in (
+        ["list"],
+        ["verify", "--latest"],
+        ["restore", "--latest", "--dry-run", "--into", bench.scratch / "no"],
+    ):
         cost = bench.program.run(*words, "--node", NODE, "--bucket", f"file://{bucket}")
         title = " ".join(str(word) for word in words if "/" not in str(word)).removesuffix(" --into")
         figures.append(Figure(f"`{title}`", cost.wall, "s", 30.0 if bench.full else None))
-        figures.append(Figure("peak RSS", cost.rss, "MB", 120.0))
+        figures.append(peak(cost.rss))
         beside.append(f"{title}: {cost.cpu:.1f} s CPU")
     work = f"a bucket with {total:,} listings of {tables} tables"
     yield Row(work, f"file://, {disk_of(bucket)}", tuple(figures), "; ".join(beside))

@@ -149,17 +149,13 @@ def peak_of(pid: int, field: str = "VmHWM") -> float:
     return int(text.partition(f"{field}:")[2].split()[0]) * 1024 / MB
 
 
-def in_pairs(count: int, ours: Callable[[int], Cost], theirs: Callable[[int], Cost]) -> list[tuple[Cost, Cost]]:
-    """Run both so often, one right after the other, and every other time in the other order."""
-    costs = []
-    for number in range(count):
-        if number % 2:
-            second = theirs(number)
-            costs.append((ours(number), second))
-        else:
-            first = ours(number)
-            costs.append((first, theirs(number)))
-    return costs
+def in_turn(number: int, ours: Callable[[int], Cost], theirs: Callable[[int], Cost]) -> tuple[Cost, Cost]:
+    """Run both, one right after the other; every other time theirs goes first."""
+    if number % 2:
+        second = theirs(number)
+        return ours(number), second
+    first = ours(number)
+    return first, theirs(number)
 
 
 def ratio(name: str, pairs: Sequence[tuple[float, float]], limit: float | None = None) -> Figure:
@@ -168,17 +164,8 @@ def ratio(name: str, pairs: Sequence[tuple[float, float]], limit: float | None =
     return Figure(name, statistics.median(ratios), "×", limit, spread=(min(ratios), max(ratios)))
 
 
-def ratios(against: str, pairs: Sequence[tuple[Cost, Cost]], wall: float, cpu: float) -> list[Figure]:
-    """Return wall and CPU as multiples of another's."""
-    return [
-        ratio(f"wall of {against}'s", [(mine.wall, other.wall) for mine, other in pairs], wall),
-        ratio(f"CPU of {against}'s", [(mine.cpu, other.cpu) for mine, other in pairs], cpu),
-    ]
-
-
-def peak(costs: Sequence[Cost], limit: float | None = 120.0) -> Figure:
-    """Return the highest peak of memory."""
-    return Figure("peak RSS", max(cost.rss for cost in costs), "MB", limit)
+def peak(rss: float) -> Figure:
+    return Figure("peak RSS", rss, "MB", 120.0)
 
 
 def absolute(name: str, costs: Sequence[Cost]) -> str:

@@ -59,7 +59,9 @@ def main(folder: Path) -> None:
         os.write(log, page)
         os.fdatasync(log)
 
-    threads = [threading.Thread(target=work, args=(call, stop, took)) for call, took in ((read, reads), (write, writes))]
+    threads = [
+        threading.Thread(target=work, args=(call, stop, took)) for call, took in ((read, reads), (write, writes))
+    ]
     for thread in threads:
         thread.start()
     print("ready", flush=True)
@@ -115,7 +117,9 @@ def bench_neighbour(bench: Any) -> Iterator[Any]:
             names = ("reader p50", "reader p99", "writer p50", "writer p99")
             values = [*told["reader"], *told["writer"]]
             figures = [Figure(name, value, "ms") for name, value in zip(names, values, strict=True)]
-            yield Row(f"a neighbour {title}, 4 × {each >> 20} MiB", server.name, tuple(figures), f"{told['calls']} reads")
+            yield Row(
+                f"a neighbour {title}, 4 × {each >> 20} MiB", server.name, tuple(figures), f"{told['calls']} reads"
+            )
 
 
 def forget(data: Path) -> None:

@@ -19,6 +19,8 @@ from servers import ACCESS_KEY, REGION, SECRET_KEY, free_port, kill_group, rclon
 
 VERSITYGW = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
 BUCKET = "bench"
+# Variables that are nobody's business here: with PYTHONDONTWRITEBYTECODE each of our starts would compile the module.
+FOREIGN = ("CASSBACKUP_", "AWS_", "RCLONE_", "PYTHON")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,12 @@ class Server:
         """Return what ours, s5cmd, rclone and boto3 need to reach it."""
         keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": REGION}
         trust = dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), self.ca_file)
-        return {**keys, "AWS_DEFAULT_REGION": REGION, "AWS_ENDPOINT_URL_S3": self.url, **(trust if self.ca_file else {})}
+        return {
+            **keys,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_ENDPOINT_URL_S3": self.url,
+            **(trust if self.ca_file else {}),
+        }
 
 
 @lru_cache(maxsize=1)
@@ -125,7 +132,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 def clean(environ: Mapping[str, str]) -> dict[str, str]:
     """Return an environment in which nobody's settings decide what is measured."""
-    mine = {name: value for name, value in environ.items() if not name.startswith(("CASSBACKUP_", "AWS_", "RCLONE_"))}
+    mine = {name: value for name, value in environ.items() if not name.startswith(FOREIGN)}
     for name in ("BUCKET_NAME", "REGION", "SSL_CERT_DIR", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         mine.pop(name, None)
     return {**mine, "AWS_EC2_METADATA_DISABLED": "true", "NO_GCE_CHECK": "true", "AWS_CONFIG_FILE": os.devnull}

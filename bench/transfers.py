@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import data as made
-from measure import NODE, Cost, Figure, Program, Row, absolute, in_pairs, peak, ratio, ratios, run
+from measure import NODE, Cost, Figure, Program, Row, absolute, in_turn, peak, ratio, run
 from places import BUCKET, Server, free_port, kinds, serve
 from servers import kill_group, rclone_binary, tethered
 from storm import Storm
@@ -79,8 +79,8 @@ class Contest:
 
     def round(self, number: int) -> None:
         """Run all four, compare what arrived byte for byte, and make room for the next round."""
-        self.up += in_pairs(1, lambda _: self.back_up(number), lambda _: self.copy_up(number))[:1]
-        self.down += in_pairs(1, lambda _: self.restore(number), lambda _: self.copy_down(number))[:1]
+        self.up.append(in_turn(number, self.back_up, self.copy_up))
+        self.down.append(in_turn(number, self.restore, self.copy_down))
         for prefix in (f"ours{number}", f"theirs{number}"):
             shutil.rmtree(self.server.files / prefix)
 
@@ -129,15 +129,26 @@ class Contest:
         return [absolute("rclone", [rclone]), absolute("boto3 on 8 threads", [boto3])]
 
     def rows(self, kind: str, shape: made.Shape, tls: bool, others: list[str]) -> Iterator[Row]:
-        ours_up, theirs_up = zip(*self.up, strict=True)
-        figures = [*ratios("s5cmd", self.up, *GOALS["backup", kind, tls]), peak(ours_up)]
-        beside = [absolute("ours", ours_up), absolute("s5cmd", theirs_up), *others]
-        yield Row(f"backup of {shape.name} ({shape})", self.server.name, tuple(figures), "; ".join(beside))
-        ours, theirs = zip(*self.down, strict=True)
-        to_disk = ratio("wall of s5cmd's and `sync`", list(zip([c.wall for c in ours], self.synced, strict=True)))
-        figures = [*ratios("s5cmd", self.down, *GOALS["restore", "", tls]), to_disk, peak(ours)]
-        beside = [absolute("ours, fsync of each file included", ours), absolute("s5cmd", theirs)]
-        yield Row(f"restore of {shape.name}", self.server.name, tuple(figures), "; ".join(beside))
+        for what, pairs, goals in (
+            (f"backup of {shape.name} ({shape})", self.up, GOALS["backup", kind, tls]),
+            (f"restore of {shape.name}", self.down, GOALS["restore", "", tls]),
+        ):
+            ours, theirs = zip(*pairs, strict=True)
+            figures = [*against("s5cmd", pairs, *goals), peak(max(cost.rss for cost in ours))]
+            beside = [absolute("ours", ours), absolute("s5cmd", theirs), *others]
+            if pairs is self.down:
+                walls = [cost.wall for cost in ours]
+                figures.insert(1, ratio("wall of s5cmd and `sync`", list(zip(walls, self.synced, strict=True))))
+                beside = beside[:2]
+            yield Row(what, self.server.name, tuple(figures), "; ".join(beside))
+
+
+def against(whom: str, pairs: Sequence[tuple[Cost, Cost]], wall: float, cpu: float) -> list[Figure]:
+    """Return wall and CPU as multiples of another's."""
+    return [
+        ratio(f"wall of {whom}", [(ours.wall, theirs.wall) for ours, theirs in pairs], wall),
+        ratio(f"CPU of {whom}", [(ours.cpu, theirs.cpu) for ours, theirs in pairs], cpu),
+    ]
 
 
 def bench_s3(bench: Bench, kind: str) -> Iterator[Row]:
@@ -202,15 +213,21 @@ def bench_gcs(bench: Bench) -> Iterator[Row]:
         return cost
 
     try:
-        assert process.stdout and process.stdout.readline()
-        pairs = in_pairs(min(3, bench.pairs), ours, theirs)
+        assert process.stdout
+        process.stdout.readline()  # it is ready
+        pairs = [in_turn(number, ours, theirs) for number in range(min(3, bench.pairs))]
     finally:
         kill_group(process)
     mine, other = zip(*pairs, strict=True)
     per_cpu = ratio("files per CPU second, of upload_from_string's", [(b.cpu, a.cpu) for a, b in pairs])
     per_cpu = Figure(per_cpu.name, per_cpu.value, "×", 3.0, at_least=True, spread=per_cpu.spread)
     beside = f"{absolute('ours', mine)}; {absolute('google-cloud-storage on 8 threads', other)}"
-    yield Row(f"backup of small files to gs:// ({shape})", "fake of GCS, plain http", (per_cpu, peak(mine)), beside)
+    yield Row(
+        f"backup of small files to gs:// ({shape})",
+        "fake of GCS, plain http",
+        (per_cpu, peak(max(cost.rss for cost in mine))),
+        beside,
+    )
 
 
 def bench_file(bench: Bench) -> Iterator[Row]:
@@ -232,15 +249,19 @@ def bench_file(bench: Bench) -> Iterator[Row]:
         target = bench.folder("bucket") / "copy"
         return run(["sh", "-c", f"cp -r {storm.root} {target} && sync -f {target}"], bench.program.environ)
 
-    pairs = in_pairs(bench.pairs, ours, theirs)
+    pairs = [in_turn(number, ours, theirs) for number in range(bench.pairs)]
     mine, other = zip(*pairs, strict=True)
     wall = ratio("wall of `cp -r` and `sync`", [(a.wall, b.wall) for a, b in pairs], 2.0)
     beside = f"{absolute('ours', mine)}; {absolute('cp -r; sync', other)}"
-    yield Row(f"backup of {gust.links + gust.files:,} small files", f"file://, {disk_of(storm.root)}", (wall, peak(mine)), beside)
+    yield Row(
+        f"backup of {gust.links + gust.files:,} small files",
+        f"file://, {disk_of(storm.root)}",
+        (wall, peak(max(cost.rss for cost in mine))),
+        beside,
+    )
 
 
 def disk_of(path: Path) -> str:
     """Return the file system that a path is on."""
     told = subprocess.run(["findmnt", "-no", "FSTYPE", "-T", path], check=False, capture_output=True, text=True)
     return told.stdout.strip() or "disk"
-
