@@ -25,7 +25,7 @@ def bench_catalog(bench: Bench) -> Iterator[Row]:
     storm.snapshot("daily")
     storm.backups()
     bucket = bench.folder("bucket")
-    bench.program.once(storm.root, bench.folder("state"), f"file://{bucket}")
+    bench.program.once(storm.root, bench.state(), f"file://{bucket}")
     total = _multiply(bucket / f"{NODE}.listings" / "storm", max(2, wanted // tables))
     os.sync()
     figures, beside = [], []

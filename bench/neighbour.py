@@ -101,7 +101,7 @@ def bench_neighbour(bench: Any) -> Iterator[Any]:
 
         def ours(bandwidth: str) -> None:
             words = ["--max-bandwidth", bandwidth, "--once"]
-            state = bench.folder("state")
+            state = bench.state()
             watched = ["watch", data, "--state-dir", state, "--name", "bench", "--min-free", "1%"]
             bench.program.run(*watched, "--bucket", f"{where}{bandwidth}", *words, more=server.environ)
 

