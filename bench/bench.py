@@ -68,16 +68,18 @@ def main() -> int:
     """Run the rows one after the other; exit 1 if one could not be measured."""
     options, failed = parsed(), 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    scratch = Path(tempfile.mkdtemp(prefix=".bench-", dir=options.scratch.resolve()))
-    environ = {**clean(os.environ), "PYTHONPATH": str(options.tree.resolve()), "BENCH_LOG": str(scratch / "log")}
+    out, tree, below = options.out.resolve(), options.tree.resolve(), options.scratch.resolve()
+    os.chdir(tree)  # Python looks there first for cassbackup.py
+    scratch = Path(tempfile.mkdtemp(prefix=".bench-", dir=below))
+    environ = {**clean(os.environ), "PYTHONPATH": str(tree), "BENCH_LOG": str(scratch / "log")}
     bench = transfers.Bench(
-        Program(options.tree, environ),
+        Program(tree, environ),
         scratch,
         scale=0.1 if options.quick else 1.0,
         full=options.full,
         pairs=options.pairs or (2 if options.quick else 5),
     )
-    result = report.Report(options.out, bench.program.version(), " ".join(sys.argv[1:]))
+    result = report.Report(out, bench.program.version(), " ".join(sys.argv[1:]))
     try:
         for name in options.rows or ROWS:
             began = time.monotonic()
