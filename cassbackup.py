@@ -584,7 +584,8 @@ def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
     mode = typed(document, "mode", str)
     texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
     # SQLite and utime(2) take no more than 64 bits.
-    is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63 and -(1 << 63) <= file.mtime_ns < 1 << 63
+    is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63
+    is_file = is_file and -(1 << 63) <= file.mtime_ns < 1 << 63
     is_mode = re.fullmatch("[0-7]{4,5}", mode)
     is_crc = re.fullmatch("[0-9a-f]{8}", texts["crc32"])
     if not is_file or not is_mode or not is_crc:
@@ -617,7 +618,8 @@ def load_listing(body: bytes) -> Listing[Known]:
         files: list[Known] = []
         for directory, entries in typed(document, "directories", dict).items():
             files += [_load_entry(unquote(directory), entry) for entry in entries]
-        lost = [Lost(unquote(one["name"]), typed(one, "reason", str)) for one in typed(document, "lost", list)]
+        told = typed(document, "lost", list)
+        lost = [Lost(unquote(one["name"]), typed(one, "reason", str)) for one in told]
         taken, listed = typed(document, "taken", str), typed(document, "listed", str)
         if not is_utc(taken) or not is_utc(listed):
             raise ValueError(f"taken is {taken!r}, listed is {listed!r}")
@@ -669,7 +671,8 @@ def moment_text(moment: str) -> str:
     """Return a moment for people: 2026-11-21 20:24."""
     if not moment:
         return "never"
-    return f"{moment[:4]}-{moment[4:6]}-{moment[6:8]} {moment[9:11]}:{moment[11:13]}Z"
+    whole = datetime.fromtimestamp(seconds_of(moment), timezone.utc)
+    return whole.strftime("%Y-%m-%d %H:%MZ")
 
 
 def hex32(crc: int) -> str:
@@ -2268,7 +2271,8 @@ def load_identity(path: str) -> Identity | None:
 def save_identity(path: str, identity: Identity) -> None:
     """Remember it, or fail and leave what was there. Raises OSError."""
     with open(path + "~", "wb") as file:
-        file.write(dump_document(**{one.name: getattr(identity, one.name) for one in fields(identity)}))
+        values = {one.name: getattr(identity, one.name) for one in fields(identity)}
+        file.write(dump_document(**values))
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + "~", path)
@@ -2360,7 +2364,9 @@ def data_directories(paths: Sequence[str] = ()) -> list[str]:
     They need not be there: a disk may be mounted late. Raises Usage where none is named, or one lies in another.
     """
     found = list(paths) or configured_directories()
-    found = found or [path for path in ("/var/lib/cassandra/data", "/data") if os.path.isdir(f"{path}/system")]
+    if not found:
+        usual = ("/var/lib/cassandra/data", "/data")
+        found = [path for path in usual if os.path.isdir(f"{path}/system")]
     if not found:
         raise Usage("no data directory found", "name it: cassbackup /var/lib/cassandra/data")
     found = list(dict.fromkeys(map(os.path.abspath, found)))
@@ -2473,7 +2479,11 @@ class Ledger:
         except _LEDGER_FAILURES as error:
             self._fail(error)
             return []
-        return [row[:-1] for row in rows if row[-1] == self._sum(row[:-1])]
+        found = []
+        for *row, checksum in rows:
+            if checksum == self._sum(tuple(row)):
+                found.append(tuple(row))
+        return found
 
     def _change(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
         """Do a statement for each row, in one transaction."""
@@ -2487,7 +2497,8 @@ class Ledger:
             self.broken = ""
 
     def _write(self, into: str, rows: Iterable[tuple[object, ...]]) -> None:
-        self._change(f"INSERT OR REPLACE INTO {into}", [(*row, self._sum(row)) for row in rows])
+        summed = [(*row, self._sum(row)) for row in rows]
+        self._change(f"INSERT OR REPLACE INTO {into}", summed)
 
     def lookup(self, place: str, name: str, disk: str, fingerprint: Fingerprint) -> Remembered | None:
         """Return what is remembered of these bytes of a table, wherever their file was."""
@@ -2657,12 +2668,16 @@ class Filters:
             return False
         if self.keyspace and not _any_glob(parts[0], self.keyspace):
             return False
-        if len(parts) > 1 and _any_glob(f"{parts[0]}.{table_id_of(parts[1])[0]}", self.exclude_table):
-            return False
+        if len(parts) > 1:
+            table = table_id_of(parts[1])[0]
+            if _any_glob(f"{parts[0]}.{table}", self.exclude_table):
+                return False
         if len(parts) < 3 or parts[2:] == ["snapshots"]:
             return True
+        if parts[2] == "snapshots" and self.only_tag:
+            return parts[3] == self.only_tag
         if parts[2] == "snapshots":
-            return parts[3] == self.only_tag if self.only_tag else not _any_glob(parts[3], self.exclude_tag)
+            return not _any_glob(parts[3], self.exclude_tag)
         return not self.only_tag and (parts[2] == "backups" or self.include is not None)
 
     def wants_file(self, path: str) -> bool:
@@ -2847,9 +2862,12 @@ class PinDirectory:
         for name in os.listdir(self.path) if self.path else ():
             path, (short, _, life) = f"{self.path}/{name}", name.rpartition("~")
             if is_utc(life) and self.tidy(path):
-                relative = unquote(_read_name(f"{path}/{short}.name") if short.startswith("#") else short)
+                if short.startswith("#"):
+                    short = _read_name(f"{path}/{short}.name")
+                relative = unquote(short)
                 # A kill amid giving up leaves names that are lost and pinned: they are not lost.
-                lost = [one for one in self.lost(relative, life) if not os.path.lexists(f"{path}/{_short(one, '~')}")]
+                names = self.lost(relative, life)
+                lost = [one for one in names if not os.path.lexists(f"{path}/{_short(one, '~')}")]
                 self.write_lost(relative, life, lost)
                 found.append((life, relative))
         return sorted(found)
@@ -2886,9 +2904,10 @@ class PinDirectory:
     def lost(self, relative: str, life: str) -> list[str]:
         """Return the names of what was given up of a source directory."""
         try:
-            return [unquote(line) for line in _read_name(f"{self.directory(relative, life)}/lost").splitlines()]
+            text = _read_name(f"{self.directory(relative, life)}/lost")
         except FileNotFoundError:
             return []
+        return [unquote(line) for line in text.splitlines()]
 
     def write_lost(self, relative: str, life: str, names: Collection[str]) -> None:
         """Say durably which names are given up."""
@@ -3195,7 +3214,8 @@ class Pinner(threading.Thread):
         if len(parts) == 1:
             self._names.add(relative)
         elif len(parts) == 2:
-            self._names.add(f"{parts[0]}.{table_id_of(parts[1])[0]}")
+            keyspace, table = parts
+            self._names.add(f"{keyspace}.{table_id_of(table)[0]}")
         if inode != disk.inode and self._filters.wants_directory(relative):
             self._scan(self._place(disk, relative))
 
@@ -3256,7 +3276,8 @@ class Pinner(threading.Thread):
 
     def _recover(self, disk: PinDirectory) -> None:
         """Take up what an earlier process left of a data directory. The scan tells what of it is still there."""
-        for directory in [path for path in self._listed if f"{path}/".startswith(f"{disk.root}/")]:
+        ours = [path for path in self._listed if f"{path}/".startswith(f"{disk.root}/")]
+        for directory in ours:
             life, marks = self._listed.pop(directory)
             place = self._resume(disk, directory[len(disk.root) + 1 :], life)
             if place:
@@ -3311,7 +3332,9 @@ class Pinner(threading.Thread):
         self.idle.clear()
         self._dirty.pop(place, None)
         self._report_if_late()
-        if self._places.get(place.path) is not place or (place.relative and place.disk.root in self._absent):
+        if self._places.get(place.path) is not place:
+            return
+        if place.relative and place.disk.root in self._absent:
             return
         began = time.monotonic()
         place.mtime_ns = 0
@@ -3624,7 +3647,8 @@ class Pinner(threading.Thread):
 
     def give_up(self, disk: PinDirectory, relative: str, life: str, names: Iterable[str]) -> tuple[str, ...]:
         """Unlink pins whose bytes nobody else holds; return which names are lost by that."""
-        pins = {name: f"{disk.directory(relative, life)}/{_short(name, '~')}" for name in names}
+        folder = disk.directory(relative, life)
+        pins = {name: f"{folder}/{_short(name, '~')}" for name in names}
         alone = []
         for name, pin in pins.items():
             with contextlib.suppress(FileNotFoundError):
@@ -3695,7 +3719,7 @@ class PinnedSource:
     @property
     def size(self) -> int:
         """Return the bytes of the file as it was pinned."""
-        return self.pinned.fingerprint.size
+        return self.pinned.size
 
     def read(self, start: int, end: int) -> memoryview:
         """Read a range. Raises Changed if these are not the bytes that were pinned; OSError if the disk refuses."""
@@ -3776,7 +3800,7 @@ def check_digest(store: Store, data: Pinned, digest: Pinned, stored: Known, mome
 
     Return what is stored, after another reading where the two differ; None where they go on differing.
     """
-    body = PinnedSource(digest).read(0, min(20, digest.fingerprint.size))
+    body = PinnedSource(digest).read(0, min(20, digest.size))
     text = bytes(body).strip()
     crc32 = hex32(int(text)) if text.isdigit() else stored.crc32
     if crc32 == stored.crc32:
@@ -3917,8 +3941,10 @@ def read_documents(store: Store, folder: str) -> Iterator[tuple[ObjectInfo, dict
 def pending_keys(node: str, key: str, document: Mapping[str, Any]) -> frozenset[str]:
     """Return the keys that one of prune's pending-delete files names. Raises Corrupt."""
     keys = document.get("keys")
-    if isinstance(keys, list) and all(isinstance(one, str) and one.startswith(f"{node}/") for one in keys):
-        return frozenset(keys)
+    if isinstance(keys, list):
+        ours = [one for one in keys if isinstance(one, str) and one.startswith(f"{node}/")]
+        if len(ours) == len(keys):
+            return frozenset(ours)
     raise Corrupt(f"{quote(key)} names what is not of this node", "nothing is deleted; look at it, or remove it")
 
 
@@ -3950,7 +3976,9 @@ def view_bucket(store: Store, node: str, before: BucketView | None) -> BucketVie
     """Read who owns the node's name, what prune is about to delete, and what is marked bad."""
     began = store.now()
     marks = list(store.list(f"{node}.listings/bad/"))
-    sources = [*store.list(f"{node}.pending-delete/"), *store.list(f"{node}.listings/owner."), *marks]
+    sources = list(store.list(f"{node}.pending-delete/"))
+    sources += store.list(f"{node}.listings/owner.")
+    sources += marks
     if before and before.sources == sources:  # each is written once, and may be long
         return replace(before, read=began)
     bad = doomed = read_bad_keys(store, node)
@@ -4034,7 +4062,9 @@ def _is_file_of(node: str, key: str) -> bool:
     parts = key.split("/")
     if parts[0] != node or len(parts) < 2 or not key.isprintable():
         return False
-    return all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in parts)
+    if not {"", ".", ".."}.isdisjoint(parts):
+        return False
+    return all(len(part.encode()) < 256 for part in parts)
 
 
 def check_listing(node: str, key: str, body: bytes) -> Listing[Known]:
@@ -4596,7 +4626,8 @@ class Backup:
         patience = self._options.incomplete_after
         if complete:
             # Cassandra writes schema.cql after manifest.json, and of system tables never.
-            has_schema = work.unit.keyspace.startswith("system") or any(name == SCHEMA for _, name in files)
+            names = {name for _, name in files}
+            has_schema = SCHEMA in names or work.unit.keyspace.startswith("system")
             patience = 0.0 if has_schema else 2.0
         return work.waiting.touched + patience - time.monotonic()
 
@@ -5371,13 +5402,16 @@ class Daemon:
         folder = f"{backup.node}.listings"
         machine = machine_id() or self._disks[0].id
         owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
-        bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
+        fresh = f"{random.getrandbits(64):016x}"
+        bucket = str(owner.get("id") or fresh)
         theirs = owner.get("machine_id")
         if owner and theirs != machine and not self._options.adopt:
             what = f"{backup.node} in {backup.store.url} belongs to another machine ({theirs})"
             raise Usage(what, "give this node another --name; or --adopt, if it is the same node on a new machine")
         if theirs != machine:
-            key = f"{folder}/owner.{backup.clock()}.json" if owner else f"{folder}/owner.json"
+            key = f"{folder}/owner.json"
+            if owner:
+                key = f"{folder}/owner.{backup.clock()}.json"
             directories = [quote(disk.root) for disk in self._disks]
             body = dump_document(id=bucket, machine_id=machine, data_directories=directories)
             await self._workers.once("claim", True, backup.store.put, key, Body(body))
@@ -5573,7 +5607,9 @@ class Daemon:
     async def _wait_for(self, tag: str, keyspaces: tuple[str, ...]) -> dict[str, Any]:
         """Tell whether a snapshot is listed: each manifest.json that is there now is in a complete listing."""
         state = await asyncio.wrap_future(self._pinner.ask(self._pinner.reconcile))
-        tables = [place for place in sorted(state.tables) if not keyspaces or place.split("/")[0] in keyspaces]
+        tables = sorted(state.tables)
+        if keyspaces:
+            tables = [place for place in tables if place.split("/")[0] in keyspaces]
         manifests, bare = await self._loop.run_in_executor(None, _read_tag, self._disks, tables, tag)
         until = time.monotonic() + 4.0
         while True:
@@ -5851,7 +5887,8 @@ def is_selected(unit: Unit, words: Sequence[str]) -> bool:
     """Tell whether one of ks, ks.table and ks.table-<id>, all of them globs, means this table; none means all."""
     name, _ = table_id_of(unit.table)
     for word in words:
-        for called in (unit.keyspace, f"{unit.keyspace}.{name}", f"{unit.keyspace}.{unit.table}"):
+        names = (unit.keyspace, f"{unit.keyspace}.{name}", f"{unit.keyspace}.{unit.table}")
+        for called in names:
             if fnmatchcase(called, word):
                 return True
     return not words
@@ -6006,7 +6043,8 @@ def node_info(store: Patient, name: str) -> NodeInfo:
     try:
         newest_document(store, f"{name}.listings/owner.")
         told = newest_document(store, f"{name}.listings/node.")
-        words = {word: str(told.get(word) or "") for word in ("cluster", "host_id", "dc", "rack")}
+        names = ("cluster", "host_id", "dc", "rack")
+        words = {word: str(told.get(word) or "") for word in names}
         addresses = tuple(map(str, told.get("addresses") or ()))
         tokens = tuple(map(str, told.get("tokens") or ()))
         return NodeInfo(name, heard, **words, addresses=addresses, tokens=tokens)
@@ -6178,7 +6216,7 @@ class SSTable:
         """Return what is the same in a snapshot and in backups/, and differs where a number was given again."""
         for entry in self.files:
             if entry.name.endswith("-Data.db"):  # it never changes
-                return (self.name, entry.fingerprint.size, entry.fingerprint.mtime_ns, entry.crc32)
+                return (self.name, entry.size, entry.fingerprint.mtime_ns, entry.crc32)
         return (self.name,)
 
     @property
@@ -6488,7 +6526,7 @@ class Placed(NamedTuple):
     @property
     def size(self) -> int:
         """Return the file's bytes."""
-        return self.entry.fingerprint.size
+        return self.entry.size
 
     @property
     def whole_path(self) -> str:
@@ -6538,7 +6576,7 @@ def _is_restored(name: str, entry: Known, folder: int) -> bool:
         return False
     try:
         info = os.fstat(fd)
-        if stat.S_ISREG(info.st_mode) and info.st_size == entry.fingerprint.size:
+        if stat.S_ISREG(info.st_mode) and info.st_size == entry.size:
             pieces = iter(lambda: os.read(fd, MIB), b"")
             if crc32_of(pieces) == entry.crc32:
                 return True
@@ -6550,7 +6588,7 @@ def _is_restored(name: str, entry: Known, folder: int) -> bool:
 def _fetch_range(store: Patient, entry: Known, fd: int, start: int) -> tuple[int, int]:
     """Fetch one range of an object into a file; return the range's CRC-32 and size."""
     at = start
-    end = min(start + _RANGE_BYTES, entry.fingerprint.size)
+    end = min(start + _RANGE_BYTES, entry.size)
     crc32 = 0
     for chunk in store.get(entry.key, start, end):
         crc32 = zlib.crc32(chunk, crc32)
@@ -6558,13 +6596,13 @@ def _fetch_range(store: Patient, entry: Known, fd: int, start: int) -> tuple[int
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         at += len(chunk)
     if at != end:
-        raise Corrupt(f"{entry.key} ended at byte {at} of {entry.fingerprint.size}", "run cassbackup verify")
+        raise Corrupt(f"{entry.key} ended at byte {at} of {entry.size}", "run cassbackup verify")
     return crc32, end - start
 
 
 def _fetch(store: Patient, entry: Known, fd: int, threads: int) -> None:
     """Fetch an object into an empty file; then owner, mode and time, and all of it durable. Raises Corrupt."""
-    starts = range(0, max(1, entry.fingerprint.size), _RANGE_BYTES)
+    starts = range(0, max(1, entry.size), _RANGE_BYTES)
     work = functools.partial(_fetch_range, store, entry, fd)
     whole = 0
     for crc32, size in spread(work, starts, threads):  # the first fault ends all: the rest of 300 GB need not come
@@ -6711,7 +6749,8 @@ def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
 
     base = choose_base(snapshots, before, read, reader.created)
     # What was listed before the base began had been written by then.
-    since = [[one] for one in infos if one.unit.kind == "incremental" and one.when >= base.start]
+    flushed = [one for one in infos if one.unit.kind == "incremental"]
+    since = [[one] for one in flushed if one.when >= base.start]
     batches = spread(reader.read, since, reader.threads)
     unit = infos[0].unit
     chosen = choose_at(unit.keyspace, unit.table, base, batches, before)
@@ -6768,7 +6807,8 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
         exclude += ("system", "system_*")  # Cassandra imports none of these
     folders = list(table_folders(reader.store, reader.node, options.table, exclude))
     if not folders:
-        names = [folder[:-1].replace("/", ".") for folder in table_folders(reader.store, reader.node)]
+        there = table_folders(reader.store, reader.node)
+        names = [folder[:-1].replace("/", ".") for folder in there]
         raise Missing(f"no table {' '.join(options.table)}", f"there are {some_of(names)}")
     if options.tag:
         return choose_tag(reader, folders, options.tag)
@@ -6880,7 +6920,8 @@ def place_sstables(one: Chosen, roots: Mapping[str, str], folder: str) -> Iterat
         names.add(name)
         own = len(os.path.basename(sstable.name))
         for entry in sstable.files:
-            yield Placed(entry, roots[sstable.home], f"{folder}/{name}{entry.name[own:]}")
+            component = entry.name[own:]
+            yield Placed(entry, roots[sstable.home], f"{folder}/{name}{component}")
 
 
 def place_staged(tables: Sequence[Chosen], into: str) -> Iterator[Placed]:
@@ -7162,7 +7203,9 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
     roots = {one.root for one in plan.files}
     if not options.data_dir:
         roots.update(data_directories())
-    tops = [os.path.join(root, one.keyspace, one.table) for root in sorted(roots) for one in plan.tables]
+    tops = []
+    for root in sorted(roots):
+        tops += [os.path.join(root, one.keyspace, one.table) for one in plan.tables]
     return receive_safely(bucket, tops, plan.files)
 
 
@@ -7261,7 +7304,7 @@ _GOOD: Final = Finding("good", "")
 
 
 def _compare(entry: Known, info: ObjectInfo | None) -> Finding:
-    size = entry.fingerprint.size
+    size = entry.size
     if not info:
         return Finding("absent", "is not there")
     if info.size != size:
@@ -7362,7 +7405,7 @@ class Verification:
                 self._note(info.key, Finding("unreadable", listing.what), [info], False)
                 continue
             for entry in listing.files:
-                content = (entry.key, entry.fingerprint.size, entry.crc32)
+                content = (entry.key, entry.size, entry.crc32)
                 _, users = named.setdefault(content, (entry, []))
                 users.append(info)
         entries = [entry for entry, _ in named.values()]
@@ -7372,7 +7415,7 @@ class Verification:
         findings = spread(check, entries, self._threads)
         for (entry, users), finding in zip(named.values(), findings, strict=True):
             self._objects += 1
-            self._size += entry.fingerprint.size
+            self._size += entry.size
             if finding != _GOOD or entry.key in self._marked:
                 # What neither the newest snapshot names nor a later listing, compaction has deleted.
                 self._note(entry.key, finding, users, any(info.listed >= newest for info in users))
@@ -7399,8 +7442,9 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
         lines.append(line)
     lines += [f"needs thaw: {key}" for key in node["needs_thaw"]]
     how = "read whole" if deep else "by size and checksum"
-    checked = f"{node['objects']} objects, {size_text(node['bytes'])}, {how}"
-    lines.append(f"{node['node']}: {checked}: {len(node['bad'])} bad")
+    size = size_text(node["bytes"])
+    bad = len(node["bad"])
+    lines.append(f"{node['node']}: {node['objects']} objects, {size}, {how}: {bad} bad")
     if node["marked"] and node["bad"]:
         lines.append(f"marked in {node['marked']}: the daemon stores again what is bad when it next finds it")
     return "\n".join(lines)
@@ -7408,7 +7452,8 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
 
 def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     """Compare the bucket with its listings. Exit 1: something is bad; 3: something must be thawed first."""
-    pages = [Verification(bucket, node.name, options).run() for node in choose_nodes(bucket, options)]
+    chosen = choose_nodes(bucket, options)
+    pages = [Verification(bucket, node.name, options).run() for node in chosen]
     nodes = [page for page in pages if page]
     if not nodes:
         raise Missing("no listing matches", "`cassbackup list` shows what there is")
@@ -7507,7 +7552,8 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
     for places in (good, ranked):
         for unit, why in _kept_by_options(places, options, now).items():
             kept.setdefault(unit, why)
-    window = [end_of(one.listing) for one in ranked if kept.get(one.unit) in _WINDOW]
+    in_window = [one for one in ranked if kept.get(one.unit) in _WINDOW]
+    window = [end_of(one.listing) for one in in_window]
     for one in found:
         emptied = emptied_at(one.unit)
         if one not in dated:
@@ -7711,7 +7757,7 @@ class Pruning:
         others = [info for info in infos if info.unit.kind != "snapshot"]
         read = functools.partial(read_listing, self._store, self.node)
         for info, listing in zip(others, spread(read, others, self._threads), strict=True):
-            objects = [(entry.key, entry.fingerprint.size) for entry in listing.files]
+            objects = [(entry.key, entry.size) for entry in listing.files]
             self._note(self._stays(info, listing, bases), [info], objects)
         self._tell(found, kept)
 
@@ -7728,7 +7774,8 @@ class Pruning:
         for snapshot, listings in zip(snapshots, spread(read, snapshots, self._threads), strict=True):
             named, telling = [], {}
             for entry in itertools.chain(*(listing.files for listing in listings)):
-                named.append(objects.setdefault(entry.key, (entry.key, entry.fingerprint.size)))
+                pair = (entry.key, entry.size)
+                named.append(objects.setdefault(entry.key, pair))
                 if entry.name.endswith((MANIFEST, "-Data.db")):
                     telling[entry.path] = entry
             newest = listings[-1]
@@ -7848,7 +7895,7 @@ class Pruning:
             if info.when >= self._began - _SKEW_S and info.key not in self._came:
                 self._came.add(info.key)
                 named = read_listing(self._store, self.node, info).files
-                self._keys.add(_NAMED, ((entry.key, entry.fingerprint.size) for entry in named))
+                self._keys.add(_NAMED, ((entry.key, entry.size) for entry in named))
 
     def _delete(self, keys: Sequence[str]) -> int:
         refused = self._store.delete(keys)
@@ -7977,7 +8024,8 @@ def _check_data(options: DoctorOptions) -> str:
     names = set[str]()
     count = 0
     for root in data_directories(options.paths):
-        tables = [path.rstrip("/") for path in glob.glob(f"{glob.escape(root)}/*/*-*/")]
+        found = glob.glob(f"{glob.escape(root)}/*/*-*/")
+        tables = [path.rstrip("/") for path in found]
         if not tables:
             where = f"{root}/data" if "data" in os.listdir(root) else "the directory above the keyspaces"
             raise Fault(f"{quote(root)} has no tables", f"name {where}")
@@ -8042,7 +8090,9 @@ def _check_settings(options: DoctorOptions) -> str:
 
 def _check_cloud(options: DoctorOptions) -> str:
     cloud, node = detect_cloud(options.environ), open_bucket(options).here
-    where = f"{cloud.scheme} {cloud.region} {cloud.instance}" if cloud else "neither AWS nor Google Cloud"
+    where = "neither AWS nor Google Cloud"
+    if cloud:
+        where = f"{cloud.scheme} {cloud.region} {cloud.instance}"
     return f"{where}; this node is {node}"
 
 
@@ -8128,7 +8178,8 @@ def doctor(options: DoctorOptions) -> Answer:
             detail = error.what if isinstance(error, Fault) else str(error)
             cure = getattr(error, "hint", "") or "correct that first"
         checks.append({"name": name, "result": result, "detail": detail, "cure": cure})
-    lines = columns([[one["name"], one["result"], one["detail"]] for one in checks]).splitlines()
+    rows = [[one["name"], one["result"], one["detail"]] for one in checks]
+    lines = columns(rows).splitlines()
     text = ""
     for line, one in zip(lines, checks, strict=True):
         text += line + "\n"
@@ -8248,7 +8299,9 @@ class History:
                 beats[seconds_of(told)] = info.key
         signs.update(beats)
         # That the daemon lived, a heartbeat's key tells. What waited then is read of some, the last one among them.
-        self._beats = sorted(sorted(beats)[:: -1 - len(beats) // _COLUMNS])
+        every = 1 + len(beats) // _COLUMNS
+        newest_first = sorted(beats, reverse=True)
+        self._beats = sorted(newest_first[::every])
         keys = [beats[moment] for moment in self._beats]
         self._waiting = list(spread(functools.partial(_read_waiting, bucket.store), keys, bucket.threads))
         self.first = min(signs, default=now)
@@ -8345,7 +8398,9 @@ def _draw_lane(lane: Lane, tag: str) -> str:
         if colour:
             rects += _RECT.format(colour, x, len(losses), loss_text(max(losses)))
         x += len(losses)
-    return _LANE.format(tag, html.escape(quote(lane.name)), rects, loss_text(lane.losses[-1]), tag)
+    name = html.escape(quote(lane.name))
+    now = loss_text(lane.losses[-1])
+    return _LANE.format(tag, name, rects, now, tag)
 
 
 def _draw_node(node: Lane, count: int) -> str:
@@ -8368,7 +8423,8 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
             histories[name] = history
     if not histories:
         raise Missing("no table matches", "`cassbackup list` shows what there is; put globs in quotes")
-    begin = max(begin, min(history.first for history in histories.values()) - 60.0)
+    first = min(history.first for history in histories.values())
+    begin = max(begin, first - 60.0)
     nodes = _worst_first(_node_lane(name, history, begin, now) for name, history in histories.items())
     tables: list[dict[str, Any]] = []
     late = 0
@@ -8376,10 +8432,13 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
         for table in node.tables:
             loss = table.losses[-1]
             late += loss > _GREEN_S
-            tables.append({"node": node.name, "table": table.name, "loss_s": loss if loss < math.inf else None})
+            loss_s = loss if loss < math.inf else None
+            tables.append({"node": node.name, "table": table.name, "loss_s": loss_s})
     worst = nodes[0]
-    title = f"If a node died now, the worst loss would be {loss_text(worst.losses[-1])} ({worst.name})"
-    about = f"{late} of {len(tables)} tables would lose more than 15 min, on {len(nodes)} nodes of {bucket.store.url}"
+    loss_now = loss_text(worst.losses[-1])
+    title = f"If a node died now, the worst loss would be {loss_now} ({worst.name})"
+    where = f"on {len(nodes)} nodes of {bucket.store.url}"
+    about = f"{late} of {len(tables)} tables would lose more than 15 min, {where}"
     page = _PAGE.format(
         title=html.escape(quote(title)),
         about=html.escape(quote(about)),
@@ -8405,8 +8464,9 @@ _OWN_TAG: Final = "cassbackup-"  # of a snapshot for which nobody chose a tag
 
 def tell(what: str, names: Sequence[str]) -> str:
     """Return what is wrong with so many things, of which one is named."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{what}: {names[0]}{more}"
+    if len(names) == 1:
+        return f"{what}: {names[0]}"
+    return f"{what}: {names[0]} and {len(names) - 1} more"
 
 
 # Status -----------------------------------------------------------------------------------------------
@@ -8451,7 +8511,8 @@ def why_behind(document: Mapping[str, Any], options: StatusOptions) -> list[str]
 
 def _status_text(document: Mapping[str, Any]) -> str:
     pending, sent, rate = document["pending"], document["sent"], document["rate"]
-    backlog = f"{pending['units']} units, {pending['files']} files, {size_text(pending['bytes'])}"
+    size = size_text(pending["bytes"])
+    backlog = f"{pending['units']} units, {pending['files']} files, {size}"
     if rate and pending["bytes"]:
         backlog += f", at least {pending['bytes'] / rate:.0f} s to go"
     started = moment_text(utc(document["started"]))
@@ -8521,7 +8582,8 @@ def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
 def listing_of(bucket: Bucket, manifest: str) -> str:
     """Return the key of a complete listing that has the manifest.json that is at this path now, "" if there is none."""
     fingerprint = Fingerprint.of(os.stat(manifest))
-    unit = unit_of("/", "/".join(manifest.split("/")[-5:-1]), "")
+    folders = manifest.split("/")[-5:-1]
+    unit = unit_of("/", "/".join(folders), "")
     keys = _listing_keys(bucket.store, unit_prefix(bucket.here, unit))
     for listing in _read_listings(bucket.store, bucket.here, keys):
         for entry in listing.files:
@@ -8574,7 +8636,8 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
     ring = nodetool("status")
     place = _place_in_ring(nodetool, ring)
     if newest_document(bucket.store, f"{prefix}/node.") != {"version": FORMAT, **place}:
-        bucket.store.put(f"{prefix}/node.{utc(time.time())}.json", Body(dump_document(**place)))
+        body = Body(dump_document(**place))
+        bucket.store.put(f"{prefix}/node.{utc(time.time())}.json", body)
     record = {
         "node": bucket.here,
         "tag": quote(tag),
@@ -8600,7 +8663,8 @@ def _is_listed_by_daemon(options: SnapshotOptions, tag: str) -> bool:
         waiting = reply["waiting"]
         if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
             raise Fault(tell(f"{len(waiting)} tables are not listed complete", waiting), reply["last_error"])
-        is_idle = status["quiet"] and not any(place in one for place in status["oldest"] for one in waiting)
+        at_work = [one for one in waiting if any(place in one for place in status["oldest"])]
+        is_idle = status["quiet"] and not at_work
         time.sleep(0.2)
 
 
@@ -8644,7 +8708,8 @@ def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> None:
 
 def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool) -> None:
     """Clear snapshots of ours that an earlier run could not clear, and that are listed by now."""
-    tags = {path.split("/")[-2] for path in manifests_of(options, f"{_OWN_TAG}*")}
+    manifests = manifests_of(options, f"{_OWN_TAG}*")
+    tags = {path.split("/")[-2] for path in manifests}
     for tag in sorted(tags):
         with contextlib.suppress(Fault):
             find_listings(bucket, manifests_of(options, tag))
@@ -8688,7 +8753,9 @@ class ListOptions(NodeChoice):
 
     def choose(self, info: ListingInfo) -> bool:
         """Tell whether a listing is meant."""
-        return is_selected(info.unit, self.table) and is_meant(Snapshot(info.unit, (info,)), self.tag)
+        if not is_selected(info.unit, self.table):
+            return False
+        return is_meant(Snapshot(info.unit, (info,)), self.tag)
 
 
 def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, Any]:
@@ -8700,7 +8767,9 @@ def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, 
         mark = marks.get(one.newest.key, "" if one.complete else "incomplete")
         if mark:
             wrong.setdefault(mark, []).append(one.unit.place)
-    states = [tell(f"{len(places)} of {len(group)} tables {mark}", places) for mark, places in wrong.items()]
+    states = []
+    for mark, places in wrong.items():
+        states.append(tell(f"{len(places)} of {len(group)} tables {mark}", places))
     return {
         "tag": unit.tag,
         "life": unit.life,
@@ -8747,12 +8816,14 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
 
 
 def _node_text(page: Mapping[str, Any]) -> str:
-    taken: list[Sequence[object]] = [(f"snapshots of {page['name']}", "taken", "tables", "files", "bytes", "")]
+    node = page["name"]
+    taken: list[Sequence[object]] = [(f"snapshots of {node}", "taken", "tables", "files", "bytes", "")]
     for one in page["snapshots"]:
         name = f"{one['tag']}@{one['life'][:15]}"
+        when = moment_text(one["life"])
         size = size_text(one["bytes"])
-        taken.append((name, moment_text(one["life"]), one["tables"], one["files"], size, one["state"]))
-    covered = [(f"incrementals of {page['name']}", "from", "to")]
+        taken.append((name, when, one["tables"], one["files"], size, one["state"]))
+    covered = [(f"incrementals of {node}", "from", "to")]
     for place, (first, newest) in page["incrementals"].items():
         covered.append((place, moment_text(first), moment_text(newest)))
     return f"{columns(taken)}\n\n{columns(covered)}"
@@ -8770,7 +8841,9 @@ def list_(bucket: Bucket, options: ListOptions) -> Answer:
         for one in page["snapshots"]:
             wrong.update(one["wrong"])
             newest = f"{one['tag']} {one['state']}"
-        rows.append((page["name"], page["cluster"], " ".join(page["addresses"]), moment_text(page["last"]), newest))
+        addresses = " ".join(page["addresses"])
+        last = moment_text(page["last"])
+        rows.append((page["name"], page["cluster"], addresses, last, newest))
     if not found and (options.tag or options.table):
         raise Missing("nothing matches", "`cassbackup list` alone shows what there is; put globs in quotes")
     parts = [columns(rows)]
@@ -8814,7 +8887,9 @@ def _scaled(text: str, units: Mapping[str, float]) -> float:
 
 def _read_time(text: str) -> float:
     if re.fullmatch(r"\d\d?:\d\d", text):
-        today = seconds_of(f"{utc(time.time())[:9]}{text.replace(':', '').zfill(4)}00.000000Z")
+        day = utc(time.time())[:9]
+        clock = text.replace(":", "").zfill(4)
+        today = seconds_of(f"{day}{clock}00.000000Z")
         return today if today <= time.time() else today - 86400
     moment = datetime.fromisoformat(text.upper().replace("Z", "+00:00"))
     seconds = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
@@ -8875,8 +8950,10 @@ class Option(NamedTuple):
     @property
     def variable(self) -> str:
         """Return the name of its twin, "" where it has none."""
-        name = {"bucket": "BUCKET_NAME", "region": "REGION"}.get(self.key, f"CASSBACKUP_{self.key.upper()}")
-        return name if self.twin else ""
+        if not self.twin:
+            return ""
+        usual = f"CASSBACKUP_{self.key.upper()}"
+        return {"bucket": "BUCKET_NAME", "region": "REGION"}.get(self.key, usual)
 
     def read(self, given: Any, place: str) -> Any:
         """Read what was given. Raises Usage."""
@@ -8888,7 +8965,9 @@ class Option(NamedTuple):
         try:
             return read_value(self.metavar, text)
         except (ValueError, re.error):
-            name = self.flags.split()[0] if place == "flag" else f"{self.variable} ({place})"
+            name = f"{self.variable} ({place})"
+            if place == "flag":
+                name = self.flags.split()[0]
             raise Usage(f"{name} {given!r} cannot be read", f"write {_EXAMPLES[self.metavar]}") from None
 
 
@@ -9072,7 +9151,8 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
         text += f" (default: {option.default})"
     if option.variable:
         text += f" [{option.variable}]"
-    more: dict[str, Any] = {"help": text.replace("%", "%%") if option.help else argparse.SUPPRESS}
+    shown = text.replace("%", "%%") if option.help else argparse.SUPPRESS
+    more: dict[str, Any] = {"help": shown}
     if not option.flags.startswith("-"):
         group.add_argument(option.key, nargs="*", metavar=option.metavar, **more)
         return
@@ -9086,7 +9166,8 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
 def build_parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of a command. What no flag gave is absent: it comes from elsewhere then."""
     command = COMMANDS[name]
-    words = [f"[{option.metavar} ...]" for option in command.options if not option.flags.startswith("-")]
+    alone = [option for option in command.options if not option.flags.startswith("-")]
+    words = [f"[{option.metavar} ...]" for option in alone]
     parser = argparse.ArgumentParser(
         usage=" ".join(["cassbackup", name, "[OPTION ...]", *words]),
         description=f"{command.summary}.",
@@ -9107,7 +9188,8 @@ def build_parser(name: str) -> argparse.ArgumentParser:
 
 def overview() -> str:
     """Return what `cassbackup --help` shows."""
-    commands = columns([(name, command.summary) for name, command in COMMANDS.items()], "  ")
+    rows = [(name, command.summary) for name, command in COMMANDS.items()]
+    commands = columns(rows, "  ")
     return f"""usage: cassbackup [COMMAND] [OPTION ...] [PATH ...]
 
 Back up Apache Cassandra: every file of snapshots/ and backups/, stored and listed. Without a command: watch.
@@ -9207,7 +9289,10 @@ def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
                 raise ValueError(line)
             # Quotes count where a value begins with one; else they are part of it, and a # always is.
             is_quoted = value.startswith(("'", '"'))
-            found[name] = "".join(shlex.split(value)) if is_quoted else re.sub(r"\\(.)", r"\1", value)
+            if is_quoted:
+                found[name] = "".join(shlex.split(value))
+            else:
+                found[name] = re.sub(r"\\(.)", r"\1", value)
         except ValueError:
             problems.append(Problem(f"systemd does not read {line.strip()!r} as NAME=value", near_option(line)))
     return found, [*problems, *misspelt(found)]
@@ -9245,9 +9330,12 @@ def judge_settings(name: str, problems: Iterable[Problem], environ: Mapping[str,
 def default_state_dir(environ: Mapping[str, str]) -> str:
     """Return where state is kept if nobody says where; one that a daemon keeps there can be asked by all."""
     system = "/var/lib/cassbackup"
-    own = os.path.join(environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "cassbackup")
-    asking = os.path.exists(f"{system}/lock") and not os.path.exists(own)
-    return system if os.geteuid() == 0 or os.access(system, os.W_OK) or asking else own
+    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    own = os.path.join(home, "cassbackup")
+    if os.geteuid() == 0 or os.access(system, os.W_OK):
+        return system
+    is_asking = os.path.exists(f"{system}/lock") and not os.path.exists(own)
+    return system if is_asking else own
 
 
 def use_key_files(bucket: str, environ: MutableMapping[str, str]) -> None:
@@ -9275,7 +9363,8 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
 
     Flags become variables too, for the process that `snapshot` may start.
     """
-    file, problems = load_settings(flags.get("config") or environ.get("CASSBACKUP_CONFIG", ""))
+    path = flags.get("config") or environ.get("CASSBACKUP_CONFIG", "")
+    file, problems = load_settings(path)
     values: dict[str, Any] = {"problems": judge_settings(name, problems, environ)}
     given: dict[str, tuple[Any, str]] = {}  # by variable: what, and where
     for variable, option in VARIABLES.items():
@@ -9286,7 +9375,8 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
             words = flags[option.key]
             given[variable] = words, "flag"
             environ[variable] = words if isinstance(words, str) else " ".join(words)
-    values["origins"] = tuple(f"{variable} ({place})" for variable, (_, place) in given.items())
+    origins = [f"{variable} ({place})" for variable, (_, place) in given.items()]
+    values["origins"] = tuple(origins)
     # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
     for option in COMMANDS[name].options:
         text, place = given.get(option.variable, (option.default, "default"))
@@ -9333,7 +9423,8 @@ def set_up_log(environ: Mapping[str, str]) -> None:
     """Log to stderr."""
     info = os.fstat(sys.stderr.fileno())
     handler = logging.StreamHandler()
-    handler.setFormatter(Line(environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"))
+    is_journal = environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"
+    handler.setFormatter(Line(is_journal))
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.INFO)
@@ -9382,7 +9473,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Fault as fault:
-        print(f"cassbackup: {fault.what}" + (f"\n  {fault.hint}" if fault.hint else ""), file=sys.stderr)
+        print(f"cassbackup: {fault.what}", file=sys.stderr)
+        if fault.hint:
+            print(f"  {fault.hint}", file=sys.stderr)
         return fault.code
     except BrokenPipeError:  # whoever read us has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
