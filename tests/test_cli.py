@@ -495,7 +495,6 @@ def harmless(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
     def watch(options: cassbackup.WatchOptions, environ: dict[str, str]) -> int:
         """Watch."""
-        options.filters()
         cassbackup.data_directories(options.paths)
         cassbackup.identify(options.bucket, options.prefix, options.name, options.store.region, environ, None)
         cassbackup.open_store(options.bucket, options.store, new=True)

@@ -241,7 +241,7 @@ def test_an_address_that_cannot_be_read_is_named(scene: Scene, node: Node, addre
 def promtool(*args: object) -> subprocess.CompletedProcess[str]:
     if not shutil.which("promtool"):
         pytest.skip("needs promtool (apt-get install prometheus)")
-    return subprocess.run(["promtool", *map(str, args)], check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["promtool", *map(str, args)], check=False, capture_output=True, text=True, timeout=240)
 
 
 def alerts() -> dict[str, str]:
