@@ -18,6 +18,9 @@ VERSITYGW := github.com/versity/versitygw/cmd/versitygw@v1.8.0
 FAKE_GCS := github.com/fsouza/fake-gcs-server@v1.56.1
 SERVERS ?= $(VERSITYGW) $(FAKE_GCS)
 SERVERS_IN ?= $(HOME)/.cache/cassbackup-servers
+# What make test-faults leaves for make scorecard, and for how long it soaks.
+SCORE := $(CURDIR)/tests/.build/score
+SOAK_MINUTES ?= 10
 # More arguments for pytest: make test ARGS="-k restore -x"
 ARGS ?=
 
@@ -28,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_USE_PEP517 := 1
 
-.PHONY: help venv demo test test-fast test-all test-pythons test-cassandra test-servers deb test-deb lint format bench clean
+.PHONY: help venv demo test test-fast test-all test-faults soak scorecard test-pythons test-cassandra test-servers deb test-deb lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +52,19 @@ test-fast: $(VENV)/.stamp ## the same without the slow ones: about 2 minutes
 test-all: $(VENV)/.stamp ## each storm and kill forty times, half of them on a busy machine: hours
 	@echo "== all tests, each storm and each kill twenty times alone and twenty times on a busy machine; some hours"
 	@$(RUN) $(VENV)/bin/python -m pytest -m "" $(ARGS)
+
+test-faults: $(VENV)/.stamp ## every fault at every place, the model, a soak, twenty mutants: about 45 minutes
+	@rm -f $(SCORE)
+	@echo "== each boundary, each fault, each row; SOAK_MINUTES=$(SOAK_MINUTES)"
+	@FAULTS=all SCORE=$(SCORE) SOAK_MINUTES=$(SOAK_MINUTES) $(RUN) $(VENV)/bin/python -m pytest -n 4 --dist load \
+	    --junitxml $(SCORE).xml $$(cd tests && ../$(VENV)/bin/python -m faults.scorecard tests) $(ARGS)
+
+soak: $(VENV)/.stamp ## churn under random faults for SOAK_MINUTES; nothing may be lost, nothing may grow
+	@SOAK_MINUTES=$(SOAK_MINUTES) $(RUN) $(VENV)/bin/python -m pytest tests/faults/test_soak.py -k a_soak $(ARGS)
+
+scorecard: ## make test-faults, then what came of it: rows, kill points, losses, lag
+	@$(MAKE) --no-print-directory test-faults || true
+	@cd tests && ../$(VENV)/bin/python -m faults.scorecard show $(SCORE).xml $(SCORE)
 
 test-pythons: $(VENV)/.stamp ## run the fast tests on every other Python found here
 	@bash -euo pipefail -c "$$TEST_PYTHONS"

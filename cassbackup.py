@@ -954,8 +954,7 @@ class FileStore(Store):
         with self._faults():
             if self._new:
                 os.makedirs(self._unfinished, exist_ok=True)
-            elif not os.path.isdir(self._unfinished):
-                raise Unreachable(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
+            self._check_there()
         synced = set[str]()
         results: list[Any] = [None] * len(items)
         files = [self._store(key, source, synced) for key, source in items]
@@ -965,10 +964,16 @@ class FileStore(Store):
                     results[number] = results[number] or next(file)
                 except (Fault, OSError) as error:
                     results[number] = error
+                    if isinstance(error, Missing):  # not the directory of a key, but the whole disk has gone
+                        self._check_there()
         for file in files:
             next(file, None)  # removes its temporary name
         self._new = False
         return results
+
+    def _check_there(self) -> None:
+        if not os.path.isdir(self._unfinished):
+            raise Unreachable(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
 
     def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
         """Store one file, stopping three times to wait for the others of its group. The fourth time it is stored."""
@@ -1018,6 +1023,7 @@ class FileStore(Store):
             try:
                 os.link(temporary, path)  # refuses to overwrite, as rename would not
             except FileNotFoundError:
+                self._check_there()  # what is made at an empty mount point would pass for the disk
                 os.makedirs(folder, exist_ok=True)
                 os.link(temporary, path)
                 while folder != self._root:

@@ -9,6 +9,7 @@ holds (`objects()`). `FileBucket` is the same over a directory. `FakeMetadata` i
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
@@ -51,6 +52,17 @@ def free_port() -> int:
 # Buckets: what a test sees of a store
 
 
+def touching(method: Callable[..., None]) -> Callable[..., None]:
+    """Return a method of a bucket that notes that the bucket is not as the program left it."""
+
+    @functools.wraps(method)
+    def touch(self: Bucket, *args: Any) -> None:
+        self.is_touched = True
+        method(self, *args)
+
+    return touch
+
+
 class Bucket(ABC):
     """One bucket of a store, read and damaged behind cassbackup's back.
 
@@ -62,7 +74,13 @@ class Bucket(ABC):
     def __init__(self, url: str, bucket: str) -> None:
         self.url = url
         self.bucket = bucket
+        self.is_touched = False  # a test has put or deleted something itself, so the oracle does not judge it
         self._bodies: dict[tuple[str, str], bytes] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in {"put", "delete"} & vars(cls).keys():
+            setattr(cls, name, touching(vars(cls)[name]))
 
     @property
     def target(self) -> str:
@@ -178,22 +196,28 @@ class FileBucket(Bucket):
 
     def __init__(self, root: Path) -> None:
         super().__init__("", str(root))
-        self.root = root
+        self._root = root
         root.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def root(self) -> Path:
+        """Return the directory: whoever asks may do anything to it."""
+        self.is_touched = True
+        return self._root
 
     def through(self, url: str) -> dict[str, str]:
         return {}
 
     def tags(self) -> dict[str, str]:
         found = {}
-        for folder, folders, names in os.walk(self.root):
-            if folder == str(self.root):
+        for folder, folders, names in os.walk(self._root):
+            if folder == str(self._root):
                 folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = os.path.join(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # a temporary name, renamed meanwhile
                     stat = os.stat(path)
-                    found[os.path.relpath(path, self.root)] = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
+                    found[os.path.relpath(path, self._root)] = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}"
         return found
 
     def objects(self) -> dict[str, bytes]:
@@ -204,17 +228,17 @@ class FileBucket(Bucket):
         return found
 
     def get(self, key: str) -> bytes:
-        return (self.root / key).read_bytes()
+        return (self._root / key).read_bytes()
 
     def put(self, key: str, body: bytes) -> None:
-        path = self.root / key
+        path = self._root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         path.write_bytes(body)
 
     def delete(self, *keys: str) -> None:
         for key in keys:
-            (self.root / key).unlink()
+            (self._root / key).unlink()
 
 
 def s3_client(url: str) -> Any:

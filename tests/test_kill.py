@@ -1,5 +1,7 @@
 """SIGKILL at any moment, then a start: everything is listed in the end, nothing is sent twice, no pin is left.
 
+At every boundary, one by one, processes are killed in faults/test_matrix.py.
+
 Each kill runs once in `make test`, and twenty times alone and twenty beside two busy processes in `make test-all`.
 """
 
@@ -9,14 +11,13 @@ import itertools
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import oracle
 import pytest
 from conftest import Daemon, Run
-from faultproxy import FaultProxy, assert_written_once, kill, writes
+from faultproxy import FaultProxy, assert_written_once, kill
 from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from storm import Storm
@@ -112,44 +113,6 @@ def test_a_kill_while_pins_are_let_go_loses_nothing_and_lists_nothing_worse(
     assert {found.state for found in scene.listings("snapshot")} == {"complete"}
     assert len(scene.listings("snapshot")) == 60
     assert_no_pin_is_left(tmp_path / ".cassbackup")
-
-
-@pytest.mark.parametrize(
-    "stage", ["stored", *(pytest.param(stage, marks=pytest.mark.by_hand) for stage in ("before", "sent", "replied"))]
-)
-@pytest.mark.parametrize("what", [r"^/[^/]+/node1/.*-Index\.db", r"\.listings/ks1"], ids=["file", "listing"])
-def test_a_kill_at_a_boundary_of_the_store_loses_nothing_and_sends_nothing_twice(
-    scene: Scene, node: Node, moto: Bucket, proxy: Callable[[Bucket], FaultProxy], what: str, stage: str
-) -> None:
-    between = proxy(moto)
-    scene.bucket, scene.environ = moto, moto.through(between.url)
-    users = node.table("ks1", "users")
-    users.flush()
-    scene.start(*node.data_dirs)
-    scene.settled()
-    between.down()
-    users.flush()
-    node.snapshot("daily")
-    scene.until_found(8 + 8 + 18)  # it is cleared below: what is not held by then is nobody's
-    rule = between.on("PUT", what, kill(lambda: scene.daemon.pid, at=stage))  # type: ignore[arg-type]
-    between.up()
-    assert rule.acted.wait(120)
-    scene.daemon.process.wait()
-    assert oracle.problems(moto.objects(), "node1") == []
-    node.clear("daily")
-    scene.restart()
-    scene.settled()
-    scene.assert_all_is_listed(node.history)
-    assert_written_once(between.trace)
-    assert_no_pin_is_left(area_of(node))
-    stored = Counter(
-        (write.size, write.crc32)
-        for write in writes(between.trace)
-        if write.key.startswith("node1/") and "TOC.txt" not in write.key
-    )
-    assert [found for found, count in stored.items() if count > 2] == []
-    assert not [key for key in scene.file_keys() if "@" in key]
-    assert {found.state for found in scene.listings("snapshot")} == {"complete"}
 
 
 def test_a_killed_upload_in_parts_goes_on_where_it_was(

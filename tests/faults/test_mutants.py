@@ -1,0 +1,163 @@
+"""Test the tests: twenty defects are put into a copy of the program, one at a time; each must turn a row red.
+
+A mutant is a search and a replacement, on the smallest text that says what goes wrong, and the tests that must see it.
+Where the text is not there any more, the program was changed: find its new place, or what stands for it now.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import REPOSITORY
+
+from faults.kit import ALL, score
+
+pytestmark = [
+    pytest.mark.skipif(not ALL, reason="twenty runs of pytest: only in make test-faults"),
+    pytest.mark.timeout(600),
+]
+
+
+class Mutant(NamedTuple):
+    """A defect: what is replaced, by what, and the file and words (pytest -k) of tests that must fail then."""
+
+    before: str
+    after: str
+    file: str
+    words: str
+
+
+MUTANTS = {
+    # The ten of the report.
+    "drop fsync": Mutant(
+        "                os.fsync(file.fileno())\n                yield None\n            folders",
+        "                yield None\n            folders",
+        "test_stores.py",
+        "group_is_durable",
+    ),
+    "list before upload": Mutant(
+        "    stored, gone = confirm(store, draft.files, view.doomed, asked)\n",
+        "    stored, gone = [as_stored(one) for one in draft.files], list[Known]()\n",
+        "test_publish.py",
+        "deleted_behind_the_back or keys_pending",
+    ),
+    "trust the ledger": Mutant(
+        "            if found and found.fresh and found.key == entry.key:\n",
+        "            if found and found.key == entry.key:\n",
+        "test_publish.py",
+        "deleted_behind_the_back or bucket_that_was_emptied",
+    ),
+    "ignore the overflow": Mutant(
+        "                yield from list(self._places.values())\n", "", "test_pinner.py", "overflow"
+    ),
+    "let go before the listing": Mutant(
+        "            if self._adds(draft, before.listing):\n",
+        "            await self._let_go(unit, storing)\n            if self._adds(draft, before.listing):\n",
+        "faults/test_rows.py",
+        "not_listed_yet",
+    ),
+    "bare prefix": Mutant(
+        '        for infos in in_batches(self._list("/"), _FILE_KEYS):\n            heard',
+        '        for infos in in_batches(self._list(""), _FILE_KEYS):\n            heard',
+        "test_prune.py",
+        "no_other_is_touched",
+    ),
+    "no grace": Mutant("_DAY_S: Final = 24 * 3600.0", "_DAY_S: Final = 0.0", "test_prune.py", "marked_by_one_run"),
+    "follow symbolic links": Mutant(
+        "_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW",
+        "_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY",
+        "test_pinner.py",
+        "becomes_a_symlink",
+    ),
+    "swallow 403": Mutant('("^40[13]", Denied,', '("^40[13]", Missing,', "test_stores.py", "refusal_is_named"),
+    "no HEAD": Mutant(
+        "        if is_large or not self._refuses:\n            self._check_free(key)\n",
+        "",
+        "test_stores.py",
+        "p3_a_taken_key",
+    ),
+    # Ten of version 1's own edges.
+    "a pin let go by its name alone": Mutant(
+        "        if Fingerprint.of(info) != fingerprint:\n            return  # it changed",
+        "        if False:\n            return  # it changed",
+        "test_pinner.py",
+        "changed_or_came_meanwhile",
+    ),
+    "the life rule without the inode": Mutant(
+        "        if entries.replaced:\n            return False\n",
+        "",
+        "test_pinner.py",
+        "begins_another_life or another_life",
+    ),
+    "Known taken for Stored": Mutant(
+        "if entry.key in certain or _is_there(", "if True or _is_there(", "test_judge.py", "p1_what_is_absent"
+    ),
+    "a retry that holds its thread": Mutant(
+        "            await asyncio.sleep(wait)\n        else:\n            note(None)",
+        "            time.sleep(wait)\n        else:\n            note(None)",
+        "test_stores.py",
+        "retry_asks_again",
+    ),
+    "a page shortened": Mutant(
+        '            if not page.get("IsTruncated"):\n                return\n',
+        "            return\n",
+        "test_stores.py",
+        "list_has_as_many_pages and moto",
+    ),
+    "released before the reply to the listing": Mutant(
+        "                self._note_complete(await self._publish(draft, pins, storing))\n",
+        "                asyncio.ensure_future(self._publish(draft, pins, storing))\n",
+        "faults/test_rows.py",
+        "not_listed_yet",
+    ),
+    "two loops": Mutant(
+        "            self._loop.call_soon_threadsafe(self._news.put_nowait, message)",
+        "            asyncio.run_coroutine_threadsafe(self._news.put(message), asyncio.new_event_loop())",
+        "test_daemon.py",
+        "sigterm_ends_the_daemon_in_good_order",
+    ),
+    "no reader before the put": Mutant(
+        "    check_listing(draft.node, listing_key(listing), body)", "    ()", "test_judge.py", "could_not_read_again"
+    ),
+    "a heartbeat before the scan": Mutant(
+        "            await asyncio.sleep(0.2)\n        await self._backup.view(0.0)",
+        "            break\n        await self._backup.view(0.0)",
+        "faults/test_rows.py",
+        "no_heartbeat",
+    ),
+    "a signature cached over midnight": Mutant(
+        "key = _signing_key(who.secret_key, day, region)",
+        'key = _signing_key(who.secret_key, "20260101", region)',
+        "test_stores.py",
+        "signing_key or signature",
+    ),
+}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Return a copy of the repository."""
+    target = tmp_path / "copy"
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist")
+    shutil.copytree(REPOSITORY, target, ignore=ignored)
+    return target
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_turns_a_row_red(copy: Path, name: str) -> None:
+    mutant, program = MUTANTS[name], copy / "cassbackup.py"
+    text = program.read_text()
+    assert text.count(mutant.before) == 1, "the program has changed: find where this is now"
+    program.write_text(text.replace(mutant.before, mutant.after))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "150"]
+    command += ["-m", "", "-k", mutant.words, f"tests/{mutant.file}"]
+    environ = {**os.environ, "PYTHONPATH": str(copy), "FAULTS": "", "SCORE": ""}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=copy, env=environ)
+    assert done.returncode == 1, done.stdout[-3000:]
+    score(mutants=1)
