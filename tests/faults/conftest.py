@@ -22,3 +22,11 @@ def shimmed(script: Path) -> Iterator[Program]:
     """Return the shipped program below the shim that counts boundaries."""
     with Program(script, preload=shim()) as running:
         yield running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave all of it out of `make test-fast`."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("slow")

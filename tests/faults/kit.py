@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 import oracle
 import pytest
 from conftest import REPOSITORY, clean_environ
-from scene import pins
+from scene import IMPATIENT, pins
 from servers import Bucket, FileBucket
 from tree import Copy, Node
 
@@ -201,11 +201,11 @@ class World:
 
     def args(self, *more: object) -> list[object]:
         """Return the options of every command here."""
-        return ["--bucket", self.bucket.target, "--state-dir", self.state, "--max-bandwidth", "0", *more]
+        return ["--bucket", self.bucket.target, "--state-dir", self.state, *more]
 
     def watch(self, *more: object, env: Mapping[str, str] | None = None, name: str = "node1") -> Process:
         """Start a daemon, or a run with --once."""
-        args = ["watch", *self.node.data_dirs, *self.args("--name", name, "--incomplete-after", "1s", *more)]
+        args = ["watch", *self.node.data_dirs, *self.args("--name", name, *IMPATIENT, *more)]
         return self.program.start(args, {**self.environ, **(env or {})}, self.at)
 
     def once(self, *more: object, env: Mapping[str, str] | None = None) -> int:

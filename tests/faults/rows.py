@@ -85,7 +85,7 @@ TABLE = """
 33 object deleted behind our back
     publish::an_object_deleted verify::every_damage
 34 clock wrong
-    rows::a_clock ledger::p1_a_clock prune::snapshots_dated daemon::heartbeats_of_a_time
+    rows::a_clock ledger::p1_a_clock prune::snapshots_dated
 35 multipart cut short
     kill::a_killed_upload_in_parts stores::another_process_goes_on stores::uploads_are_abandoned product[500]
     = goes on where it was; unfinished uploads end after 7 days

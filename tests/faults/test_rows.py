@@ -311,8 +311,9 @@ def test_what_may_not_be_read_is_red_and_stored_once_it_may_row41(
     tmp_path: Path, home: Path, run_cassbackup: Run
 ) -> None:
     become = nobody()
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and folder not in (Path("/"), Path("/tmp")):
+            folder.chmod(folder.stat().st_mode | 0o711)
     node = Node(tmp_path / "node")
     users = node.table("ks1", "users")
     users.flush()
