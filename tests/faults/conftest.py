@@ -24,6 +24,7 @@ def shimmed(script: Path) -> Iterator[Program]:
         yield running
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave all of it out of `make test-fast`."""
     here = Path(__file__).parent
