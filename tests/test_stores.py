@@ -686,16 +686,18 @@ def test_a_connection_that_breaks_is_tried_once_more_and_no_more(weak: Store, fa
     assert count(faulty.trace, "PUT") == 3
 
 
-def serve(answer: bytes, read_first: int = 65536) -> str:
-    """Answer each connection to a port with some bytes, whatever it asks; return the URL."""
+def serve(*answer: bytes) -> str:
+    """Answer each connection to a port with some bytes, piece by piece, whatever it asks; return the URL."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def run() -> None:
         with contextlib.suppress(OSError):
             while True:
                 peer, _ = listener.accept()
-                peer.recv(read_first)
-                peer.sendall(answer)
+                peer.recv(65536)
+                for number, piece in enumerate(answer):
+                    time.sleep(0.05 if number else 0)
+                    peer.sendall(piece)
                 peer.close()
 
     threading.Thread(target=run, daemon=True).start()
@@ -717,6 +719,53 @@ def test_an_interim_and_a_chunked_reply_are_read(moto: Bucket, opened: Opener, h
         moto, serve(head + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nT: x\r\n\r\n")
     )
     assert read(store, KEY) == b"abcde"
+
+
+REPLIES = {
+    "plain": [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabcde"],
+    "in two": [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab", b"cde"],
+    "cut in its head": [b"HTTP/1.1 200 OK\r\nContent-Le", b"ngth: 5\r\n\r\nabcde"],
+    "no space, any case": [b"HTTP/1.1 200 OK\r\ncoNTent-length:5\r\n\r\nabcde"],
+    "two lengths": [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 3\r\n\r\nabcde"],
+    "more than told": [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabcdefgh"],
+    "folded": [b"HTTP/1.1 200 OK\r\nX: y\r\n Content-Length: 3\r\nContent-Length: 5\r\n\r\nabcde"],
+    "bare line ends": [b"HTTP/1.1 200 OK\nContent-Length: 5\n\nabcde"],
+    "no length": [b"HTTP/1.1 200 OK\r\nX: y\r\n\r\nabcde"],
+    "no headers": [b"HTTP/1.1 200 OK\r\n\r\nabcde"],
+    "1.0": [b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nabcde"],
+    "closing": [b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 5\r\n\r\nabcde"],
+    "chunked all the same": [b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+                             b"5\r\nabcde\r\n0\r\n\r\n"],
+    "long": [b"HTTP/1.1 200 OK\r\n" + b"X: %b\r\n" % bytes(60000).replace(b"\0", b"x") * 3
+             + b"Content-Length: 5\r\n\r\nabcde"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", REPLIES)
+def test_a_reply_of_any_shape_is_read_and_the_next_one_too(moto: Bucket, opened: Opener, shape: str) -> None:
+    store = opened(moto, serve(*REPLIES[shape]))
+    for _ in range(2):
+        assert read(store, KEY) == b"abcde"
+
+
+def test_a_reply_that_ends_early_is_unreachable(moto: Bucket, opened: Opener) -> None:
+    head = b"HTTP/1.1 %b\r\nETag: x\r\nContent-Length: 7\r\n\r\nabc"
+    with pytest.raises(Unreachable, match="broke off 4 bytes early"):
+        read(opened(moto, serve(head % b"200 OK")), KEY)
+    with pytest.raises(Unreachable, match="IncompleteRead"):
+        opened(moto, serve(head % b"200 OK"))._put_body(KEY, BODY)  # type: ignore[attr-defined]
+
+
+def test_a_small_body_is_sent_with_its_head_and_a_large_one_is_not_copied(moto: Bucket, opened: Opener) -> None:
+    wire = opened(moto)._wire  # type: ignore[attr-defined]
+    (small,) = wire._request("PUT", "/x", {"a": "b"}, [BODY])
+    assert small.endswith(b"\r\na: b\r\ncontent-length: %d\r\n\r\n" % len(BODY) + BODY)
+    large = noise(1 << 20)
+    assert wire._request("PUT", "/x", {}, [large])[1] is large
+    assert b"content-length" not in wire._request("GET", "/x", {}, ())[0]
+    for name, value in (("a", "b\n"), ("a", "b\r"), ("a\r\nb", "c")):
+        with pytest.raises(ValueError, match="Invalid header value"):
+            wire._request("GET", "/x", {name: value}, ())
 
 
 def test_what_is_read_halfway_disturbs_nobody(weak: Store, moto: Bucket) -> None:
