@@ -212,6 +212,10 @@ class Throttled(Unreachable):
     """The store asks for fewer requests."""
 
 
+class Unmounted(Unreachable):
+    """The directory of a file:// store is not there. A daemon waits for its disk; a command says so at once."""
+
+
 # ======================================================================================================
 # Types
 # ======================================================================================================
@@ -846,6 +850,8 @@ async def retry(attempt: Callable[[], Awaitable[T]], patience_s: float, note: Ca
         except (Unreachable, Denied) as fault:
             note(fault)
             wait = None if isinstance(fault, Denied) else next(waits, None)
+            if isinstance(fault, Unmounted) and patience_s < math.inf:  # a command says so at once
+                wait = None
             if wait is None:
                 raise
             await asyncio.sleep(wait)
@@ -855,9 +861,9 @@ async def retry(attempt: Callable[[], Awaitable[T]], patience_s: float, note: Ca
 
 
 def _pause(waits: Iterator[float], fault: Unreachable) -> None:
-    """Sleep, or raise the fault where patience has ended."""
+    """Sleep, or raise the fault where patience has ended, or where a person must mount a disk or correct a path."""
     wait = next(waits, None)
-    if wait is None:
+    if wait is None or isinstance(fault, Unmounted):
         raise fault
     if wait > 2:  # many threads hear of the same outage, and a short one is nobody's business
         log.warning("store does not answer, trying again error=%s", quote(str(fault)))
@@ -952,7 +958,7 @@ class FileStore(Store):
             if self._new:
                 os.makedirs(self._unfinished, exist_ok=True)
             elif not os.path.isdir(self._unfinished):
-                raise Unreachable(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
+                raise Unmounted(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
         synced = set[str]()
         results: list[Any] = [None] * len(items)
         files = [self._store(key, source, synced) for key, source in items]
@@ -1125,7 +1131,7 @@ class FileStore(Store):
             what = f"the directory {self._root} is empty"
         else:
             return
-        raise Unreachable(what, "its disk is not mounted, or --bucket names a place where no node has stored yet")
+        raise Unmounted(what, "its disk is not mounted, or --bucket names a place where no node has stored yet")
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -1200,6 +1206,8 @@ def unanswered(url: str, error: BaseException, cure: str = "") -> Fault:
     `cure` is what to do where it was never sent, for want of credentials.
     """
     text = str(error).strip() or repr(error)
+    if text.startswith("(") and isinstance(error.args[0], str):
+        text = error.args[0]  # google-auth tells what happened, and then the server's answer, which says it again
     cause = str(error.__context__ or "")
     if cause not in text:
         text += f" {cause}"

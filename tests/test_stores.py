@@ -76,6 +76,7 @@ from cassbackup import (
     read_object,
     retry,
     sign,
+    unanswered,
 )
 
 KEY = "node1/var/lib/cassandra/data/ks/t-1/backups/nb-1-big-Data.db"
@@ -472,6 +473,26 @@ def test_a_directory_that_does_not_exist_is_named_with_both_reasons(tmp_path: Pa
             ask()
 
 
+def test_a_command_does_not_wait_for_a_disk_and_a_daemon_does(tmp_path: Path, naps: list[float]) -> None:
+    store = open_store(f"file://{tmp_path}/nowhere", StoreOptions(), new=False)
+    for ask in (lambda: [*Patient(store, 60.0).list("")], lambda: Patient(store, 60.0).prefixes("")):
+        with pytest.raises(Unreachable, match="does not exist"):
+            ask()
+    assert naps == []
+    tries: list[Fault | None] = []
+
+    async def attempt() -> list[str]:
+        if len(tries) == 1:
+            Path(tmp_path / "nowhere").mkdir()
+            Path(tmp_path / "nowhere" / "x").write_bytes(b"")
+        return keys(store)
+
+    assert asyncio.run(retry(attempt, math.inf, tries.append)) == ["x"]
+    shutil.rmtree(tmp_path / "nowhere")
+    with pytest.raises(Unreachable, match="does not exist"):
+        asyncio.run(retry(attempt, 60.0, lambda _: None))  # of --once
+
+
 def test_a_file_system_without_hard_links_is_named(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
         monkeypatch.setattr(os, "link", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "no")))
@@ -553,6 +574,13 @@ def test_without_credentials_the_cure_is_named_and_they_may_come_later(
     )
     put(store, KEY)
     assert keys(store) == [KEY]
+
+
+def test_what_googles_library_says_twice_is_said_once() -> None:
+    """It raises what happened together with the server's answer."""
+    error = RuntimeError("token server: 'gone'", {"error": "token server: 'gone'"})
+    for cure in ("", "set it"):
+        assert str(unanswered("gs://b", error, cure)).count("token server") == 1
 
 
 def test_a_key_that_ends_with_a_line_end_is_named_and_not_shown(moto: Bucket, opened: Opener) -> None:
