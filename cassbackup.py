@@ -1311,6 +1311,15 @@ class Wire:
             raise
 
 
+def wire_to(origin: str, bundle: str) -> Wire:
+    """Return the way to a server. Raises Usage where the environment names a proxy that is none."""
+    try:
+        return Wire(origin, bundle)
+    except ValueError as error:
+        hint = "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: http://host:port"
+        raise Usage(f"the proxy that the environment names cannot be used ({error})", hint) from error
+
+
 def _tag(text: str, name: str) -> str:
     """Return what an element of XML holds, "" where there is none."""
     found = re.search(f"<{name}>([^<]*)</{name}>", text)
@@ -1329,6 +1338,7 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^412|^403 .*storage.objects.delete", Conflict, ""),
     ("NoSuchKey|NoSuchUpload|No such object", Missing, ""),
     ("^429|^503|SlowDown|Throttl|TooManyRequests|RequestLimitExceeded", Throttled, ""),
+    ("KMS|kms:", Denied, "check --kms-key, the state of this key and the right to use it"),
     ("RequestTimeTooSkewed", Denied, "set the clock of this machine"),
     ("InvalidObjectState", Denied, "it is archived: thaw it first (restore-object)"),
     ("^507|Quota|StorageFull", Unreachable, "the store is full"),
@@ -1337,7 +1347,7 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^200", Unreachable, "is there a proxy or a portal between?"),
     ("^(408|409|5(?!01))", Unreachable, ""),
     ("^404", Denied, "is this the right kind of server? Check --endpoint-url and the keys"),
-    ("^40[13]", Denied, "check the keys and the policy, or the service account and its roles (README)"),
+    ("^40[13]|ExpiredToken|InvalidToken|TokenRefresh", Denied, "check the keys and the policy, or the service account and its roles (README)"),
     ("(?i)^(501|405)|if-none-match|checksum|content-md5", _Unknown, "check {}"),
 )
 
@@ -1568,12 +1578,14 @@ class S3Store(_Remote):
             shown: str = plain.generate_presigned_url("get_object", {"Bucket": self._bucket, "Key": "KEY"})
         except (BotoCoreError, ValueError) as error:
             hint = "correct the bucket's name, --endpoint-url, AWS_PROFILE or ~/.aws/config"
+            if "Invalid endpoint" in str(error):
+                hint = "write http:// or https:// before AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL"
             raise Usage(f"{self.url}: {error}", hint) from error
         found = urllib.parse.urlsplit(shown)
         self._host, self._base = found.netloc, found.path.removesuffix("KEY")
         self._is_secure = found.scheme == "https"
         self._region = str(plain.meta.region_name).replace("aws-global", "us-east-1")
-        self._wire = Wire(f"{found.scheme}://{found.netloc}", bundle or "")
+        self._wire = wire_to(f"{found.scheme}://{found.netloc}", bundle or "")
         self._client = None
 
     def _sdk(self) -> Any:
@@ -1593,7 +1605,13 @@ class S3Store(_Remote):
         found = self._session.get_credentials()
         if not found:
             raise NoCredentialsError
-        return found.get_frozen_credentials()
+        keys = found.get_frozen_credentials()
+        # Secrets are often files that an editor has ended with a line end. With it S3 says only: wrong signature.
+        for name, key in (("AWS_ACCESS_KEY_ID", keys.access_key), ("AWS_SECRET_ACCESS_KEY", keys.secret_key)):
+            if not key or key != key.strip():
+                problem = "ends with a line end or a blank" if key else "is absent"
+                raise Denied(f"{self.url}: the credentials cannot be used: {name} {problem}", "correct it")
+        return keys
 
     def _amend(self, model: Any, params: dict[str, Any], **_: Any) -> None:
         """Add to a request what older versions of boto3 have no name for."""
@@ -1821,9 +1839,10 @@ class S3Store(_Remote):
             yield page
             if not page.get("IsTruncated"):
                 return
-            if not page.get("NextContinuationToken"):
+            token = page.get("NextContinuationToken")
+            if not token or token == more.get("ContinuationToken"):
                 raise Denied(f"{self.url} cuts its lists short", "it does not know ListObjectsV2: use another server")
-            more["ContinuationToken"] = page["NextContinuationToken"]
+            more["ContinuationToken"] = token
 
     def prefixes(self, prefix: str) -> Sequence[str]:
         pages = self._pages(prefix, Delimiter="/")
@@ -1837,12 +1856,26 @@ class S3Store(_Remote):
             objects = [{"Key": self._prefix + key} for key in some]
             try:
                 reply = self._call("delete_objects", "", Delete={"Objects": objects, "Quiet": True})
+            except _Unknown:
+                log.warning("store deletes no batches, so keys are deleted one by one store=%s", self.url)
+                why.update(self._delete_each(some))
+                continue
             except Denied as fault:  # without the right to delete all stay
                 why.update(dict.fromkeys(some, fault.what))
                 continue
             for error in reply.get("Errors", ()):
                 key = error["Key"].removeprefix(self._prefix)
                 why[key] = f"{error['Code']}: {error.get('Message', '')}"
+        return why
+
+    def _delete_each(self, keys: Sequence[str]) -> dict[str, str]:
+        why = {}
+        for key in keys:
+            try:
+                with contextlib.suppress(Missing):
+                    self._call("delete_object", key)
+            except Denied as fault:
+                why[key] = fault.what
         return why
 
     def abandon_uploads(self, before: float) -> int:
@@ -1876,6 +1909,9 @@ class S3Store(_Remote):
             raise self._fault(key, status, str(told.get("Code", "")), message, is_object) from error
         except (aws.HTTPClientError, aws.ConnectionError) as error:
             raise unanswered(self.url, error) from error
+        except ValueError as error:  # botocore reads sizes and times in it
+            what = f"{self.url}: an answer cannot be read ({error})"
+            raise Unreachable(what, "is this the right kind of server? Is there a proxy or a portal between?") from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
             cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
             raise unanswered(self.url, error, cure) from error
@@ -1909,7 +1945,7 @@ class GCSStore(_Remote):
         session.hooks["response"].append(self._note)
         self._credentials, self._request = self._client._credentials, Request(session)
         self._origin = self._client.api_endpoint.rstrip("/")
-        self._wire = Wire(self._origin, bundle)
+        self._wire = wire_to(self._origin, bundle)
         self._limits = {"timeout": (CONNECT_S, ANSWER_S), "retry": None}
 
     def _target(self, key: str) -> str:
@@ -2749,6 +2785,11 @@ def _prove_link(root: str, path: str) -> None:
         raise problem
 
 
+def has_tables(root: str) -> bool:
+    """Tell whether a directory has keyspaces with tables below it."""
+    return any(glob.iglob(f"{glob.escape(root)}/*/*-*/"))
+
+
 class PinDirectory:
     """The pins of one data directory: hard links, in a directory for each source directory and life.
 
@@ -3250,6 +3291,8 @@ class Pinner(threading.Thread):
         had_tables = any(place.is_table and place.disk is disk for place in self._places.values())
         if why == _EMPTY and self._filters.include and not had_tables:
             return False  # archived commit logs go as soon as they are stored
+        if not why and not self._filters.include and not had_tables and not has_tables(disk.root):
+            why = "it has no tables: name the directory above the keyspaces"  # as Cassandra's own always has
         if why:
             if disk.root not in self._absent:
                 log.error("data directory is absent path=%s error=%s", quote(disk.root), quote(why))
@@ -7635,6 +7678,7 @@ class Pruning:
         self._store, self._threads = bucket.store, bucket.threads
         self.node, self._options = node, options
         self.snapshots: list[dict[str, Any]] = []  # what becomes of each
+        self.tags = set[str]()  # of all snapshots
         self.doubts: list[str] = []  # why nothing is deleted without --force
         self.refused: dict[str, str] = {}  # what the store would not delete, and why
         self._deleted = 0
@@ -7758,6 +7802,7 @@ class Pruning:
         return not within or self._began - info.when <= within
 
     def _tell(self, found: Sequence[Candidate], kept: Mapping[Unit, str]) -> None:
+        self.tags.update(one.unit.tag for one in found)
         for one in found:
             stays = one.unit in kept
             if stays:
@@ -7903,7 +7948,8 @@ def _prune_nodes(bucket: Bucket, names: Sequence[str], options: PruneOptions) ->
     for plan in plans:
         plan.plan()
     if options.tag and not any(plan.snapshots for plan in plans):
-        raise Missing(f"no snapshot is called {options.tag!r}", "`cassbackup list` shows what there is")
+        tags = sorted(set[str]().union(*(plan.tags for plan in plans)))
+        raise Missing(f"no snapshot is called {options.tag!r}", f"there are {some_of(tags)}")
     doubts = [doubt for plan in plans for doubt in plan.doubts]
     confirmed = options.confirm and not options.dry_run and not doubts
     if confirmed:
@@ -7927,7 +7973,9 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
     counts = (options.keep_last, options.keep_daily, options.keep_weekly, options.keep_monthly)
     keeps = any(counts) or options.keep_within > 0
     asked = [keeps, options.tag != "", options.retire != ""]
-    if asked.count(True) != 1:
+    if asked.count(True) > 1:
+        raise Usage("you passed two of --keep-..., --tag and --retire", "each is a prune of its own: pass one of them")
+    if not any(asked):
         hint = "pass --keep-last (at least 1), -within, -daily, -weekly or -monthly; or else --tag, or --retire"
         raise Usage("say what to keep", hint)
     if options.retire:
@@ -8057,7 +8105,8 @@ def _check_cloud(options: DoctorOptions) -> str:
 def _check_bucket(options: DoctorOptions) -> str:
     # Each right is used once, on one key that is always the same: nothing piles up where it cannot be deleted.
     bucket = open_bucket(options, 5.0, new=True)
-    store, key, problems = bucket.store, f"{bucket.here}.doctor", list[str]()
+    store, key = bucket.store, f"{bucket.here}.doctor"
+    problems, cures = list[str](), dict[str, bool]()
     rights: dict[str, Callable[[], object]] = {
         "put": lambda: store.put(key, Body(b"cassbackup doctor\n")),
         "head": lambda: store.head(key),
@@ -8069,11 +8118,12 @@ def _check_bucket(options: DoctorOptions) -> str:
             use()
         except (Conflict, Missing):  # only who has the right is told that a key is taken, or is not there
             continue
-        except Denied as fault:
-            problems.append(f"{right}: {fault}")
-    kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
+        except (Denied, Unreachable) as fault:
+            problems.append(f"{right}: {fault.what}")
+            cures[fault.hint] = True
     if problems:
-        raise Fault(f"{store.url}: {'; '.join(problems)}", "grant these rights")
+        raise Fault("; ".join(problems), "; ".join(cures))
+    kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
     ahead = abs(time.time() - store.now())
     if ahead > 60:
         raise Fault(
@@ -8399,7 +8449,11 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
     text = page
     if options.out != "-":
         text = f"{title}\n{about}\nThe picture is in {options.out}"
-        write_file(options.out, page.encode())
+        try:
+            write_file(options.out, page.encode())
+        except OSError as error:
+            what = f"user id {os.geteuid()} cannot write {quote(options.out)} ({error.strerror})"
+            raise Fault(what, "choose another --out, or run as another user") from None
     document = {"schema": 1, "bucket": bucket.store.url, "title": title, "about": about, "tables": tables}
     return Answer(DONE, document, text)
 
@@ -8839,7 +8893,7 @@ def read_value(metavar: str, text: str) -> Any:
             return word in ("yes", "on", "true", "1")
         case "ADDR" if re.fullmatch(r"(\[[^]]+]|[^][:]*):\d{1,5}", text) and int(text.rpartition(":")[2]) < 65536:
             return text
-        case "BUCKET" if "://" in text or "/" not in text:
+        case "BUCKET" if "://" in text or not re.search("[/:]", text):
             return text
         case "CMD" if shlex.split(text):
             return text
@@ -9206,6 +9260,9 @@ def misspelt(names: Iterable[str]) -> Iterator[Problem]:
 def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
     """Read NAME=value lines as systemd reads an EnvironmentFile. What it would leave out is a problem."""
     found, problems = dict[str, str](), list[Problem]()
+    for line in re.findall(r"^[ \t]*[#;].*\\\r?$", text, re.MULTILINE):
+        # Up to version 253 such a comment goes on in the next line, as it does here; later ones read that line.
+        problems.append(Problem(f"whether the line after {line.strip()!r} counts depends on systemd's version", None))
     for line in re.sub(r"\\\r?\n", "", text).splitlines():
         name, equals, value = (part.strip() for part in line.partition("="))
         if not line.strip() or name.startswith(("#", ";")):
@@ -9213,9 +9270,13 @@ def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
         try:
             if not equals or "\0" in value or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(line)
+            line.encode()  # systemd takes nothing from a file that has a value in another encoding
             # Quotes count where a value begins with one; else they are part of it, and a # always is.
             is_quoted = value.startswith(("'", '"'))
-            found[name] = "".join(shlex.split(value)) if is_quoted else re.sub(r"\\(.)", r"\1", value)
+            if re.fullmatch(r'"([^"\\]|\\.)*"', value):  # where a $ may be escaped, too
+                found[name] = re.sub(r'\\(["\\$`])', r"\1", value[1:-1])
+            else:
+                found[name] = "".join(shlex.split(value)) if is_quoted else re.sub(r"\\(.)", r"\1", value)
         except ValueError:
             problems.append(Problem(f"systemd does not read {line.strip()!r} as NAME=value", near_option(line)))
     return found, [*problems, *misspelt(found)]

@@ -1159,6 +1159,17 @@ def test_a_data_directory_that_goes_is_red_and_comes_back_by_itself(
     assert caplog.text.count("data directory is absent") == 1
 
 
+@pytest.mark.parametrize("wrong", ["too high", "too deep"])
+def test_a_directory_without_tables_is_not_taken_for_data_p8(
+    start: Callable[..., Desk], tmp_path: Path, wrong: str
+) -> None:
+    node = Node(tmp_path / "cassandra")
+    node.table("ks1", "users").flush()
+    data = node.data_dirs[0].parent if wrong == "too high" else node.data_dirs[0] / "ks1"
+    desk = start(data)
+    assert desk.scan().state.absent == {str(data): "it has no tables: name the directory above the keyspaces"}
+
+
 def test_a_data_directory_that_is_mounted_late_is_taken_up_when_it_comes(
     node: Node, users: Table, tmp_path: Path, start: Start
 ) -> None:

@@ -719,7 +719,7 @@ def test_a_record_of_which_some_listings_go_is_written_anew_before_they_go() -> 
 
 def test_a_tag_that_is_not_there_is_told_and_the_last_good_one_needs_force() -> None:
     shelf = filled("monday", "tuesday")
-    with pytest.raises(cb.Missing, match="no snapshot is called 'mondya'"):
+    with pytest.raises(cb.Missing, match="no snapshot is called 'mondya': there are monday, tuesday"):
         run(shelf, tag="mondya", confirm=True)
     answer = run(shelf, tag="tuesday", confirm=True)
     assert "only --force lets it go" in answer.text
