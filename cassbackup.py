@@ -1347,7 +1347,11 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^200", Unreachable, "is there a proxy or a portal between?"),
     ("^(408|409|5(?!01))", Unreachable, ""),
     ("^404", Denied, "is this the right kind of server? Check --endpoint-url and the keys"),
-    ("^40[13]|ExpiredToken|InvalidToken|TokenRefresh", Denied, "check the keys and the policy, or the service account and its roles (README)"),
+    (
+        "^40[13]|ExpiredToken|InvalidToken|TokenRefresh",
+        Denied,
+        "check the keys and the policy, or the service account and its roles (README)",
+    ),
     ("(?i)^(501|405)|if-none-match|checksum|content-md5", _Unknown, "check {}"),
 )
 
@@ -1911,7 +1915,9 @@ class S3Store(_Remote):
             raise unanswered(self.url, error) from error
         except ValueError as error:  # botocore reads sizes and times in it
             what = f"{self.url}: an answer cannot be read ({error})"
-            raise Unreachable(what, "is this the right kind of server? Is there a proxy or a portal between?") from error
+            raise Unreachable(
+                what, "is this the right kind of server? Is there a proxy or a portal between?"
+            ) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
             cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
             raise unanswered(self.url, error, cure) from error
@@ -2335,7 +2341,9 @@ class Nodetool:
         """Run a command of nodetool; return what it says. Raises Fault where it fails, or takes too long."""
         name, command = self._command[0], [*self._command, *words]
         try:
-            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=self._timeout_s)
+            done = subprocess.run(
+                command, check=False, capture_output=True, encoding="utf-8", errors="replace", timeout=self._timeout_s
+            )
         except OSError as error:
             raise Usage(f"{name} cannot be run ({error.strerror})", "pass --nodetool") from None
         except subprocess.TimeoutExpired:
@@ -6202,8 +6210,8 @@ def origin_of(unit: Unit, entry: Known) -> tuple[str, str]:
     path = f"{entry.directory}/{entry.name}"
     name, _ = table_id_of(unit.table)  # a part of the path that a file is staged under
     is_plain = _PLAIN_PATH.fullmatch(f"{path}/{name}")
-    if not is_inside or not is_plain or entry.mode > 0o777:
-        raise Corrupt(f"a listing names {quote(path)}, mode {entry.mode:o}", "a restore cannot put that anywhere")
+    if not is_inside or not is_plain:
+        raise Corrupt(f"a listing names {quote(path)}", "a restore cannot put that anywhere")
     if not below:
         return home, ""
     return home, f"{below[1:]}/"
@@ -8717,7 +8725,7 @@ def snapshot(options: SnapshotOptions) -> Answer:
     """Take a snapshot, wait until it is listed complete, clear it. Exit 1: not complete, so it stays."""
     nodetool = Nodetool(options.nodetool)
     tag = options.tag or f"{_OWN_TAG}{utc(time.time())[:13]}Z"
-    if not re.fullmatch(r"[\w.-]{1,200}", tag):
+    if not re.fullmatch(r"[\w.-]{1,200}", tag) or tag in (".", ".."):
         raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
     bucket = open_bucket(options)
     _agree_with_daemon(options, bucket)

@@ -271,7 +271,11 @@ def test_a_line_that_systemd_would_not_read_stops_a_command_and_a_daemon_whose_b
 
 
 def test_a_line_that_systemd_reads_otherwise_or_not_at_all_is_named(cli: Any, tmp_path: Path) -> None:
-    for text, said in (("# a note \\\nBUCKET_NAME=file:///b\n", "depends on systemd"), ("A=M\udcfcller\n", "not read"), ("\ufeffA=b", "not read")):
+    for text, said in (
+        ("# a note \\\nBUCKET_NAME=file:///b\n", "depends on systemd"),
+        ("A=M\udcfcller\n", "not read"),
+        ("\ufeffA=b", "not read"),
+    ):
         (tmp_path / "settings").write_text(text, errors="surrogateescape")
         assert said in complaint(cli("list"))
 

@@ -21,8 +21,8 @@ import cassbackup
 from cassbackup import (
     Answer,
     Bucket,
-    History,
     Fault,
+    History,
     Missing,
     Patient,
     ReportOptions,
