@@ -5350,9 +5350,13 @@ class Daemon:
     def _exit_code(self) -> int:
         if self._code or not self._options.once:
             return self._code
-        if self._backup.failures:
-            return FAILED
         backup, state = self._backup, self._state
+        for text in state.unmatched:
+            log.error("a filter matches nothing filter=%s", quote(text))
+        for text in self._options.problems:
+            log.error("a setting is wrong error=%s", quote(text))
+        if backup.failures:
+            return FAILED
         if backup.counts["incomplete"] or backup.units or backup.ledger.facts("lost:"):
             return BEHIND
         if state.refused or state.absent or state.unmatched or self._options.problems:

@@ -306,6 +306,13 @@ def test_once_ends_with_0_only_when_everything_is_listed_complete_p8(scene: Scen
 
 
 @pytest.mark.slow
+def test_once_says_which_filter_matches_nothing_p8(scene: Scene, node: Node) -> None:
+    node.table("ks1", "users").flush()
+    done = scene.once(*node.data_dirs, args=("--keyspace", "ks1,ks2"), check=3)
+    assert "a filter matches nothing filter=--keyspace ks1,ks2" in done.stderr
+
+
+@pytest.mark.slow
 def test_once_ends_with_1_when_the_store_refuses_p8(scene: Scene, node: Node, between: FaultProxy) -> None:
     users = node.table("ks1", "users")
     scene.once(*node.data_dirs, check=0)
