@@ -3613,6 +3613,8 @@ class Pinner(threading.Thread):
         # manifest.json goes last: as long as there are pins, it tells which life they are of.
         for path in sorted(files, key=lambda path: path[1] == MANIFEST):
             source, name = path
+            if name == MANIFEST and self._others_wait(pins.values()):
+                continue
             if source in pins:
                 with contextlib.suppress(FileNotFoundError):
                     pin = f"{pins[source]}/{_short(name, '~')}"
@@ -3626,6 +3628,14 @@ class Pinner(threading.Thread):
                 disk.write_lost(relative, unit.life, names)
             left += self._tidy(disk, relative, unit.life)
         return left
+
+    def _others_wait(self, directories: Iterable[str]) -> bool:
+        """Tell whether anything but manifest.json is pinned in these. A later start could not tell its life without."""
+        for directory in directories:
+            with contextlib.suppress(FileNotFoundError):
+                if any(name.endswith("~") and name != f"{MANIFEST}~" for name in os.listdir(directory)):
+                    return True
+        return False
 
     def _let_go_of(
         self, unit: Unit, path: FilePath, fingerprint: Fingerprint, pin: str, delete: Collection[FilePath]

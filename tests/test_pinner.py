@@ -887,8 +887,8 @@ def test_a_pin_that_changed_or_came_meanwhile_stays(node: Node, users: Table, st
         file.write("-- more")
     (tag_of(users) / "late").write_bytes(b"late")
     desk.scan()
-    assert desk.ask(desk.pinner.let_go, unit, files, (), ()) == 2
-    assert {name for _, name in desk.units()[unit]} == {"schema.cql", "late"}
+    assert desk.ask(desk.pinner.let_go, unit, files, (), ()) == 3
+    assert {name for _, name in desk.units()[unit]} == {"schema.cql", "late", "manifest.json"}
     assert desk.let_go(unit) == 0
     assert desk.scan().lives("daily") == []
 
