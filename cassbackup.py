@@ -212,6 +212,10 @@ class Throttled(Unreachable):
     """The store asks for fewer requests."""
 
 
+class Unmounted(Unreachable):
+    """The directory of a file:// store is not there. A daemon waits for its disk; a command says so at once."""
+
+
 # ======================================================================================================
 # Types
 # ======================================================================================================
@@ -849,6 +853,8 @@ async def retry(attempt: Callable[[], Awaitable[T]], patience_s: float, note: Ca
         except (Unreachable, Denied) as fault:
             note(fault)
             wait = None if isinstance(fault, Denied) else next(waits, None)
+            if isinstance(fault, Unmounted) and patience_s < math.inf:  # a command says so at once
+                wait = None
             if wait is None:
                 raise
             await asyncio.sleep(wait)
@@ -858,9 +864,9 @@ async def retry(attempt: Callable[[], Awaitable[T]], patience_s: float, note: Ca
 
 
 def _pause(waits: Iterator[float], fault: Unreachable) -> None:
-    """Sleep, or raise the fault where patience has ended."""
+    """Sleep, or raise the fault where patience has ended, or where a person must mount a disk or correct a path."""
     wait = next(waits, None)
-    if wait is None:
+    if wait is None or isinstance(fault, Unmounted):
         raise fault
     if wait > 2:  # many threads hear of the same outage, and a short one is nobody's business
         log.warning("store does not answer, trying again error=%s", quote(str(fault)))
@@ -973,7 +979,7 @@ class FileStore(Store):
 
     def _check_there(self) -> None:
         if not os.path.isdir(self._unfinished):
-            raise Unreachable(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
+            raise Unmounted(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
 
     def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
         """Store one file, stopping three times to wait for the others of its group. The fourth time it is stored."""
@@ -1134,7 +1140,7 @@ class FileStore(Store):
             what = f"the directory {self._root} is empty"
         else:
             return
-        raise Unreachable(what, "its disk is not mounted, or --bucket names a place where no node has stored yet")
+        raise Unmounted(what, "its disk is not mounted, or --bucket names a place where no node has stored yet")
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -1209,6 +1215,8 @@ def unanswered(url: str, error: BaseException, cure: str = "") -> Fault:
     `cure` is what to do where it was never sent, for want of credentials.
     """
     text = str(error).strip() or repr(error)
+    if text.startswith("(") and isinstance(error.args[0], str):
+        text = error.args[0]  # google-auth tells what happened, and then the server's answer, which says it again
     cause = str(error.__context__ or "")
     if cause not in text:
         text += f" {cause}"
@@ -1410,6 +1418,15 @@ class Wire:
             raise
 
 
+def wire_to(origin: str, bundle: str) -> Wire:
+    """Return the way to a server. Raises Usage where the environment names a proxy that is none."""
+    try:
+        return Wire(origin, bundle)
+    except ValueError as error:
+        hint = "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: http://host:port"
+        raise Usage(f"the proxy that the environment names cannot be used ({error})", hint) from error
+
+
 def _tag(text: str, name: str) -> str:
     """Return what an element of XML holds, "" where there is none."""
     found = re.search(f"<{name}>([^<]*)</{name}>", text)
@@ -1434,6 +1451,7 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^412|^403 .*storage.objects.delete", Conflict, ""),
     ("NoSuchKey|NoSuchUpload|No such object", Missing, ""),
     ("^429|^503|SlowDown|Throttl|TooManyRequests|RequestLimitExceeded", Throttled, ""),
+    ("KMS|kms:", Denied, "check --kms-key, the state of this key and the right to use it"),
     ("RequestTimeTooSkewed", Denied, "set the clock of this machine"),
     ("InvalidObjectState", Denied, "it is archived: thaw it first (restore-object)"),
     ("^507|Quota|StorageFull", Unreachable, "the store is full"),
@@ -1442,7 +1460,11 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^200", Unreachable, "is there a proxy or a portal between?"),
     ("^(408|409|5(?!01))", Unreachable, ""),
     ("^404", Denied, "is this the right kind of server? Check --endpoint-url and the keys"),
-    ("^40[13]", Denied, "check the keys and the policy, or the service account and its roles (README)"),
+    (
+        "^40[13]|ExpiredToken|InvalidToken|TokenRefresh",
+        Denied,
+        "check the keys and the policy, or the service account and its roles (README)",
+    ),
     ("(?i)^(501|405)|if-none-match|checksum|content-md5", _Unknown, "check {}"),
 )
 
@@ -1673,12 +1695,14 @@ class S3Store(_Remote):
             shown: str = plain.generate_presigned_url("get_object", {"Bucket": self._bucket, "Key": "KEY"})
         except (BotoCoreError, ValueError) as error:
             hint = "correct the bucket's name, --endpoint-url, AWS_PROFILE or ~/.aws/config"
+            if "Invalid endpoint" in str(error):
+                hint = "write http:// or https:// before AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL"
             raise Usage(f"{self.url}: {error}", hint) from error
         found = urllib.parse.urlsplit(shown)
         self._host, self._base = found.netloc, found.path.removesuffix("KEY")
         self._is_secure = found.scheme == "https"
         self._region = str(plain.meta.region_name).replace("aws-global", "us-east-1")
-        self._wire = Wire(f"{found.scheme}://{found.netloc}", bundle or "")
+        self._wire = wire_to(f"{found.scheme}://{found.netloc}", bundle or "")
         self._client = None
 
     def _sdk(self) -> Any:
@@ -1698,7 +1722,13 @@ class S3Store(_Remote):
         found = self._session.get_credentials()
         if not found:
             raise NoCredentialsError
-        return found.get_frozen_credentials()
+        keys = found.get_frozen_credentials()
+        # Secrets are often files that an editor has ended with a line end. With it S3 says only: wrong signature.
+        for name, key in (("AWS_ACCESS_KEY_ID", keys.access_key), ("AWS_SECRET_ACCESS_KEY", keys.secret_key)):
+            if not key or key != key.strip():
+                problem = "ends with a line end or a blank" if key else "is absent"
+                raise Denied(f"{self.url}: the credentials cannot be used: {name} {problem}", "correct it")
+        return keys
 
     def _amend(self, model: Any, params: dict[str, Any], **_: Any) -> None:
         """Add to a request what older versions of boto3 have no name for."""
@@ -1929,9 +1959,10 @@ class S3Store(_Remote):
             yield page
             if not page.get("IsTruncated"):
                 return
-            if not page.get("NextContinuationToken"):
+            token = page.get("NextContinuationToken")
+            if not token or token == more.get("ContinuationToken"):
                 raise Denied(f"{self.url} cuts its lists short", "it does not know ListObjectsV2: use another server")
-            more["ContinuationToken"] = page["NextContinuationToken"]
+            more["ContinuationToken"] = token
 
     def prefixes(self, prefix: str) -> Sequence[str]:
         pages = self._pages(prefix, Delimiter="/")
@@ -1945,12 +1976,26 @@ class S3Store(_Remote):
             objects = [{"Key": self._prefix + key} for key in some]
             try:
                 reply = self._call("delete_objects", "", Delete={"Objects": objects, "Quiet": True})
+            except _Unknown:
+                log.warning("store deletes no batches, so keys are deleted one by one store=%s", self.url)
+                why.update(self._delete_each(some))
+                continue
             except Denied as fault:  # without the right to delete all stay
                 why.update(dict.fromkeys(some, fault.what))
                 continue
             for error in reply.get("Errors", ()):
                 key = error["Key"].removeprefix(self._prefix)
                 why[key] = f"{error['Code']}: {error.get('Message', '')}"
+        return why
+
+    def _delete_each(self, keys: Sequence[str]) -> dict[str, str]:
+        why = {}
+        for key in keys:
+            try:
+                with contextlib.suppress(Missing):
+                    self._call("delete_object", key)
+            except Denied as fault:
+                why[key] = fault.what
         return why
 
     def abandon_uploads(self, before: float) -> int:
@@ -1984,6 +2029,11 @@ class S3Store(_Remote):
             raise self._fault(key, status, str(told.get("Code", "")), message, is_object) from error
         except (aws.HTTPClientError, aws.ConnectionError) as error:
             raise unanswered(self.url, error) from error
+        except ValueError as error:  # botocore reads sizes and times in it
+            what = f"{self.url}: an answer cannot be read ({error})"
+            raise Unreachable(
+                what, "is this the right kind of server? Is there a proxy or a portal between?"
+            ) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
             cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
             raise unanswered(self.url, error, cure) from error
@@ -2017,7 +2067,7 @@ class GCSStore(_Remote):
         session.hooks["response"].append(self._note)
         self._credentials, self._request = self._client._credentials, Request(session)
         self._origin = self._client.api_endpoint.rstrip("/")
-        self._wire = Wire(self._origin, bundle)
+        self._wire = wire_to(self._origin, bundle)
         self._limits = {"timeout": (CONNECT_S, ANSWER_S), "retry": None}
 
     def _target(self, key: str) -> str:
@@ -2404,7 +2454,9 @@ class Nodetool:
         """Run a command of nodetool; return what it says. Raises Fault where it fails, or takes too long."""
         name, command = self._command[0], [*self._command, *words]
         try:
-            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=self._timeout_s)
+            done = subprocess.run(
+                command, check=False, capture_output=True, encoding="utf-8", errors="replace", timeout=self._timeout_s
+            )
         except OSError as error:
             raise Usage(f"{name} cannot be run ({error.strerror})", "pass --nodetool") from None
         except subprocess.TimeoutExpired:
@@ -2863,6 +2915,11 @@ def _prove_link(root: str, path: str) -> None:
             problem = error
     if problem:
         raise problem
+
+
+def has_tables(root: str) -> bool:
+    """Tell whether a directory has keyspaces with tables below it."""
+    return any(glob.iglob(f"{glob.escape(root)}/*/*-*/"))
 
 
 class PinDirectory:
@@ -3371,6 +3428,8 @@ class Pinner(threading.Thread):
         had_tables = any(place.is_table and place.disk is disk for place in self._places.values())
         if why == _EMPTY and self._filters.include and not had_tables:
             return False  # archived commit logs go as soon as they are stored
+        if not why and not self._filters.include and not had_tables and not has_tables(disk.root):
+            why = "it has no tables: name the directory above the keyspaces"  # as Cassandra's own always has
         if why:
             if disk.root not in self._absent:
                 log.error("data directory is absent path=%s error=%s", quote(disk.root), quote(why))
@@ -3686,6 +3745,8 @@ class Pinner(threading.Thread):
         # manifest.json goes last: as long as there are pins, it tells which life they are of.
         for path in sorted(files, key=lambda path: path[1] == MANIFEST):
             source, name = path
+            if name == MANIFEST and self._others_wait(pins.values()):
+                continue
             if source in pins:
                 with contextlib.suppress(FileNotFoundError):
                     pin = f"{pins[source]}/{_short(name, '~')}"
@@ -3699,6 +3760,14 @@ class Pinner(threading.Thread):
                 disk.write_lost(relative, unit.life, names)
             left += self._tidy(disk, relative, unit.life)
         return left
+
+    def _others_wait(self, directories: Iterable[str]) -> bool:
+        """Tell whether anything but manifest.json is pinned in these. A later start could not tell its life without."""
+        for directory in directories:
+            with contextlib.suppress(FileNotFoundError):
+                if any(name.endswith("~") and name != f"{MANIFEST}~" for name in os.listdir(directory)):
+                    return True
+        return False
 
     def _let_go_of(
         self, unit: Unit, path: FilePath, fingerprint: Fingerprint, pin: str, delete: Collection[FilePath]
@@ -5431,9 +5500,13 @@ class Daemon:
     def _exit_code(self) -> int:
         if self._code or not self._options.once:
             return self._code
-        if self._backup.failures:
-            return FAILED
         backup, state = self._backup, self._state
+        for text in state.unmatched:
+            log.error("a filter matches nothing filter=%s", quote(text))
+        for text in self._options.problems:
+            log.error("a setting is wrong error=%s", quote(text))
+        if backup.failures:
+            return FAILED
         if backup.counts["incomplete"] or backup.units or backup.ledger.facts("lost:"):
             return BEHIND
         if state.refused or state.absent or state.unmatched or self._options.problems:
@@ -6298,8 +6371,8 @@ def origin_of(unit: Unit, entry: Known) -> tuple[str, str]:
     path = f"{entry.directory}/{entry.name}"
     name, _ = table_id_of(unit.table)  # a part of the path that a file is staged under
     is_plain = _PLAIN_PATH.fullmatch(f"{path}/{name}")
-    if not is_inside or not is_plain or entry.mode > 0o777:
-        raise Corrupt(f"a listing names {quote(path)}, mode {entry.mode:o}", "a restore cannot put that anywhere")
+    if not is_inside or not is_plain:
+        raise Corrupt(f"a listing names {quote(path)}", "a restore cannot put that anywhere")
     if not below:
         return home, ""
     return home, f"{below[1:]}/"
@@ -7782,6 +7855,7 @@ class Pruning:
         self._store, self._threads = bucket.store, bucket.threads
         self.node, self._options = node, options
         self.snapshots: list[dict[str, Any]] = []  # what becomes of each
+        self.tags = set[str]()  # of all snapshots
         self.doubts: list[str] = []  # why nothing is deleted without --force
         self.refused: dict[str, str] = {}  # what the store would not delete, and why
         self._deleted = 0
@@ -7906,6 +7980,7 @@ class Pruning:
         return not within or self._began - info.when <= within
 
     def _tell(self, found: Sequence[Candidate], kept: Mapping[Unit, str]) -> None:
+        self.tags.update(one.unit.tag for one in found)
         for one in found:
             stays = one.unit in kept
             if stays:
@@ -8051,7 +8126,8 @@ def _prune_nodes(bucket: Bucket, names: Sequence[str], options: PruneOptions) ->
     for plan in plans:
         plan.plan()
     if options.tag and not any(plan.snapshots for plan in plans):
-        raise Missing(f"no snapshot is called {options.tag!r}", "`cassbackup list` shows what there is")
+        tags = sorted(set[str]().union(*(plan.tags for plan in plans)))
+        raise Missing(f"no snapshot is called {options.tag!r}", f"there are {some_of(tags)}")
     doubts = [doubt for plan in plans for doubt in plan.doubts]
     confirmed = options.confirm and not options.dry_run and not doubts
     if confirmed:
@@ -8075,7 +8151,9 @@ def prune(bucket: Bucket, options: PruneOptions) -> Answer:
     counts = (options.keep_last, options.keep_daily, options.keep_weekly, options.keep_monthly)
     keeps = any(counts) or options.keep_within > 0
     asked = [keeps, options.tag != "", options.retire != ""]
-    if asked.count(True) != 1:
+    if asked.count(True) > 1:
+        raise Usage("you passed two of --keep-..., --tag and --retire", "each is a prune of its own: pass one of them")
+    if not any(asked):
         hint = "pass --keep-last (at least 1), -within, -daily, -weekly or -monthly; or else --tag, or --retire"
         raise Usage("say what to keep", hint)
     if options.retire:
@@ -8208,7 +8286,8 @@ def _check_cloud(options: DoctorOptions) -> str:
 def _check_bucket(options: DoctorOptions) -> str:
     # Each right is used once, on one key that is always the same: nothing piles up where it cannot be deleted.
     bucket = open_bucket(options, 5.0, new=True)
-    store, key, problems = bucket.store, f"{bucket.here}.doctor", list[str]()
+    store, key = bucket.store, f"{bucket.here}.doctor"
+    problems, cures = list[str](), dict[str, bool]()
     rights: dict[str, Callable[[], object]] = {
         "put": lambda: store.put(key, Body(b"cassbackup doctor\n")),
         "head": lambda: store.head(key),
@@ -8220,11 +8299,12 @@ def _check_bucket(options: DoctorOptions) -> str:
             use()
         except (Conflict, Missing):  # only who has the right is told that a key is taken, or is not there
             continue
-        except Denied as fault:
-            problems.append(f"{right}: {fault}")
-    kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
+        except (Denied, Unreachable) as fault:
+            problems.append(f"{right}: {fault.what}")
+            cures[fault.hint] = True
     if problems:
-        raise Fault(f"{store.url}: {'; '.join(problems)}", "grant these rights")
+        raise Fault("; ".join(problems), "; ".join(cures))
+    kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
     ahead = abs(time.time() - store.now())
     if ahead > 60:
         raise Fault(
@@ -8559,7 +8639,11 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
     text = page
     if options.out != "-":
         text = f"{title}\n{about}\nThe picture is in {options.out}"
-        write_file(options.out, page.encode())
+        try:
+            write_file(options.out, page.encode())
+        except OSError as error:
+            what = f"user id {os.geteuid()} cannot write {quote(options.out)} ({error.strerror})"
+            raise Fault(what, "choose another --out, or run as another user") from None
     document = {"schema": 1, "bucket": bucket.store.url, "title": title, "about": about, "tables": tables}
     return Answer(DONE, document, text)
 
@@ -8829,7 +8913,7 @@ def snapshot(options: SnapshotOptions) -> Answer:
     """Take a snapshot, wait until it is listed complete, clear it. Exit 1: not complete, so it stays."""
     nodetool = Nodetool(options.nodetool)
     tag = options.tag or f"{_OWN_TAG}{utc(time.time())[:13]}Z"
-    if not re.fullmatch(r"[\w.-]{1,200}", tag):
+    if not re.fullmatch(r"[\w.-]{1,200}", tag) or tag in (".", ".."):
         raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
     bucket = open_bucket(options)
     _agree_with_daemon(options, bucket)
@@ -9015,7 +9099,7 @@ def read_value(metavar: str, text: str) -> Any:
             return word in ("yes", "on", "true", "1")
         case "ADDR" if re.fullmatch(r"(\[[^]]+]|[^][:]*):\d{1,5}", text) and int(text.rpartition(":")[2]) < 65536:
             return text
-        case "BUCKET" if "://" in text or "/" not in text:
+        case "BUCKET" if "://" in text or not re.search("[/:]", text):
             return text
         case "CMD" if shlex.split(text):
             return text
@@ -9389,6 +9473,9 @@ def misspelt(names: Iterable[str]) -> Iterator[Problem]:
 def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
     """Read NAME=value lines as systemd reads an EnvironmentFile. What it would leave out is a problem."""
     found, problems = dict[str, str](), list[Problem]()
+    for line in re.findall(r"^[ \t]*[#;].*\\\r?$", text, re.MULTILINE):
+        # Up to version 253 such a comment goes on in the next line, as it does here; later ones read that line.
+        problems.append(Problem(f"whether the line after {line.strip()!r} counts depends on systemd's version", None))
     for line in re.sub(r"\\\r?\n", "", text).splitlines():
         name, equals, value = (part.strip() for part in line.partition("="))
         if not line.strip() or name.startswith(("#", ";")):
@@ -9396,9 +9483,12 @@ def read_settings(text: str) -> tuple[dict[str, str], list[Problem]]:
         try:
             if not equals or "\0" in value or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(line)
+            line.encode()  # systemd takes nothing from a file that has a value in another encoding
             # Quotes count where a value begins with one; else they are part of it, and a # always is.
             is_quoted = value.startswith(("'", '"'))
-            if is_quoted:
+            if re.fullmatch(r'"([^"\\]|\\.)*"', value):  # where a $ may be escaped, too
+                found[name] = re.sub(r'\\(["\\$`])', r"\1", value[1:-1])
+            elif is_quoted:
                 found[name] = "".join(shlex.split(value))
             else:
                 found[name] = re.sub(r"\\(.)", r"\1", value)

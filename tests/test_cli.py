@@ -85,6 +85,7 @@ def complaint(done: tuple[int, str, str], code: int = 2) -> str:
         ("watch /x --bucket", "--bucket/-b: expected one argument"),
         ("list --bucket s3//b", "write s3://bucket[/prefix], gs://bucket[/prefix], file:///directory, or"),
         ("list --bucket /tmp/b", "write s3://bucket[/prefix], gs://bucket[/prefix], file:///directory, or"),
+        ("list --bucket s3:b", "write s3://bucket[/prefix], gs://bucket[/prefix], file:///directory, or"),
         ("list --bucket ftp://b", "of no known kind"),
         ("list --bucket s3://", "of no known kind"),
         ("list --bucket file://relative", "not absolute"),
@@ -248,6 +249,7 @@ def test_the_readme_names_every_command() -> None:
         ("A=b\\\nc\nB=d", {"A": "bc", "B": "d"}),
         ("A=nodetool -pw 'x y'\r\nB=\n", {"A": "nodetool -pw 'x y'", "B": ""}),
         ("A=b=c\n", {"A": "b=c"}),
+        ('A="a\\$b\\\\\\x"\n', {"A": "a$b\\\\x"}),
     ],
 )
 def test_the_settings_file_is_read_as_systemd_reads_it(text: str, found: dict[str, str]) -> None:
@@ -255,7 +257,8 @@ def test_the_settings_file_is_read_as_systemd_reads_it(text: str, found: dict[st
 
 
 @pytest.mark.parametrize(
-    "line", ["export BUCKET_NAME=s3://b", "BUCKET_NAME s3://b", "BUCKET_NAME='s3://b", "BUKET_NAME=b"]
+    "line",
+    ["export BUCKET_NAME=s3://b", "BUCKET_NAME s3://b", "BUCKET_NAME='s3://b", "BUKET_NAME=b"],
 )
 def test_a_line_that_systemd_would_not_read_stops_a_command_and_a_daemon_whose_bucket_is_in_doubt(
     cli: Any, tmp_path: Path, line: str
@@ -265,6 +268,16 @@ def test_a_line_that_systemd_would_not_read_stops_a_command_and_a_daemon_whose_b
         said = complaint(cli(command))
         assert line in said or "BUKET_NAME is not" in said or "did you mean BUCKET_NAME?" in said
         assert str(tmp_path / "settings") in said
+
+
+def test_a_line_that_systemd_reads_otherwise_or_not_at_all_is_named(cli: Any, tmp_path: Path) -> None:
+    for text, said in (
+        ("# a note \\\nBUCKET_NAME=file:///b\n", "depends on systemd"),
+        ("A=M\udcfcller\n", "not read"),
+        ("\ufeffA=b", "not read"),
+    ):
+        (tmp_path / "settings").write_text(text, errors="surrogateescape")
+        assert said in complaint(cli("list"))
 
 
 def problems_of(monkeypatch: pytest.MonkeyPatch, cli: Any, *args: object) -> list[str]:

@@ -306,6 +306,30 @@ def test_once_ends_with_0_only_when_everything_is_listed_complete_p8(scene: Scen
 
 
 @pytest.mark.slow
+def test_a_snapshot_whose_files_were_refused_becomes_complete_after_a_restart_p1(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    """What was listed without them must not be another life than they are."""
+    node.table("ks1", "users").flush()
+    node.snapshot("daily")
+    for refused in (r"/nb-1-big", r"/nb-1-big-Index"):
+        between.on("PUT", refused, s3_error(403, "AccessDenied"), count=None)
+        scene.once(*node.data_dirs, check=1)
+        between.heal()
+    scene.once(*node.data_dirs, check=0)
+    found = scene.listings("snapshot")
+    assert found[-1].state == "complete"
+    assert len({one.document["life"] for one in found}) == 1
+
+
+@pytest.mark.slow
+def test_once_says_which_filter_matches_nothing_p8(scene: Scene, node: Node) -> None:
+    node.table("ks1", "users").flush()
+    done = scene.once(*node.data_dirs, args=("--keyspace", "ks1,ks2"), check=3)
+    assert "a filter matches nothing filter=--keyspace ks1,ks2" in done.stderr
+
+
+@pytest.mark.slow
 def test_once_ends_with_1_when_the_store_refuses_p8(scene: Scene, node: Node, between: FaultProxy) -> None:
     users = node.table("ks1", "users")
     scene.once(*node.data_dirs, check=0)

@@ -233,8 +233,22 @@ def test_a_right_that_is_missing_is_the_one_that_is_named(in_s3: Doctor, faulty:
     faulty.on(method, where, s3_error(403, "AccessDenied"), count=None)
     found = in_s3()["bucket"]
     assert found["result"] == "bad"
-    assert f": {right}: " in found["detail"]
-    assert [other for other in ("put", "head", "get", "list") if f" {other}: " in found["detail"]] == [right]
+    assert found["detail"].startswith(f"{right}: ")
+    assert [other for other in ("put", "head", "get", "list") if f"; {other}: " in found["detail"]] == []
+    assert "policy" in found["cure"]
+
+
+@pytest.mark.parametrize(("status", "code", "cure"), [(507, "XMinioStorageFull", "full"), (400, "KMS.Disabled", "key")])
+def test_one_question_without_an_answer_hides_no_other(
+    in_s3: Doctor, faulty: FaultProxy, status: int, code: str, cure: str
+) -> None:
+    faulty.on("PUT", "node1.doctor", s3_error(status, code), count=None)
+    faulty.on("GET", "list-type", s3_error(403, "AccessDenied"), count=None)
+    found = in_s3()["bucket"]
+    assert code in found["detail"]
+    assert "; list: " in found["detail"]
+    assert cure in found["cure"]
+    assert "policy" in found["cure"]
 
 
 def test_no_right_to_delete_is_good_and_the_probe_does_not_pile_up(in_s3: Doctor, faulty: FaultProxy) -> None:

@@ -887,8 +887,8 @@ def test_a_pin_that_changed_or_came_meanwhile_stays(node: Node, users: Table, st
         file.write("-- more")
     (tag_of(users) / "late").write_bytes(b"late")
     desk.scan()
-    assert desk.ask(desk.pinner.let_go, unit, files, (), ()) == 2
-    assert {name for _, name in desk.units()[unit]} == {"schema.cql", "late"}
+    assert desk.ask(desk.pinner.let_go, unit, files, (), ()) == 3
+    assert {name for _, name in desk.units()[unit]} == {"schema.cql", "late", "manifest.json"}
     assert desk.let_go(unit) == 0
     assert desk.scan().lives("daily") == []
 
@@ -1157,6 +1157,17 @@ def test_a_data_directory_that_goes_is_red_and_comes_back_by_itself(
     wanted = [path for _, path, _ in node.history.files() if "nb-1-" not in path or "snapshots" in path]
     assert desk.copies().keys() == set(wanted), "what was listed before is listed still"
     assert caplog.text.count("data directory is absent") == 1
+
+
+@pytest.mark.parametrize("wrong", ["too high", "too deep"])
+def test_a_directory_without_tables_is_not_taken_for_data_p8(
+    start: Callable[..., Desk], tmp_path: Path, wrong: str
+) -> None:
+    node = Node(tmp_path / "cassandra")
+    node.table("ks1", "users").flush()
+    data = node.data_dirs[0].parent if wrong == "too high" else node.data_dirs[0] / "ks1"
+    desk = start(data)
+    assert desk.scan().state.absent == {str(data): "it has no tables: name the directory above the keyspaces"}
 
 
 def test_a_data_directory_that_is_mounted_late_is_taken_up_when_it_comes(

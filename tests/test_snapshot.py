@@ -255,6 +255,8 @@ def test_a_daemon_that_stores_elsewhere_is_not_waited_for(snapshots: Snapshots) 
     ("args", "said"),
     [
         (("-t", "a/b"), "tag"),
+        (("-t", ".."), "tag"),
+        (("-t", "weekly", "--nodetool", "sh -c 'printf \\\\377 >&2; exit 1'"), "running"),
         (("-t", "weekly", "--nodetool", "/nonexistent/nodetool"), "--nodetool"),
         (("-t", "weekly", "--nodetool", "false"), "running"),
     ],

@@ -76,6 +76,7 @@ from cassbackup import (
     read_object,
     retry,
     sign,
+    unanswered,
 )
 
 KEY = "node1/var/lib/cassandra/data/ks/t-1/backups/nb-1-big-Data.db"
@@ -472,6 +473,26 @@ def test_a_directory_that_does_not_exist_is_named_with_both_reasons(tmp_path: Pa
             ask()
 
 
+def test_a_command_does_not_wait_for_a_disk_and_a_daemon_does(tmp_path: Path, naps: list[float]) -> None:
+    store = open_store(f"file://{tmp_path}/nowhere", StoreOptions(), new=False)
+    for ask in (lambda: [*Patient(store, 60.0).list("")], lambda: Patient(store, 60.0).prefixes("")):
+        with pytest.raises(Unreachable, match="does not exist"):
+            ask()
+    assert naps == []
+    tries: list[Fault | None] = []
+
+    async def attempt() -> list[str]:
+        if len(tries) == 1:
+            Path(tmp_path / "nowhere").mkdir()
+            Path(tmp_path / "nowhere" / "x").write_bytes(b"")
+        return keys(store)
+
+    assert asyncio.run(retry(attempt, math.inf, tries.append)) == ["x"]
+    shutil.rmtree(tmp_path / "nowhere")
+    with pytest.raises(Unreachable, match="does not exist"):
+        asyncio.run(retry(attempt, 60.0, lambda _: None))  # of --once
+
+
 def test_a_file_system_without_hard_links_is_named(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
         monkeypatch.setattr(os, "link", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "no")))
@@ -527,6 +548,23 @@ def test_an_endpoint_without_a_scheme_is_wrong_usage(url: str) -> None:
         open_store(url, StoreOptions(endpoint_url="minio:9000"))
 
 
+def test_a_proxy_that_is_none_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://[x")
+    with pytest.raises(Usage, match="HTTPS_PROXY"):
+        open_store("s3://bucket", StoreOptions(region="eu-west-1"))
+
+
+def test_a_key_without_its_secret_is_named(moto: Bucket, opened: Opener) -> None:
+    with pytest.raises(Denied, match="AWS_SECRET_ACCESS_KEY is absent"):
+        put(opened(moto, fresh=True, access_key="x"), KEY)
+
+
+def test_an_endpoint_without_a_scheme_in_the_environment_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "minio:9000")
+    with pytest.raises(Usage, match="http:// or https:// before AWS_ENDPOINT_URL_S3"):
+        open_store("s3://bucket", StoreOptions())
+
+
 def test_a_profile_that_there_is_not_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_PROFILE", "none")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -555,10 +593,21 @@ def test_without_credentials_the_cure_is_named_and_they_may_come_later(
     assert keys(store) == [KEY]
 
 
-def test_a_key_that_ends_with_a_line_end_is_named_and_not_shown(moto: Bucket, opened: Opener) -> None:
-    store = opened(moto, fresh=True, access_key="CANARY\n", secret_key="x")
-    for ask in (lambda: put(store, KEY), lambda: read(store, KEY)):
-        with pytest.raises(Denied, match="line end") as refused:
+def test_what_googles_library_says_twice_is_said_once() -> None:
+    """It raises what happened together with the server's answer."""
+    error = RuntimeError("token server: 'gone'", {"error": "token server: 'gone'"})
+    for cure in ("", "set it"):
+        assert str(unanswered("gs://b", error, cure)).count("token server") == 1
+
+
+@pytest.mark.parametrize("keys_", [("CANARY\n", "x"), ("CANARY\r", "x"), ("x", "CANARY\n"), ("x", " CANARY")])
+def test_a_key_that_ends_with_a_line_end_is_named_and_not_shown(
+    moto: Bucket, opened: Opener, keys_: tuple[str, str]
+) -> None:
+    store = opened(moto, fresh=True, access_key=keys_[0], secret_key=keys_[1])
+    named = "AWS_ACCESS_KEY_ID" if "CANARY" in keys_[0] else "AWS_SECRET_ACCESS_KEY"
+    for ask in (lambda: put(store, KEY), lambda: read(store, KEY), lambda: keys(store)):
+        with pytest.raises(Denied, match=f"{named} ends with a line end") as refused:
             ask()
         assert "CANARY" not in str(refused.value)
     assert "CANARY" not in repr(StoreOptions(access_key="CANARY", secret_key="CANARY"))
@@ -1082,6 +1131,9 @@ def test_a_black_hole_is_given_up_and_others_go_on_meanwhile(
 ANSWERS = [
     (403, "AccessDenied", Denied, "policy"),
     (403, "RequestTimeTooSkewed", Denied, "clock"),
+    (400, "ExpiredToken", Denied, "check the keys"),
+    (400, "KMS.DisabledException", Denied, "--kms-key"),
+    (400, "KMS.NotFoundException", Denied, "--kms-key"),
     (404, "XAdminUserNotFound", Denied, "--endpoint-url"),
     (404, "NoSuchBucket", Denied, "BUCKET_NAME"),
     (400, "AuthorizationHeaderMalformed", Denied, "set REGION"),
@@ -1275,6 +1327,31 @@ def listing(*items: str, more: str = "") -> Respond:
     return Respond(200, XML + f"<ListBucketResult><Name>b</Name>{more}{contents}</ListBucketResult>".encode())
 
 
+ENDLESS = "<IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>"
+
+
+@pytest.mark.parametrize("odd", ["<Size>many</Size>", "<Size>1</Size><LastModified>yesterday</LastModified>"])
+def test_a_list_that_cannot_be_read_is_no_traceback(weak: Store, faulty: FaultProxy, odd: str) -> None:
+    answer = f"<ListBucketResult><Name>b</Name><Contents><Key>a</Key>{odd}</Contents></ListBucketResult>"
+    faulty.on("GET", "list-type", Respond(200, XML + answer.encode()))
+    with pytest.raises(Unreachable, match="cannot be read"):
+        keys(weak)
+
+
+def test_a_server_that_deletes_no_batches_is_asked_for_one_key_after_the_other(
+    weak: Store, faulty: FaultProxy, moto: Bucket
+) -> None:
+    moto.empty()
+    put(weak, "one")
+    put(weak, "two")
+    faulty.on("POST", r"\?delete", s3_error(501, "NotImplemented"), count=None)
+    assert weak.delete(["one", "absent", "two"]) == {}
+    assert moto.keys() == []
+    put(weak, "one")
+    faulty.on("DELETE", "one", s3_error(403, "AccessDenied"))
+    assert "AccessDenied" in weak.delete(["one"])["one"]
+
+
 def test_a_list_that_is_cut_short_or_out_of_order_is_no_list(weak: Store, faulty: FaultProxy) -> None:
     for answer, trait in (
         (listing("a", "b", more="<IsTruncated>true</IsTruncated>"), "ListObjectsV2"),
@@ -1285,6 +1362,11 @@ def test_a_list_that_is_cut_short_or_out_of_order_is_no_list(weak: Store, faulty
         with pytest.raises(Denied, match=trait):
             keys(weak)
         faulty.heal()
+    faulty.on("GET", "list-type", listing(more=ENDLESS), count=None)
+    for ask in (lambda: keys(weak), lambda: weak.prefixes("")):
+        with pytest.raises(Denied, match="ListObjectsV2"):
+            ask()
+    faulty.heal()
     faulty.on("GET", "list-type", listing("a", "b"))
     assert [(info.key, info.etag) for info in weak.list("")] == [("a", ""), ("b", "")]  # an absent ETag is none
 
