@@ -413,14 +413,19 @@ def component(name: str, slash: str = "/") -> str:
     return "%%" + hash_name(name)
 
 
+@functools.lru_cache(1000)
+def _folder_key(node: str, directory: str) -> str:
+    # Kept: the files of a directory come together, and only their names differ.
+    return "/".join([node, *(component(part) for part in directory.split("/") if part)])
+
+
 def object_key(node: str, path: FilePath) -> str:
     """Return the key of a file: node + its absolute path. What is too long for a store is hashed."""
-    whole = os.path.join(*path)
-    parts = [component(part) for part in whole.split("/") if part]
-    key = "/".join([node, *parts])
+    directory, name = path
+    key = f"{_folder_key(node, directory)}/{component(name)}"
     if len(key.encode()) <= KEY_BYTES:
         return key
-    return f"{node}/%%{hash_name(whole)}"
+    return f"{node}/%%{hash_name(os.path.join(directory, name))}"
 
 
 def sstable_of(name: str) -> tuple[str, str] | None:
@@ -2383,6 +2388,7 @@ _LEDGER_TABLES: Final = """
 """
 # UnicodeDecodeError: Python reads the names of columns, and what SQLite has to say of them.
 _LEDGER_FAILURES: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
+_ASK: Final = 500  # rows at a time; until 3.32 SQLite took no more than 999 parameters
 
 
 def _name_bytes(place: str, name: str, disk: str, fingerprint: Fingerprint) -> str:
@@ -2391,12 +2397,12 @@ def _name_bytes(place: str, name: str, disk: str, fingerprint: Fingerprint) -> s
 
 
 class Remembered(NamedTuple):
-    """What the ledger says of some bytes, and whether this very process had it from the store a short while ago."""
+    """Where some bytes are stored, and until when the store's own word for that, to this very process, is good."""
 
     key: str
     etag: str
     crc32: str
-    fresh: bool
+    good_until: float  # by Ledger.now; 0 where it is hearsay
 
 
 class Ledger:
@@ -2429,7 +2435,8 @@ class Ledger:
     @staticmethod
     def _connect(path: str) -> sqlite3.Connection:
         db = sqlite3.connect(path)
-        db.text_factory = os.fsdecode  # else one damaged letter would hide every row that is read with it
+        # As os.fsdecode, but faster: else one damaged letter would hide every row that is read with it.
+        db.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
         try:
             db.executescript(_LEDGER_TABLES)
         except _LEDGER_FAILURES:
@@ -2459,8 +2466,8 @@ class Ledger:
             self._db = self._open()
             self.forget(self.bucket)
 
-    def _now(self) -> float:
-        # As time.time(), but it never goes back: an old word must not become a fresh one.
+    def now(self) -> float:
+        """Return now as time.time() does, but it never goes back: an old word must not become a fresh one."""
         return self._epoch + time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def _sum(self, row: tuple[object, ...]) -> int:
@@ -2489,14 +2496,19 @@ class Ledger:
     def _write(self, into: str, rows: Iterable[tuple[object, ...]]) -> None:
         self._change(f"INSERT OR REPLACE INTO {into}", [(*row, self._sum(row)) for row in rows])
 
-    def lookup(self, place: str, name: str, disk: str, fingerprint: Fingerprint) -> Remembered | None:
-        """Return what is remembered of these bytes of a table, wherever their file was."""
-        rows = self._select("SELECT * FROM stored WHERE bytes = ?", _name_bytes(place, name, disk, fingerprint))
-        if not rows:
-            return None
-        _, key, etag, crc32, run, confirmed = rows[0]
-        fresh = run == self._run and self._now() < confirmed + CONFIRMED_S
-        return Remembered(key, etag, crc32, fresh)
+    def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FilePath, Remembered]:
+        """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
+        names = {pin.path: _name_bytes(place, pin.name, pin.disk, pin.fingerprint) for pin in pins}
+        asked = list(names.values())
+        found: dict[str, Remembered] = {}
+        for start in range(0, len(asked), _ASK):
+            some = asked[start : start + _ASK]
+            marks = ", ".join("?" * len(some))
+            for row in self._select(f"SELECT * FROM stored WHERE bytes IN ({marks})", *some):
+                name, key, etag, crc32, run, confirmed = row
+                good_until = confirmed + CONFIRMED_S if run == self._run else 0.0
+                found[name] = Remembered(key, etag, crc32, good_until)
+        return {path: found[name] for path, name in names.items() if name in found}
 
     def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> None:
         """Remember files and their disks: a Stored as this process has it from the store, a Known as hearsay."""
@@ -2504,7 +2516,7 @@ class Ledger:
         for disk, entry in entries:
             run = self._run if isinstance(entry, Stored) else ""
             bytes_of = _name_bytes(place, entry.name, disk, entry.fingerprint)
-            rows.append((bytes_of, entry.key, entry.etag, entry.crc32, run, self._now()))
+            rows.append((bytes_of, entry.key, entry.etag, entry.crc32, run, self.now()))
         self._write("stored VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def trim(self, before: float) -> None:
@@ -2882,6 +2894,13 @@ class PinDirectory:
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
                     files[source, name] = Pinned(source, name, entry.path, self.id, Fingerprint.of(info), *who)
         return Pins(files, tuple((source, name) for name in self.lost(relative, life)))
+
+    def pins(self, relative: str, life: str) -> set[str]:
+        """Return the paths of the pins of a source directory as they are now."""
+        path = self.directory(relative, life)
+        with contextlib.suppress(FileNotFoundError):
+            return {f"{path}/{name}" for name in os.listdir(path) if name.endswith("~")}
+        return set()
 
     def lost(self, relative: str, life: str) -> list[str]:
         """Return the names of what was given up of a source directory."""
@@ -4332,6 +4351,8 @@ class Waiting:
     size: int = 0
     directories: set[tuple[PinDirectory, str]] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    # What one round has found out, or stored, for the next: most units take two before they are listed.
+    remembered: dict[tuple[FilePath, Fingerprint], Remembered] = field(default_factory=dict)
     _since: dict[Any, float] = field(default_factory=dict)
 
     def since(self, states: Iterable[T]) -> dict[T, float]:
@@ -4420,6 +4441,10 @@ def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str) -> Pi
         files.update(found.files)
         lost.extend(found.lost)
     return Pins(files, tuple(lost))
+
+
+def _pin_paths(directories: Iterable[tuple[PinDirectory, str]], life: str) -> set[str]:
+    return set().union(*(disk.pins(relative, life) for disk, relative in directories))
 
 
 def _beside(folders: Mapping[str, str], sstables: Collection[str]) -> list[Pinned]:
@@ -4567,8 +4592,8 @@ class Backup:
         files = {entry.path: entry for entry in before.listing.files} | work.files
         has_manifest = any(name == MANIFEST for _, name in files)
         scanned = has_manifest and await self.ask(self._pinner.scan_tag, unit)
-        again = await self._workers.once("pins", False, _read_pins, list(work.waiting.directories), unit.life)
-        if again.files.keys() != work.pins.keys():
+        there = await self._workers.once("pins", False, _pin_paths, list(work.waiting.directories), unit.life)
+        if there != {pin.pin for pin in work.pins.values()}:
             return QUIET_S  # more has come while this was sent
         verdict = await self._judge(work, files, judge_snapshot, scanned)
         self._check_bucket(work)
@@ -4675,8 +4700,10 @@ class Backup:
         for sstable in sstables:
             folder = os.path.dirname(sstable)
             folders[folder] = work.waiting.disk_of(folder)
-        for pin in await self._workers.once("pins", True, _beside, folders, sstables):
-            found = self.ledger.lookup(work.unit.place, pin.name, pin.disk, pin.fingerprint)
+        beside = await self._workers.once("pins", True, _beside, folders, sstables)
+        remembered = self.ledger.lookup(work.unit.place, beside)
+        for pin in beside:
+            found = remembered.get(pin.path)
             if found and pin.path not in work.files:
                 work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
 
@@ -4771,7 +4798,7 @@ class Backup:
 
     async def _store(self, work: Round, pins: Iterable[Pinned]) -> None:
         """Store what is not known to be stored. A file that is refused costs no other."""
-        unsent = [pin for pin in pins if not self._is_stored(work, pin)]
+        unsent = self._unsent(work, pins)
         if not unsent:
             return
         batches = _batches_of(unsent)
@@ -4782,36 +4809,54 @@ class Backup:
                 raise error  # judged without this file, a unit could pass for complete
         args = (self.store, work.pins, dict(work.files), self.clock())
         for path, entry in (await self._workers.run("put", work.unit.urgent, _check_digests, *args)).items():
-            if entry:
+            if isinstance(entry, Stored):
                 work.files[path] = entry
-                self._record(work, [entry])
+                self._remember_stored(work, [entry])
                 continue
             self.counts["digest_mismatch"] += 1
             hint = "the disk may be failing: run nodetool verify; a scrubbed SSTable may have a stale digest"
             log.error("Data.db is not what its Digest.crc32 says path=%s hint=%s", quote("/".join(path)), hint)
 
+    def _unsent(self, work: Round, pins: Iterable[Pinned]) -> list[Pinned]:
+        """Return the pins whose bytes are not known to be stored, perhaps under the path of another snapshot."""
+        pins, remembered = list(pins), work.waiting.remembered
+        unknown = [pin for pin in pins if (pin.path, pin.fingerprint) not in remembered]
+        found = self.ledger.lookup(work.unit.place, unknown)
+        remembered.update(((pin.path, pin.fingerprint), found[pin.path]) for pin in unknown if pin.path in found)
+        return [pin for pin in pins if not self._is_stored(work, pin)]
+
     def _is_stored(self, work: Round, pin: Pinned) -> bool:
-        """Tell whether bytes are known to be stored, perhaps under the path of another snapshot."""
-        found = self.ledger.lookup(work.unit.place, pin.name, pin.disk, pin.fingerprint)
+        found = work.waiting.remembered.get((pin.path, pin.fingerprint))
         if not found:
             return False
         # What is written in place, or grows, may have kept its mtime: these few bytes are always sent.
         is_sent_always = pin.name in (MANIFEST, SCHEMA) or pin.name.endswith("-TOC.txt")
-        if not found.fresh and (self._options.full or is_sent_always):
+        if (self._options.full or is_sent_always) and self.ledger.now() >= found.good_until:
             return False
         work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
         self.counts["reused"] += 1
         return True
 
+    def _remember_stored(self, work: Round, entries: Sequence[Stored]) -> None:
+        """Remember what the store has just confirmed: at once, for a crash. What we forget is sent a second time."""
+        self._check_bucket(work)
+        self.ledger.record(work.unit.place, [(work.pins[entry.path].disk, entry) for entry in entries])
+        good_until = self.ledger.now() + CONFIRMED_S
+        for entry in entries:
+            found = Remembered(entry.key, entry.etag, entry.crc32, good_until)
+            work.waiting.remembered[entry.path, entry.fingerprint] = found
+
     async def _send_batches(self, work: Round, batches: Iterator[list[Pinned]]) -> None:
         for batch in batches:
+            names = self._names_of(work, batch)
             # Another unit may be sending these very bytes: a snapshot follows on a flush. Or other bytes to this key:
             # where a server cannot put conditionally, only one of us may look and put at a time.
-            while busy := {self._under_way[name] for name in self._names_of(work, batch) if name in self._under_way}:
+            while busy := {self._under_way[name] for name in names if name in self._under_way}:
                 await asyncio.wait(busy)
-                batch = [pin for pin in batch if not self._is_stored(work, pin)]
+                batch = self._unsent(work, batch)
+                names = self._names_of(work, batch)
             if batch:
-                await self._send(work, batch)
+                await self._send(work, batch, names)
 
     def _names_of(self, work: Round, pins: Iterable[Pinned]) -> list[object]:
         """Return the bytes and the keys of files: of each there is one put at a time."""
@@ -4821,10 +4866,9 @@ class Backup:
             names.append(object_key(self.node, pin.path))
         return names
 
-    async def _send(self, work: Round, pins: list[Pinned]) -> None:
+    async def _send(self, work: Round, pins: list[Pinned], names: list[object]) -> None:
         """Send files until each is stored or refused; remember at once what is stored."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        names = self._names_of(work, pins)
         self._under_way.update(dict.fromkeys(names, done))
         left = pins
 
@@ -4847,18 +4891,16 @@ class Backup:
             done.set_result(None)
 
     def _take_results(self, work: Round, pins: Sequence[Pinned], results: Sequence[Sent]) -> None:
-        self._check_bucket(work)
         stored = []
         for pin, result in zip(pins, results, strict=True):
             work.failed.pop(pin.path, None)
             if isinstance(result, Stored):
                 work.files[pin.path] = result
-                stored.append((pin.disk, result))
+                stored.append(result)
                 self.sent.update(files=1, bytes=pin.size)
             else:
                 work.failed[pin.path] = result
-        # At once, for a crash: what we forget is sent a second time.
-        self.ledger.record(work.unit.place, stored)
+        self._remember_stored(work, stored)
 
     async def view(self, good_for_s: float = _VIEW_S) -> BucketView:
         """Return what a publication must know of the bucket. Raises Unreachable where it is not ours."""
@@ -4895,13 +4937,12 @@ class Backup:
             view = await self.view()
             self._check_bucket(work)
             # Asked at each try: tries may go on for days, and an old word is no word.
-            asked = self._fresh_keys(draft, pins)
+            asked = self._fresh_keys(draft, work.waiting)
             named = replace(draft, listed=self.clock())
             args = (self.store, view, named, pins, asked, moment)
             listing = await self._workers.once("list", unit.urgent, publish, *args)
-            self._check_bucket(work)
             confirmed = [entry for entry in listing.files if entry.key not in asked and entry.path in pins]
-            self.ledger.record(unit.place, [(pins[entry.path].disk, entry) for entry in confirmed])
+            self._remember_stored(work, confirmed)
             return listing
 
         listing = await self._workers.retry("publish", attempt)
@@ -4917,15 +4958,13 @@ class Backup:
         log.log(level, "listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", *words)
         return listing
 
-    def _fresh_keys(self, listing: Listing[Known], pins: PinMap) -> set[str]:
+    def _fresh_keys(self, listing: Listing[Known], waiting: Waiting) -> set[str]:
         """Return the keys for which this process has had the store's word lately."""
+        now = self.ledger.now()
         fresh = set()
         for entry in listing.files:
-            pin = pins.get(entry.path)
-            if not pin:
-                continue
-            found = self.ledger.lookup(listing.unit.place, entry.name, pin.disk, entry.fingerprint)
-            if found and found.fresh and found.key == entry.key:
+            found = waiting.remembered.get((entry.path, entry.fingerprint))
+            if found and found.key == entry.key and now < found.good_until:
                 fresh.add(entry.key)
         return fresh
 
@@ -4933,6 +4972,7 @@ class Backup:
         """Have the pins of what is listed unlinked; return None if none is left. Raises what a file was refused for."""
         self._check_bucket(work)
         self._remember_listed(work)
+        work.waiting.remembered.clear()
         kept = self._kept.get(work.unit, {})
         files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}
         files |= work.delete
@@ -5387,6 +5427,8 @@ class Daemon:
         if ledger.bucket:
             log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
         ledger.forget(bucket)
+        for waiting in backup.units.values():
+            waiting.remembered.clear()
         await backup.ask(self._pinner.forget)
 
     # What time brings
