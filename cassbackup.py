@@ -95,6 +95,7 @@ import json
 import logging
 import math
 import mmap
+import operator
 import os
 import pwd
 import queue
@@ -534,12 +535,26 @@ def parse_listing_name(key: str) -> ListingName | None:
     return ListingName(match[1], match[2] == "complete", int(match[3]), int(match[4]))
 
 
+_NO_NAME = re.compile("[/\0\ud800-\udc7f\udd00-\udfff]")
+_MODE = re.compile("[0-7]{4,5}")
+_CRC32 = re.compile("[0-9a-f]{8}")
 _ENTRY_TEXTS: Final = ("user", "group", "crc32", "key", "etag")  # what of an entry JSON has as it is
 
 
 def _dump_entry(entry: Stored) -> dict[str, Any]:
-    texts = {word: getattr(entry, word) for word in _ENTRY_TEXTS}
-    return {"name": quote(entry.name), **entry.fingerprint._asdict(), "mode": f"{entry.mode:04o}", **texts}
+    inode, size, mtime_ns = entry.fingerprint
+    return {
+        "name": quote(entry.name),
+        "inode": inode,
+        "size": size,
+        "mtime_ns": mtime_ns,
+        "mode": f"{entry.mode:04o}",
+        "user": entry.user,
+        "group": entry.group,
+        "crc32": entry.crc32,
+        "key": entry.key,
+        "etag": entry.etag,
+    }
 
 
 def dump_listing(listing: Listing[Stored]) -> bytes:
@@ -578,20 +593,20 @@ def typed(document: Mapping[str, Any], name: str, kind: type[T]) -> T:
 
 def _load_name(text: str) -> str:
     name = unquote(text)
-    if name in ("", ".", "..") or re.search("[/\0\ud800-\udc7f\udd00-\udfff]", name):
+    if name in ("", ".", "..") or _NO_NAME.search(name):
         raise ValueError(f"{text!r} is no file name")
     return name
 
 
 def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
     name = _load_name(typed(document, "name", str))
-    file = Fingerprint(*(typed(document, word, int) for word in Fingerprint._fields))
+    file = Fingerprint(typed(document, "inode", int), typed(document, "size", int), typed(document, "mtime_ns", int))
     mode = typed(document, "mode", str)
     texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
     # SQLite and utime(2) take no more than 64 bits.
     is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63 and -(1 << 63) <= file.mtime_ns < 1 << 63
-    is_mode = re.fullmatch("[0-7]{4,5}", mode)
-    is_crc = re.fullmatch("[0-9a-f]{8}", texts["crc32"])
+    is_mode = _MODE.fullmatch(mode)
+    is_crc = _CRC32.fullmatch(texts["crc32"])
     if not is_file or not is_mode or not is_crc:
         raise ValueError(f"{name!r} is no file with {file}, mode {mode!r} and CRC-32 {texts['crc32']!r}")
     return Known(directory, name, file, int(mode, 8), **texts)
@@ -2391,9 +2406,9 @@ _LEDGER_FAILURES: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
 _ASK: Final = 500  # rows at a time; until 3.32 SQLite took no more than 999 parameters
 
 
-def _name_bytes(place: str, name: str, disk: str, fingerprint: Fingerprint) -> str:
+def _name_bytes(quoted_place: str, name: str, disk: str, fingerprint: Fingerprint) -> str:
     inode, size, mtime_ns = fingerprint
-    return f"{quote(place)}/{quote(name)} {disk}-{inode:x}-{size:x}-{mtime_ns:x}"
+    return f"{quoted_place}/{quote(name)} {disk}-{inode:x}-{size:x}-{mtime_ns:x}"
 
 
 class Remembered(NamedTuple):
@@ -2498,7 +2513,8 @@ class Ledger:
 
     def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FilePath, Remembered]:
         """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
-        names = {pin.path: _name_bytes(place, pin.name, pin.disk, pin.fingerprint) for pin in pins}
+        where = quote(place)
+        names = {pin.path: _name_bytes(where, pin.name, pin.disk, pin.fingerprint) for pin in pins}
         asked = list(names.values())
         found: dict[str, Remembered] = {}
         for start in range(0, len(asked), _ASK):
@@ -2513,9 +2529,10 @@ class Ledger:
     def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> None:
         """Remember files and their disks: a Stored as this process has it from the store, a Known as hearsay."""
         rows = []
+        where = quote(place)
         for disk, entry in entries:
             run = self._run if isinstance(entry, Stored) else ""
-            bytes_of = _name_bytes(place, entry.name, disk, entry.fingerprint)
+            bytes_of = _name_bytes(where, entry.name, disk, entry.fingerprint)
             rows.append((bytes_of, entry.key, entry.etag, entry.crc32, run, self.now()))
         self._write("stored VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
@@ -2879,13 +2896,20 @@ class PinDirectory:
             os.rmdir(path)
         return left
 
-    def read(self, relative: str, life: str) -> Pins:
-        """Return the pins of a source directory as they are now, and what is lost of it."""
+    def read(self, relative: str, life: str, settled: Mapping[str, Pinned] | None = None) -> Pins:
+        """Return the pins of a source directory as they are now, and what is lost of it.
+
+        `settled`, by the paths of the pins, is taken as it was read before, as far as it is still there.
+        """
+        settled = settled or {}
         source, path = self.source(relative), self.directory(relative, life)
         files: dict[FilePath, Pinned] = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
             for entry in entries:
                 if not entry.name.endswith("~"):
+                    continue
+                if known := settled.get(entry.path):
+                    files[known.path] = known
                     continue
                 with contextlib.suppress(FileNotFoundError):  # let go meanwhile
                     info, name = entry.stat(follow_symlinks=False), entry.name[:-1]
@@ -3740,10 +3764,12 @@ def known_of(pin: Pinned, key: str, etag: str, crc32: str) -> Known:
     return Known(pin.directory, pin.name, pin.fingerprint, pin.mode, user, group, crc32, key, etag)
 
 
+_values_of = operator.attrgetter(*(one.name for one in fields(Known)))
+
+
 def as_stored(known: Known) -> Stored:
     # Only `send` and `confirm` may say so: the store itself has just told them.
-    values = [getattr(known, one.name) for one in fields(known)]
-    return Stored(*values)
+    return Stored(*_values_of(known))
 
 
 def _find_place(store: Store, pin: Pinned, key: str, moment: str) -> ObjectInfo:
@@ -4049,11 +4075,20 @@ def confirm(
 # ---- what is listed already
 
 
+def _is_component(part: str) -> bool:
+    return part not in ("", ".", "..") and part.isprintable() and len(part.encode()) < 256
+
+
+@functools.lru_cache(1000)
+def _is_folder_of(node: str, folder: str) -> bool:
+    # Kept: a listing names thousands of files in few folders.
+    parts = folder.split("/")
+    return parts[0] == node and all(map(_is_component, parts))
+
+
 def _is_file_of(node: str, key: str) -> bool:
-    parts = key.split("/")
-    if parts[0] != node or len(parts) < 2 or not key.isprintable():
-        return False
-    return all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in parts)
+    folder, _, name = key.rpartition("/")
+    return _is_folder_of(node, folder) and _is_component(name)
 
 
 def check_listing(node: str, key: str, body: bytes) -> Listing[Known]:
@@ -4353,6 +4388,7 @@ class Waiting:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     # What one round has found out, or stored, for the next: most units take two before they are listed.
     remembered: dict[tuple[FilePath, Fingerprint], Remembered] = field(default_factory=dict)
+    settled: dict[str, Pinned] = field(default_factory=dict)  # read, and not to be written any more; for one round
     _since: dict[Any, float] = field(default_factory=dict)
 
     def since(self, states: Iterable[T]) -> dict[T, float]:
@@ -4382,6 +4418,11 @@ class Round:
     files: dict[FilePath, Known] = field(default_factory=dict)  # stored, or known to be
     failed: dict[FilePath, Exception] = field(default_factory=dict)
     delete: dict[FilePath, Fingerprint] = field(default_factory=dict)  # listed, and to go from backups/ with its pin
+
+
+def _may_grow(name: str) -> bool:
+    """Tell whether Cassandra writes a file in place, or appends to it."""
+    return name in (MANIFEST, SCHEMA) or name.endswith("-TOC.txt")
 
 
 def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
@@ -4433,11 +4474,11 @@ def _read_small(store: Store, pins: PinMap, files: Mapping[FilePath, Known], pat
     return read_object(store, files[path].key)
 
 
-def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str) -> Pins:
+def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str, settled: Mapping[str, Pinned]) -> Pins:
     files: dict[FilePath, Pinned] = {}
     lost: list[FilePath] = []
     for disk, relative in directories:
-        found = disk.read(relative, life)
+        found = disk.read(relative, life, settled)
         files.update(found.files)
         lost.extend(found.lost)
     return Pins(files, tuple(lost))
@@ -4557,7 +4598,8 @@ class Backup:
     async def _back_up(self, unit: Unit, waiting: Waiting) -> float | None:
         """Store and list what there is of a unit; None when it is done, else the seconds until the next time."""
         directories = sorted(waiting.directories, key=lambda one: one[1])
-        found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
+        found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life, waiting.settled)
+        waiting.settled = {}
         work = Round(unit, waiting, self.bucket, self.clock(), found.files, found.lost)
         for path, fingerprint in self._kept.get(unit, {}).items():
             if path in work.pins and work.pins[path].fingerprint == fingerprint:
@@ -4587,6 +4629,8 @@ class Backup:
         young = self._young(work)
         await self._store(work, [pin for path, pin in work.pins.items() if path not in young])
         if young:
+            # If one of these changes all the same, the pinner does not let it go: fingerprints differ.
+            work.waiting.settled = {pin.pin: pin for pin in work.pins.values() if not _may_grow(pin.name)}
             return QUIET_S
         before = await self._look_up(listed_snapshot, work)
         files = {entry.path: entry for entry in before.listing.files} | work.files
@@ -4829,9 +4873,8 @@ class Backup:
         found = work.waiting.remembered.get((pin.path, pin.fingerprint))
         if not found:
             return False
-        # What is written in place, or grows, may have kept its mtime: these few bytes are always sent.
-        is_sent_always = pin.name in (MANIFEST, SCHEMA) or pin.name.endswith("-TOC.txt")
-        if (self._options.full or is_sent_always) and self.ledger.now() >= found.good_until:
+        # What may grow may have kept its mtime: these few bytes are always sent.
+        if (self._options.full or _may_grow(pin.name)) and self.ledger.now() >= found.good_until:
             return False
         work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
         self.counts["reused"] += 1
