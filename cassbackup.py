@@ -79,6 +79,7 @@ import asyncio
 import base64
 import bisect
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -237,6 +238,9 @@ class Fingerprint(NamedTuple):
     def written(self) -> float:
         """Return the mtime in seconds since 1970."""
         return max(0, self.mtime_ns) / 1e9
+
+
+FileBytes = tuple[FilePath, Fingerprint]  # a file, and which bytes it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,19 +546,8 @@ _ENTRY_TEXTS: Final = ("user", "group", "crc32", "key", "etag")  # what of an en
 
 
 def _dump_entry(entry: Stored) -> dict[str, Any]:
-    inode, size, mtime_ns = entry.fingerprint
-    return {
-        "name": quote(entry.name),
-        "inode": inode,
-        "size": size,
-        "mtime_ns": mtime_ns,
-        "mode": f"{entry.mode:04o}",
-        "user": entry.user,
-        "group": entry.group,
-        "crc32": entry.crc32,
-        "key": entry.key,
-        "etag": entry.etag,
-    }
+    texts = {word: getattr(entry, word) for word in _ENTRY_TEXTS}
+    return {"name": quote(entry.name), **entry.fingerprint._asdict(), "mode": f"{entry.mode:04o}", **texts}
 
 
 def dump_listing(listing: Listing[Stored]) -> bytes:
@@ -2511,10 +2504,12 @@ class Ledger:
     def _write(self, into: str, rows: Iterable[tuple[object, ...]]) -> None:
         self._change(f"INSERT OR REPLACE INTO {into}", [(*row, self._sum(row)) for row in rows])
 
-    def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FilePath, Remembered]:
+    def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FileBytes, Remembered]:
         """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
         where = quote(place)
-        names = {pin.path: _name_bytes(where, pin.name, pin.disk, pin.fingerprint) for pin in pins}
+        names: dict[FileBytes, str] = {}
+        for pin in pins:
+            names[pin.path, pin.fingerprint] = _name_bytes(where, pin.name, pin.disk, pin.fingerprint)
         asked = list(names.values())
         found: dict[str, Remembered] = {}
         for start in range(0, len(asked), _ASK):
@@ -2524,7 +2519,7 @@ class Ledger:
                 name, key, etag, crc32, run, confirmed = row
                 good_until = confirmed + CONFIRMED_S if run == self._run else 0.0
                 found[name] = Remembered(key, etag, crc32, good_until)
-        return {path: found[name] for path, name in names.items() if name in found}
+        return {file: found[name] for file, name in names.items() if name in found}
 
     def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> None:
         """Remember files and their disks: a Stored as this process has it from the store, a Known as hearsay."""
@@ -4131,7 +4126,7 @@ def add_up(listings: Sequence[Listing[Known]]) -> Listing[Known] | None:
     return replace(listings[-1], files=tuple(files.values()), complete=complete)
 
 
-def bytes_of(files: Iterable[Pinned | Known]) -> set[tuple[FilePath, Fingerprint]]:
+def bytes_of(files: Iterable[Pinned | Known]) -> set[FileBytes]:
     """Return of files where they are, and which bytes they are."""
     return {(file.path, file.fingerprint) for file in files}
 
@@ -4387,7 +4382,7 @@ class Waiting:
     directories: set[tuple[PinDirectory, str]] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     # What one round has found out, or stored, for the next: most units take two before they are listed.
-    remembered: dict[tuple[FilePath, Fingerprint], Remembered] = field(default_factory=dict)
+    remembered: dict[FileBytes, Remembered] = field(default_factory=dict)
     settled: dict[str, Pinned] = field(default_factory=dict)  # read, and not to be written any more; for one round
     _since: dict[Any, float] = field(default_factory=dict)
 
@@ -4747,7 +4742,7 @@ class Backup:
         beside = await self._workers.once("pins", True, _beside, folders, sstables)
         remembered = self.ledger.lookup(work.unit.place, beside)
         for pin in beside:
-            found = remembered.get(pin.path)
+            found = remembered.get((pin.path, pin.fingerprint))
             if found and pin.path not in work.files:
                 work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
 
@@ -4840,7 +4835,7 @@ class Backup:
         life = work.unit.life if work.unit.kind == "snapshot" else ""
         self.ledger.add_listed(life, self.clock(), marks)
 
-    async def _store(self, work: Round, pins: Iterable[Pinned]) -> None:
+    async def _store(self, work: Round, pins: Sequence[Pinned]) -> None:
         """Store what is not known to be stored. A file that is refused costs no other."""
         unsent = self._unsent(work, pins)
         if not unsent:
@@ -4861,12 +4856,11 @@ class Backup:
             hint = "the disk may be failing: run nodetool verify; a scrubbed SSTable may have a stale digest"
             log.error("Data.db is not what its Digest.crc32 says path=%s hint=%s", quote("/".join(path)), hint)
 
-    def _unsent(self, work: Round, pins: Iterable[Pinned]) -> list[Pinned]:
+    def _unsent(self, work: Round, pins: Sequence[Pinned]) -> list[Pinned]:
         """Return the pins whose bytes are not known to be stored, perhaps under the path of another snapshot."""
-        pins, remembered = list(pins), work.waiting.remembered
+        remembered = work.waiting.remembered
         unknown = [pin for pin in pins if (pin.path, pin.fingerprint) not in remembered]
-        found = self.ledger.lookup(work.unit.place, unknown)
-        remembered.update(((pin.path, pin.fingerprint), found[pin.path]) for pin in unknown if pin.path in found)
+        remembered.update(self.ledger.lookup(work.unit.place, unknown))
         return [pin for pin in pins if not self._is_stored(work, pin)]
 
     def _is_stored(self, work: Round, pin: Pinned) -> bool:
@@ -5333,6 +5327,8 @@ class Daemon:
             (86400.0, self._trim),
             (60.0, self._show_metrics),
             (10.0, self._measure),
+            (10.0, self._find_oldest),
+            (900.0, self._give_memory_back),
         ):
             work.append(self._repeat(seconds, task))
         if self._options.once:
@@ -5557,8 +5553,21 @@ class Daemon:
     async def _measure(self) -> None:
         await self._backup.scanned.wait()
         self._speeds.append((time.monotonic(), self._backup.sent["bytes"]))
+
+    async def _find_oldest(self) -> None:
+        await self._backup.scanned.wait()
+        began = time.monotonic()
         places = sorted(self._state.tables)
         self._oldest = await self._loop.run_in_executor(None, _oldest_data, self._disks, places)
+        # Thousands of tables take a tenth of a second: a thousandth of a core. What is asked of it is a day old.
+        await asyncio.sleep(min(300.0, 1000 * (time.monotonic() - began)))
+
+    async def _give_memory_back(self) -> None:
+        """Have glibc give the kernel what is free: boto3's start alone leaves 12 MB."""
+        await self._backup.scanned.wait()
+        await self._backup.connected.wait()
+        with contextlib.suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
 
     async def _tell_systemd(self) -> None:
         """Tell the lag, and that we live: only while the pinner does too."""
@@ -5567,9 +5576,9 @@ class Daemon:
         if self._environ.get("WATCHDOG_PID", pid) == pid:
             limit = int(self._environ.get("WATCHDOG_USEC", 0)) / 1e6
         while True:
-            status = self.status()
-            line = f"STATUS=lag {status['lag_s']:.0f} s, {status['pending']['files']} files pending"
-            wrong = [*status["failures"].values(), *status["errors"]]
+            files = sum(one.files for one in self._backup.units.values())
+            line = f"STATUS=lag {self._lag():.0f} s, {files} files pending"
+            wrong = [*self._failures().values(), *(one.error for one in self._workers.failing().values())]
             if wrong:
                 line += f"; {quote(wrong[0])}"
             tell_manager(self._environ, line)
@@ -5703,7 +5712,7 @@ class Daemon:
             "now": now,
             "scanned": state.scanned,
             "quiet": quiet,
-            "lag_s": max(0.0, now - min(oldest.values(), default=now)),
+            "lag_s": self._lag(),
             "oldest": oldest,
             "pending": {
                 "units": len(waiting),
@@ -5730,6 +5739,11 @@ class Daemon:
             "last_verify": view.verified if view else 0.0,
             "newest_listing": backup.ledger.fact("newest"),
         }
+
+    def _lag(self) -> float:
+        """Return for how many seconds the oldest file has waited that is not listed."""
+        now = time.time()
+        return max(0.0, now - min((one.found for one in self._backup.units.values()), default=now))
 
     def _failures(self) -> dict[str, str]:
         failures = {label(unit): text for unit, text in self._backup.failures.items()}

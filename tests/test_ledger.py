@@ -53,7 +53,7 @@ def pin_of(one: Known, disk: str = "disk1") -> Pinned:
 
 
 def remembered(ledger: Ledger, one: Known, place: str = "place", disk: str = "disk1") -> Remembered | None:
-    return ledger.lookup(place, [pin_of(one, disk)]).get(one.path)
+    return ledger.lookup(place, [pin_of(one, disk)]).get((one.path, one.fingerprint))
 
 
 def look(ledger: Ledger, one: Known, place: str = "place", disk: str = "disk1") -> tuple[str, str, str] | None:
@@ -152,7 +152,7 @@ def test_many_files_are_looked_up_at_once_each_by_its_own_bytes(opened: Open) ->
     ledger = opened()
     ledger.record("place", on_disk(*[entry(number) for number in range(0, 2400, 2)]))
     found = ledger.lookup("place", [pin_of(entry(number)) for number in range(2400)])
-    assert {path: one.key for path, one in found.items()} == {
+    assert {path: one.key for (path, _), one in found.items()} == {
         entry(number).path: entry(number).key for number in range(0, 2400, 2)
     }
     assert ledger.lookup("place", []) == {}
