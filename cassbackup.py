@@ -4890,8 +4890,7 @@ class Backup:
             # where a server cannot put conditionally, only one of us may look and put at a time.
             while busy := {self._under_way[name] for name in names if name in self._under_way}:
                 await asyncio.wait(busy)
-                batch = self._unsent(work, batch)
-                names = self._names_of(work, batch)
+            batch = self._unsent(work, batch)  # whoever was sending them may have ended before our turn came
             if batch:
                 await self._send(work, batch, names)
 
