@@ -4242,6 +4242,7 @@ _ROUND_FILES: Final = 1_000  # incrementals are listed in rounds of so many file
 _ROUND_BYTES: Final = 4 * GIB  # or so many bytes, so that the first of a great backlog are listed soon
 _RETRY_S: Final = 60.0  # a unit that was refused is tried again after this time, then after twice the time
 _RETRY_MOST_S: Final = 900.0
+_REMEMBERED_FILES: Final = 20_000  # of so many files it is kept from round to round what is known: 1 KB for each
 _VIEW_S: Final = 60.0
 _DURATIONS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds; buckets of a histogram
 
@@ -4580,7 +4581,14 @@ class Backup:
                     log.error("not listed, will try again unit=%s error=%s", *words, exc_info=unforeseen)
                     delay = pause
                     pause = min(2 * pause, _RETRY_MOST_S)
+                self._spare_memory(waiting)
         del self.units[unit]
+
+    def _spare_memory(self, waiting: Waiting) -> None:
+        """Forget what would save a unit's next round work, where all that wait keep much."""
+        if sum(len(one.remembered) for one in self.units.values()) > _REMEMBERED_FILES:
+            waiting.remembered.clear()
+            waiting.settled.clear()
 
     async def _until_due(self, waiting: Waiting, delay: float) -> None:
         """Wait so long, or until there is news; then until nothing has come for a moment."""
