@@ -79,6 +79,7 @@ import asyncio
 import base64
 import bisect
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -95,6 +96,7 @@ import json
 import logging
 import math
 import mmap
+import operator
 import os
 import pwd
 import queue
@@ -240,6 +242,9 @@ class Fingerprint(NamedTuple):
     def written(self) -> float:
         """Return the mtime in seconds since 1970."""
         return max(0, self.mtime_ns) / 1e9
+
+
+FileBytes = tuple[FilePath, Fingerprint]  # a file, and which bytes it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,14 +422,19 @@ def component(name: str, slash: str = "/") -> str:
     return "%%" + hash_name(name)
 
 
+@functools.lru_cache(1000)
+def _folder_key(node: str, directory: str) -> str:
+    # Kept: the files of a directory come together, and only their names differ.
+    return "/".join([node, *(component(part) for part in directory.split("/") if part)])
+
+
 def object_key(node: str, path: FilePath) -> str:
     """Return the key of a file: node + its absolute path. What is too long for a store is hashed."""
-    whole = os.path.join(*path)
-    parts = [component(part) for part in whole.split("/") if part]
-    key = "/".join([node, *parts])
+    directory, name = path
+    key = f"{_folder_key(node, directory)}/{component(name)}"
     if len(key.encode()) <= KEY_BYTES:
         return key
-    return f"{node}/%%{hash_name(whole)}"
+    return f"{node}/%%{hash_name(os.path.join(directory, name))}"
 
 
 def sstable_of(name: str) -> tuple[str, str] | None:
@@ -533,6 +543,9 @@ def parse_listing_name(key: str) -> ListingName | None:
     return ListingName(match[1], match[2] == "complete", int(match[3]), int(match[4]))
 
 
+_NO_NAME = re.compile("[/\0\ud800-\udc7f\udd00-\udfff]")
+_MODE = re.compile("[0-7]{4,5}")
+_CRC32 = re.compile("[0-9a-f]{8}")
 _ENTRY_TEXTS: Final = ("user", "group", "crc32", "key", "etag")  # what of an entry JSON has as it is
 
 
@@ -577,21 +590,21 @@ def typed(document: Mapping[str, Any], name: str, kind: type[T]) -> T:
 
 def _load_name(text: str) -> str:
     name = unquote(text)
-    if name in ("", ".", "..") or re.search("[/\0\ud800-\udc7f\udd00-\udfff]", name):
+    if name in ("", ".", "..") or _NO_NAME.search(name):
         raise ValueError(f"{text!r} is no file name")
     return name
 
 
 def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
     name = _load_name(typed(document, "name", str))
-    file = Fingerprint(*(typed(document, word, int) for word in Fingerprint._fields))
+    file = Fingerprint(typed(document, "inode", int), typed(document, "size", int), typed(document, "mtime_ns", int))
     mode = typed(document, "mode", str)
     texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
     # SQLite and utime(2) take no more than 64 bits.
     is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63
     is_file = is_file and -(1 << 63) <= file.mtime_ns < 1 << 63
-    is_mode = re.fullmatch("[0-7]{4,5}", mode)
-    is_crc = re.fullmatch("[0-9a-f]{8}", texts["crc32"])
+    is_mode = _MODE.fullmatch(mode)
+    is_crc = _CRC32.fullmatch(texts["crc32"])
     if not is_file or not is_mode or not is_crc:
         raise ValueError(f"{name!r} is no file with {file}, mode {mode!r} and CRC-32 {texts['crc32']!r}")
     return Known(directory, name, file, int(mode, 8), **texts)
@@ -2550,20 +2563,21 @@ _LEDGER_TABLES: Final = """
 """
 # UnicodeDecodeError: Python reads the names of columns, and what SQLite has to say of them.
 _LEDGER_FAILURES: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
+_ASK: Final = 500  # rows at a time; until 3.32 SQLite took no more than 999 parameters
 
 
-def _name_bytes(place: str, name: str, disk: str, fingerprint: Fingerprint) -> str:
+def _name_bytes(quoted_place: str, name: str, disk: str, fingerprint: Fingerprint) -> str:
     inode, size, mtime_ns = fingerprint
-    return f"{quote(place)}/{quote(name)} {disk}-{inode:x}-{size:x}-{mtime_ns:x}"
+    return f"{quoted_place}/{quote(name)} {disk}-{inode:x}-{size:x}-{mtime_ns:x}"
 
 
 class Remembered(NamedTuple):
-    """What the ledger says of some bytes, and whether this very process had it from the store a short while ago."""
+    """Where some bytes are stored, and until when the store's own word for that, to this very process, is good."""
 
     key: str
     etag: str
     crc32: str
-    fresh: bool
+    good_until: float  # by Ledger.now; 0 where it is hearsay
 
 
 class Ledger:
@@ -2596,7 +2610,8 @@ class Ledger:
     @staticmethod
     def _connect(path: str) -> sqlite3.Connection:
         db = sqlite3.connect(path)
-        db.text_factory = os.fsdecode  # else one damaged letter would hide every row that is read with it
+        # As os.fsdecode, but faster: else one damaged letter would hide every row that is read with it.
+        db.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
         try:
             db.executescript(_LEDGER_TABLES)
         except _LEDGER_FAILURES:
@@ -2626,8 +2641,8 @@ class Ledger:
             self._db = self._open()
             self.forget(self.bucket)
 
-    def _now(self) -> float:
-        # As time.time(), but it never goes back: an old word must not become a fresh one.
+    def now(self) -> float:
+        """Return now as time.time() does, but it never goes back: an old word must not become a fresh one."""
         return self._epoch + time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def _sum(self, row: tuple[object, ...]) -> int:
@@ -2661,22 +2676,31 @@ class Ledger:
         summed = [(*row, self._sum(row)) for row in rows]
         self._change(f"INSERT OR REPLACE INTO {into}", summed)
 
-    def lookup(self, place: str, name: str, disk: str, fingerprint: Fingerprint) -> Remembered | None:
-        """Return what is remembered of these bytes of a table, wherever their file was."""
-        rows = self._select("SELECT * FROM stored WHERE bytes = ?", _name_bytes(place, name, disk, fingerprint))
-        if not rows:
-            return None
-        _, key, etag, crc32, run, confirmed = rows[0]
-        fresh = run == self._run and self._now() < confirmed + CONFIRMED_S
-        return Remembered(key, etag, crc32, fresh)
+    def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FileBytes, Remembered]:
+        """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
+        where = quote(place)
+        names: dict[FileBytes, str] = {}
+        for pin in pins:
+            names[pin.path, pin.fingerprint] = _name_bytes(where, pin.name, pin.disk, pin.fingerprint)
+        asked = list(names.values())
+        found: dict[str, Remembered] = {}
+        for start in range(0, len(asked), _ASK):
+            some = asked[start : start + _ASK]
+            marks = ", ".join("?" * len(some))
+            for row in self._select(f"SELECT * FROM stored WHERE bytes IN ({marks})", *some):
+                name, key, etag, crc32, run, confirmed = row
+                good_until = confirmed + CONFIRMED_S if run == self._run else 0.0
+                found[name] = Remembered(key, etag, crc32, good_until)
+        return {file: found[name] for file, name in names.items() if name in found}
 
     def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> None:
         """Remember files and their disks: a Stored as this process has it from the store, a Known as hearsay."""
         rows = []
+        where = quote(place)
         for disk, entry in entries:
             run = self._run if isinstance(entry, Stored) else ""
-            bytes_of = _name_bytes(place, entry.name, disk, entry.fingerprint)
-            rows.append((bytes_of, entry.key, entry.etag, entry.crc32, run, self._now()))
+            bytes_of = _name_bytes(where, entry.name, disk, entry.fingerprint)
+            rows.append((bytes_of, entry.key, entry.etag, entry.crc32, run, self.now()))
         self._write("stored VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def trim(self, before: float) -> None:
@@ -3051,13 +3075,20 @@ class PinDirectory:
             os.rmdir(path)
         return left
 
-    def read(self, relative: str, life: str) -> Pins:
-        """Return the pins of a source directory as they are now, and what is lost of it."""
+    def read(self, relative: str, life: str, settled: Mapping[str, Pinned] | None = None) -> Pins:
+        """Return the pins of a source directory as they are now, and what is lost of it.
+
+        `settled`, by the paths of the pins, is taken as it was read before, as far as it is still there.
+        """
+        settled = settled or {}
         source, path = self.source(relative), self.directory(relative, life)
         files: dict[FilePath, Pinned] = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
             for entry in entries:
                 if not entry.name.endswith("~"):
+                    continue
+                if known := settled.get(entry.path):
+                    files[known.path] = known
                     continue
                 with contextlib.suppress(FileNotFoundError):  # let go meanwhile
                     info, name = entry.stat(follow_symlinks=False), entry.name[:-1]
@@ -3066,6 +3097,13 @@ class PinDirectory:
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
                     files[source, name] = Pinned(source, name, entry.path, self.id, Fingerprint.of(info), *who)
         return Pins(files, tuple((source, name) for name in self.lost(relative, life)))
+
+    def pins(self, relative: str, life: str) -> set[str]:
+        """Return the paths of the pins of a source directory as they are now."""
+        path = self.directory(relative, life)
+        with contextlib.suppress(FileNotFoundError):
+            return {f"{path}/{name}" for name in os.listdir(path) if name.endswith("~")}
+        return set()
 
     def lost(self, relative: str, life: str) -> list[str]:
         """Return the names of what was given up of a source directory."""
@@ -3923,10 +3961,12 @@ def known_of(pin: Pinned, key: str, etag: str, crc32: str) -> Known:
     return Known(pin.directory, pin.name, pin.fingerprint, pin.mode, user, group, crc32, key, etag)
 
 
+_values_of = operator.attrgetter(*(one.name for one in fields(Known)))
+
+
 def as_stored(known: Known) -> Stored:
     # Only `send` and `confirm` may say so: the store itself has just told them.
-    values = [getattr(known, one.name) for one in fields(known)]
-    return Stored(*values)
+    return Stored(*_values_of(known))
 
 
 def _find_place(store: Store, pin: Pinned, key: str, moment: str) -> ObjectInfo:
@@ -4236,13 +4276,20 @@ def confirm(
 # ---- what is listed already
 
 
+def _is_component(part: str) -> bool:
+    return part not in ("", ".", "..") and part.isprintable() and len(part.encode()) < 256
+
+
+@functools.lru_cache(1000)
+def _is_folder_of(node: str, folder: str) -> bool:
+    # Kept: a listing names thousands of files in few folders.
+    parts = folder.split("/")
+    return parts[0] == node and all(map(_is_component, parts))
+
+
 def _is_file_of(node: str, key: str) -> bool:
-    parts = key.split("/")
-    if parts[0] != node or len(parts) < 2 or not key.isprintable():
-        return False
-    if not {"", ".", ".."}.isdisjoint(parts):
-        return False
-    return all(len(part.encode()) < 256 for part in parts)
+    folder, _, name = key.rpartition("/")
+    return _is_folder_of(node, folder) and _is_component(name)
 
 
 def check_listing(node: str, key: str, body: bytes) -> Listing[Known]:
@@ -4285,7 +4332,7 @@ def add_up(listings: Sequence[Listing[Known]]) -> Listing[Known] | None:
     return replace(listings[-1], files=tuple(files.values()), complete=complete)
 
 
-def bytes_of(files: Iterable[Pinned | Known]) -> set[tuple[FilePath, Fingerprint]]:
+def bytes_of(files: Iterable[Pinned | Known]) -> set[FileBytes]:
     """Return of files where they are, and which bytes they are."""
     return {(file.path, file.fingerprint) for file in files}
 
@@ -4401,6 +4448,7 @@ _ROUND_FILES: Final = 1_000  # incrementals are listed in rounds of so many file
 _ROUND_BYTES: Final = 4 * GIB  # or so many bytes, so that the first of a great backlog are listed soon
 _RETRY_S: Final = 60.0  # a unit that was refused is tried again after this time, then after twice the time
 _RETRY_MOST_S: Final = 900.0
+_REMEMBERED_FILES: Final = 20_000  # of so many files it is kept from round to round what is known: 1 KB for each
 _VIEW_S: Final = 60.0
 _DURATIONS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds; buckets of a histogram
 
@@ -4540,6 +4588,9 @@ class Waiting:
     size: int = 0
     directories: set[tuple[PinDirectory, str]] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    # What one round has found out, or stored, for the next: most units take two before they are listed.
+    remembered: dict[FileBytes, Remembered] = field(default_factory=dict)
+    settled: dict[str, Pinned] = field(default_factory=dict)  # read, and not to be written any more; for one round
     _since: dict[Any, float] = field(default_factory=dict)
 
     def since(self, states: Iterable[T]) -> dict[T, float]:
@@ -4569,6 +4620,11 @@ class Round:
     files: dict[FilePath, Known] = field(default_factory=dict)  # stored, or known to be
     failed: dict[FilePath, Exception] = field(default_factory=dict)
     delete: dict[FilePath, Fingerprint] = field(default_factory=dict)  # listed, and to go from backups/ with its pin
+
+
+def _may_grow(name: str) -> bool:
+    """Tell whether Cassandra writes a file in place, or appends to it."""
+    return name in (MANIFEST, SCHEMA) or name.endswith("-TOC.txt")
 
 
 def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
@@ -4620,14 +4676,18 @@ def _read_small(store: Store, pins: PinMap, files: Mapping[FilePath, Known], pat
     return read_object(store, files[path].key)
 
 
-def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str) -> Pins:
+def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str, settled: Mapping[str, Pinned]) -> Pins:
     files: dict[FilePath, Pinned] = {}
     lost: list[FilePath] = []
     for disk, relative in directories:
-        found = disk.read(relative, life)
+        found = disk.read(relative, life, settled)
         files.update(found.files)
         lost.extend(found.lost)
     return Pins(files, tuple(lost))
+
+
+def _pin_paths(directories: Iterable[tuple[PinDirectory, str]], life: str) -> set[str]:
+    return set().union(*(disk.pins(relative, life) for disk, relative in directories))
 
 
 def _beside(folders: Mapping[str, str], sstables: Collection[str]) -> list[Pinned]:
@@ -4727,7 +4787,14 @@ class Backup:
                     log.error("not listed, will try again unit=%s error=%s", *words, exc_info=unforeseen)
                     delay = pause
                     pause = min(2 * pause, _RETRY_MOST_S)
+                self._spare_memory(waiting)
         del self.units[unit]
+
+    def _spare_memory(self, waiting: Waiting) -> None:
+        """Forget what would save a unit's next round work, where all that wait keep much."""
+        if sum(len(one.remembered) for one in self.units.values()) > _REMEMBERED_FILES:
+            waiting.remembered.clear()
+            waiting.settled.clear()
 
     async def _until_due(self, waiting: Waiting, delay: float) -> None:
         """Wait so long, or until there is news; then until nothing has come for a moment."""
@@ -4740,7 +4807,8 @@ class Backup:
     async def _back_up(self, unit: Unit, waiting: Waiting) -> float | None:
         """Store and list what there is of a unit; None when it is done, else the seconds until the next time."""
         directories = sorted(waiting.directories, key=lambda one: one[1])
-        found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
+        found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life, waiting.settled)
+        waiting.settled = {}
         work = Round(unit, waiting, self.bucket, self.clock(), found.files, found.lost)
         for path, fingerprint in self._kept.get(unit, {}).items():
             if path in work.pins and work.pins[path].fingerprint == fingerprint:
@@ -4770,13 +4838,15 @@ class Backup:
         young = self._young(work)
         await self._store(work, [pin for path, pin in work.pins.items() if path not in young])
         if young:
+            # If one of these changes all the same, the pinner does not let it go: fingerprints differ.
+            work.waiting.settled = {pin.pin: pin for pin in work.pins.values() if not _may_grow(pin.name)}
             return QUIET_S
         before = await self._look_up(listed_snapshot, work)
         files = {entry.path: entry for entry in before.listing.files} | work.files
         has_manifest = any(name == MANIFEST for _, name in files)
         scanned = has_manifest and await self.ask(self._pinner.scan_tag, unit)
-        again = await self._workers.once("pins", False, _read_pins, list(work.waiting.directories), unit.life)
-        if again.files.keys() != work.pins.keys():
+        there = await self._workers.once("pins", False, _pin_paths, list(work.waiting.directories), unit.life)
+        if there != {pin.pin for pin in work.pins.values()}:
             return QUIET_S  # more has come while this was sent
         verdict = await self._judge(work, files, judge_snapshot, scanned)
         self._check_bucket(work)
@@ -4884,8 +4954,10 @@ class Backup:
         for sstable in sstables:
             folder = os.path.dirname(sstable)
             folders[folder] = work.waiting.disk_of(folder)
-        for pin in await self._workers.once("pins", True, _beside, folders, sstables):
-            found = self.ledger.lookup(work.unit.place, pin.name, pin.disk, pin.fingerprint)
+        beside = await self._workers.once("pins", True, _beside, folders, sstables)
+        remembered = self.ledger.lookup(work.unit.place, beside)
+        for pin in beside:
+            found = remembered.get((pin.path, pin.fingerprint))
             if found and pin.path not in work.files:
                 work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
 
@@ -4978,9 +5050,9 @@ class Backup:
         life = work.unit.life if work.unit.kind == "snapshot" else ""
         self.ledger.add_listed(life, self.clock(), marks)
 
-    async def _store(self, work: Round, pins: Iterable[Pinned]) -> None:
+    async def _store(self, work: Round, pins: Sequence[Pinned]) -> None:
         """Store what is not known to be stored. A file that is refused costs no other."""
-        unsent = [pin for pin in pins if not self._is_stored(work, pin)]
+        unsent = self._unsent(work, pins)
         if not unsent:
             return
         batches = _batches_of(unsent)
@@ -4991,36 +5063,51 @@ class Backup:
                 raise error  # judged without this file, a unit could pass for complete
         args = (self.store, work.pins, dict(work.files), self.clock())
         for path, entry in (await self._workers.run("put", work.unit.urgent, _check_digests, *args)).items():
-            if entry:
+            if isinstance(entry, Stored):
                 work.files[path] = entry
-                self._record(work, [entry])
+                self._remember_stored(work, [entry])
                 continue
             self.counts["digest_mismatch"] += 1
             hint = "the disk may be failing: run nodetool verify; a scrubbed SSTable may have a stale digest"
             log.error("Data.db is not what its Digest.crc32 says path=%s hint=%s", quote("/".join(path)), hint)
 
+    def _unsent(self, work: Round, pins: Sequence[Pinned]) -> list[Pinned]:
+        """Return the pins whose bytes are not known to be stored, perhaps under the path of another snapshot."""
+        remembered = work.waiting.remembered
+        unknown = [pin for pin in pins if (pin.path, pin.fingerprint) not in remembered]
+        remembered.update(self.ledger.lookup(work.unit.place, unknown))
+        return [pin for pin in pins if not self._is_stored(work, pin)]
+
     def _is_stored(self, work: Round, pin: Pinned) -> bool:
-        """Tell whether bytes are known to be stored, perhaps under the path of another snapshot."""
-        found = self.ledger.lookup(work.unit.place, pin.name, pin.disk, pin.fingerprint)
+        found = work.waiting.remembered.get((pin.path, pin.fingerprint))
         if not found:
             return False
-        # What is written in place, or grows, may have kept its mtime: these few bytes are always sent.
-        is_sent_always = pin.name in (MANIFEST, SCHEMA) or pin.name.endswith("-TOC.txt")
-        if not found.fresh and (self._options.full or is_sent_always):
+        # What may grow may have kept its mtime: these few bytes are always sent.
+        if (self._options.full or _may_grow(pin.name)) and self.ledger.now() >= found.good_until:
             return False
         work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
         self.counts["reused"] += 1
         return True
 
+    def _remember_stored(self, work: Round, entries: Sequence[Stored]) -> None:
+        """Remember what the store has just confirmed: at once, for a crash. What we forget is sent a second time."""
+        self._check_bucket(work)
+        self.ledger.record(work.unit.place, [(work.pins[entry.path].disk, entry) for entry in entries])
+        good_until = self.ledger.now() + CONFIRMED_S
+        for entry in entries:
+            found = Remembered(entry.key, entry.etag, entry.crc32, good_until)
+            work.waiting.remembered[entry.path, entry.fingerprint] = found
+
     async def _send_batches(self, work: Round, batches: Iterator[list[Pinned]]) -> None:
         for batch in batches:
+            names = self._names_of(work, batch)
             # Another unit may be sending these very bytes: a snapshot follows on a flush. Or other bytes to this key:
             # where a server cannot put conditionally, only one of us may look and put at a time.
-            while busy := {self._under_way[name] for name in self._names_of(work, batch) if name in self._under_way}:
+            while busy := {self._under_way[name] for name in names if name in self._under_way}:
                 await asyncio.wait(busy)
-                batch = [pin for pin in batch if not self._is_stored(work, pin)]
+            batch = self._unsent(work, batch)  # whoever was sending them may have ended before our turn came
             if batch:
-                await self._send(work, batch)
+                await self._send(work, batch, names)
 
     def _names_of(self, work: Round, pins: Iterable[Pinned]) -> list[object]:
         """Return the bytes and the keys of files: of each there is one put at a time."""
@@ -5030,10 +5117,9 @@ class Backup:
             names.append(object_key(self.node, pin.path))
         return names
 
-    async def _send(self, work: Round, pins: list[Pinned]) -> None:
+    async def _send(self, work: Round, pins: list[Pinned], names: list[object]) -> None:
         """Send files until each is stored or refused; remember at once what is stored."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        names = self._names_of(work, pins)
         self._under_way.update(dict.fromkeys(names, done))
         left = pins
 
@@ -5056,18 +5142,16 @@ class Backup:
             done.set_result(None)
 
     def _take_results(self, work: Round, pins: Sequence[Pinned], results: Sequence[Sent]) -> None:
-        self._check_bucket(work)
         stored = []
         for pin, result in zip(pins, results, strict=True):
             work.failed.pop(pin.path, None)
             if isinstance(result, Stored):
                 work.files[pin.path] = result
-                stored.append((pin.disk, result))
+                stored.append(result)
                 self.sent.update(files=1, bytes=pin.size)
             else:
                 work.failed[pin.path] = result
-        # At once, for a crash: what we forget is sent a second time.
-        self.ledger.record(work.unit.place, stored)
+        self._remember_stored(work, stored)
 
     async def view(self, good_for_s: float = _VIEW_S) -> BucketView:
         """Return what a publication must know of the bucket. Raises Unreachable where it is not ours."""
@@ -5104,13 +5188,12 @@ class Backup:
             view = await self.view()
             self._check_bucket(work)
             # Asked at each try: tries may go on for days, and an old word is no word.
-            asked = self._fresh_keys(draft, pins)
+            asked = self._fresh_keys(draft, work.waiting)
             named = replace(draft, listed=self.clock())
             args = (self.store, view, named, pins, asked, moment)
             listing = await self._workers.once("list", unit.urgent, publish, *args)
-            self._check_bucket(work)
             confirmed = [entry for entry in listing.files if entry.key not in asked and entry.path in pins]
-            self.ledger.record(unit.place, [(pins[entry.path].disk, entry) for entry in confirmed])
+            self._remember_stored(work, confirmed)
             return listing
 
         listing = await self._workers.retry("publish", attempt)
@@ -5126,15 +5209,13 @@ class Backup:
         log.log(level, "listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", *words)
         return listing
 
-    def _fresh_keys(self, listing: Listing[Known], pins: PinMap) -> set[str]:
+    def _fresh_keys(self, listing: Listing[Known], waiting: Waiting) -> set[str]:
         """Return the keys for which this process has had the store's word lately."""
+        now = self.ledger.now()
         fresh = set()
         for entry in listing.files:
-            pin = pins.get(entry.path)
-            if not pin:
-                continue
-            found = self.ledger.lookup(listing.unit.place, entry.name, pin.disk, entry.fingerprint)
-            if found and found.fresh and found.key == entry.key:
+            found = waiting.remembered.get((entry.path, entry.fingerprint))
+            if found and found.key == entry.key and now < found.good_until:
                 fresh.add(entry.key)
         return fresh
 
@@ -5142,6 +5223,7 @@ class Backup:
         """Have the pins of what is listed unlinked; return None if none is left. Raises what a file was refused for."""
         self._check_bucket(work)
         self._remember_listed(work)
+        work.waiting.remembered.clear()
         kept = self._kept.get(work.unit, {})
         files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}
         files |= work.delete
@@ -5459,6 +5541,8 @@ class Daemon:
             (86400.0, self._trim),
             (60.0, self._show_metrics),
             (10.0, self._measure),
+            (10.0, self._find_oldest),
+            (900.0, self._give_memory_back),
         ):
             work.append(self._repeat(seconds, task))
         if self._options.once:
@@ -5603,6 +5687,8 @@ class Daemon:
         if ledger.bucket:
             log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
         ledger.forget(bucket)
+        for waiting in backup.units.values():
+            waiting.remembered.clear()
         await backup.ask(self._pinner.forget)
 
     # What time brings
@@ -5688,8 +5774,21 @@ class Daemon:
     async def _measure(self) -> None:
         await self._backup.scanned.wait()
         self._speeds.append((time.monotonic(), self._backup.sent["bytes"]))
+
+    async def _find_oldest(self) -> None:
+        await self._backup.scanned.wait()
+        began = time.monotonic()
         places = sorted(self._state.tables)
         self._oldest = await self._loop.run_in_executor(None, _oldest_data, self._disks, places)
+        # Thousands of tables take a tenth of a second: a thousandth of a core. What is asked of it is a day old.
+        await asyncio.sleep(min(300.0, 1000 * (time.monotonic() - began)))
+
+    async def _give_memory_back(self) -> None:
+        """Have glibc give the kernel what is free: boto3's start alone leaves 12 MB."""
+        await self._backup.scanned.wait()
+        await self._backup.connected.wait()
+        with contextlib.suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
 
     async def _tell_systemd(self) -> None:
         """Tell the lag, and that we live: only while the pinner does too."""
@@ -5698,9 +5797,9 @@ class Daemon:
         if self._environ.get("WATCHDOG_PID", pid) == pid:
             limit = int(self._environ.get("WATCHDOG_USEC", 0)) / 1e6
         while True:
-            status = self.status()
-            line = f"STATUS=lag {status['lag_s']:.0f} s, {status['pending']['files']} files pending"
-            wrong = [*status["failures"].values(), *status["errors"]]
+            files = sum(one.files for one in self._backup.units.values())
+            line = f"STATUS=lag {self._lag():.0f} s, {files} files pending"
+            wrong = [*self._failures().values(), *(one.error for one in self._workers.failing().values())]
             if wrong:
                 line += f"; {quote(wrong[0])}"
             tell_manager(self._environ, line)
@@ -5836,7 +5935,7 @@ class Daemon:
             "now": now,
             "scanned": state.scanned,
             "quiet": quiet,
-            "lag_s": max(0.0, now - min(oldest.values(), default=now)),
+            "lag_s": self._lag(),
             "oldest": oldest,
             "pending": {
                 "units": len(waiting),
@@ -5863,6 +5962,11 @@ class Daemon:
             "last_verify": view.verified if view else 0.0,
             "newest_listing": backup.ledger.fact("newest"),
         }
+
+    def _lag(self) -> float:
+        """Return for how many seconds the oldest file has waited that is not listed."""
+        now = time.time()
+        return max(0.0, now - min((one.found for one in self._backup.units.values()), default=now))
 
     def _failures(self) -> dict[str, str]:
         failures = {label(unit): text for unit, text in self._backup.failures.items()}

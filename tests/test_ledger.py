@@ -13,12 +13,13 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cassbackup import CONFIRMED_S, Fingerprint, Known, Ledger, Stored, mark_of, quote
+from cassbackup import CONFIRMED_S, Fingerprint, Known, Ledger, Pinned, Remembered, Stored, mark_of, quote
 
 SCOPE = "node1 s3://bucket/prefix"
 ROWS = 40
@@ -47,14 +48,22 @@ def on_disk(*entries: Known) -> list[tuple[str, Known]]:
     return [("disk1", one) for one in entries]
 
 
+def pin_of(one: Known, disk: str = "disk1") -> Pinned:
+    return Pinned(one.directory, one.name, "", disk, one.fingerprint, one.mode, 0, 0, 1)
+
+
+def remembered(ledger: Ledger, one: Known, place: str = "place", disk: str = "disk1") -> Remembered | None:
+    return ledger.lookup(place, [pin_of(one, disk)]).get((one.path, one.fingerprint))
+
+
 def look(ledger: Ledger, one: Known, place: str = "place", disk: str = "disk1") -> tuple[str, str, str] | None:
-    found = ledger.lookup(place, one.name, disk, one.fingerprint)
+    found = remembered(ledger, one, place, disk)
     return found[:3] if found else None
 
 
 def is_fresh(ledger: Ledger, one: Known) -> bool:
-    found = ledger.lookup("place", one.name, "disk1", one.fingerprint)
-    return found is not None and found.fresh
+    found = remembered(ledger, one)
+    return found is not None and ledger.now() < found.good_until
 
 
 def fill(ledger: Ledger, rows: int = ROWS) -> None:
@@ -135,8 +144,18 @@ def test_other_bytes_of_that_name_or_on_another_disk_are_not_known(opened: Open)
     assert not look(ledger, one, place="elsewhere")
     assert not look(ledger, one, disk="disk2")
     for change in ({"inode": 8}, {"size": 1}, {"mtime_ns": 1}):
-        assert not ledger.lookup("place", one.name, "disk1", one.fingerprint._replace(**change))
-    assert not ledger.lookup("place", "other.db", "disk1", one.fingerprint)
+        assert not look(ledger, replace(one, fingerprint=one.fingerprint._replace(**change)))
+    assert not look(ledger, replace(one, name="other.db"))
+
+
+def test_many_files_are_looked_up_at_once_each_by_its_own_bytes(opened: Open) -> None:
+    ledger = opened()
+    ledger.record("place", on_disk(*[entry(number) for number in range(0, 2400, 2)]))
+    found = ledger.lookup("place", [pin_of(entry(number)) for number in range(2400)])
+    assert {path: one.key for (path, _), one in found.items()} == {
+        entry(number).path: entry(number).key for number in range(0, 2400, 2)
+    }
+    assert ledger.lookup("place", []) == {}
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe.db", "é\n\t.db".encode(), b"a%0Ab", b"tab\there", b"~\xf4\x8f\xbf\xbf"])
@@ -359,7 +378,7 @@ def test_p4_a_row_moved_to_another_name_is_not_there(written: Path, opened: Open
         db.execute("UPDATE stored SET bytes = ? WHERE bytes = ?", (moved, seven))
         db.execute("UPDATE listed SET directory = '/elsewhere' WHERE directory = ?", (directory(1),))
     ledger = opened()
-    assert ledger.lookup("place", "nb-9999-big-Data.db", "disk1", entry(7).fingerprint) is None
+    assert look(ledger, replace(entry(7), name="nb-9999-big-Data.db")) is None
     assert "/elsewhere" not in ledger.listed()
 
 
