@@ -2979,7 +2979,8 @@ class PinDirectory:
         if self._pin_dir:
             return [os.path.join(os.path.realpath(self._pin_dir), quote(real, slash="%2F"))]
         # Cassandra never looks beside its data directory, and its walks pass over a directory called backups.
-        beside = os.path.join(os.path.dirname(real), ".cassbackup", os.path.basename(real))
+        above, name = os.path.split(real)
+        beside = os.path.join(above, ".cassbackup", name)
         inside = os.path.join(real, ".cassbackup", "backups")
         # Best is where we have been before: pins may wait there, and its id is part of what the ledger knows.
         return sorted((beside, inside), key=lambda path: not os.path.exists(f"{path}/id"))
@@ -3117,7 +3118,8 @@ class PinDirectory:
         """Say durably which names are given up."""
         path = f"{self.directory(relative, life)}/lost"
         if names:
-            write_file(path, "\n".join(quote(name) for name in sorted(names)).encode())
+            lines = [quote(name) for name in sorted(names)]
+            write_file(path, "\n".join(lines).encode())
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -3463,7 +3465,8 @@ class Pinner(threading.Thread):
             why = disk.check()
         except Fault as fault:
             why = str(fault)
-        had_tables = any(place.is_table and place.disk is disk for place in self._places.values())
+        ours = [place for place in self._places.values() if place.disk is disk]
+        had_tables = any(place.is_table for place in ours)
         if why == _EMPTY and self._filters.include and not had_tables:
             return False  # archived commit logs go as soon as they are stored
         if not why and not self._filters.include and not had_tables and not has_tables(disk.root):
@@ -6742,7 +6745,8 @@ def created_at(table: str) -> float:
     told = table_id_of(table)[1]
     if told[12:13] != "1":
         return 0.0
-    ticks = int(told[13:16] + told[8:12] + told[:8], 16)
+    digits = told[13:16] + told[8:12] + told[:8]
+    ticks = int(digits, 16)
     return (ticks - _UUID_EPOCH) / 1e7
 
 
@@ -7070,7 +7074,8 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen
     snapshots: list[Snapshot] = []
     for found in spread(snapshots_in, folders, reader.threads):
         snapshots += found
-    groups = [group for group in group_snapshots(snapshots) if any(is_meant(one, word) for one in group)]
+    there = group_snapshots(snapshots)
+    groups = [group for group in there if any(is_meant(one, word) for one in group)]
     # A tag may look like TAG@TIME itself: it comes first.
     exact = [group for group in groups if group[0].unit.tag == word]
     if not groups:
@@ -8211,7 +8216,9 @@ def _prune_text(node: Mapping[str, Any], confirmed: bool) -> str:
         day = one["taken"][:8]
         verdict = "stays: " if one["stays"] else "goes: "
         tables[day, one["tag"], verdict + one["why"]] += 1
-    rows = [(day, tag, count, why) for (day, tag, why), count in tables.items()]
+    rows = []
+    for (day, tag, why), count in tables.items():
+        rows.append((day, tag, count, why))
     objects = f"{node['objects']} objects, {size_text(node['bytes'])}"
     text = f"{node['node']}: {node['listings']} listings and {objects} would go"
     if confirmed:
@@ -8679,7 +8686,8 @@ def _node_lane(name: str, history: History, begin: float, now: float) -> Lane:
     for place in history.tables:
         table = table_id_of(place)[0].replace("/", ".", 1)
         tables.append(Lane(table, history.losses(place, begin, now), []))
-    worst = [max(column) for column in zip(*(table.losses for table in tables), strict=True)]
+    columns_of_all = zip(*(table.losses for table in tables), strict=True)
+    worst = [max(column) for column in columns_of_all]
     return Lane(name, worst, _worst_first(tables))
 
 
@@ -8718,7 +8726,8 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
         raise Missing("no table matches", "`cassbackup list` shows what there is; put globs in quotes")
     first = min(history.first for history in histories.values())
     begin = max(begin, first - 60.0)
-    nodes = _worst_first(_node_lane(name, history, begin, now) for name, history in histories.items())
+    lanes = [_node_lane(name, history, begin, now) for name, history in histories.items()]
+    nodes = _worst_first(lanes)
     tables: list[dict[str, Any]] = []
     late = 0
     for node in nodes:

@@ -612,7 +612,6 @@ HOSTILE: dict[str, Change] = {
     "key huge": entry_with(key="node1/" + "x" * 5000),
     "key lone surrogate": entry_with(key="node1/\udcff"),
     "key none": entry_with(key=None),
-    "mode setuid": entry_with(mode="4755"),
     "mode words": entry_with(mode="rwx"),
     "size text": entry_with(size="2048"),
     "size negative": entry_with(size=-1),
