@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY, clean_environ
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_quick_bench_writes_its_figures_as_json_and_as_a_table(tmp_path: Path) -> None:
     words = ["--quick", "--pairs", "1", "--scratch", str(tmp_path), "--out", str(tmp_path / "result")]
     command = [sys.executable, str(REPOSITORY / "bench" / "bench.py"), "file", "start", *words]

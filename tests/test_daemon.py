@@ -370,7 +370,7 @@ def test_status_is_red_for_each_thing_that_is_wrong_p8(scene: Scene, node: Node,
     assert "no daemon runs" in scene.run(*status, check=3).stdout
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_status_tells_how_long_what_waits_will_take_at_the_speed_of_late(scene: Scene, node: Node) -> None:
     scene.start(*node.data_dirs, args=("--max-bandwidth", "2M"))
     node.table("ks1", "users").flush(size=40_000_000)

@@ -62,7 +62,8 @@ def start(world: World, *more: object) -> Process:
 # Crash
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.by_hand)])
+@pytest.mark.skipif(not ALL, reason="it waits for the end of slow uploads: only in make test-faults")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_amid_an_upload_ends_it_in_good_order_and_a_second_one_at_once_row4(
     remote: Remote, number: signal.Signals
 ) -> None:

@@ -1,7 +1,7 @@
 """Engine D: a soak. Churn and random faults, then a moment of calm, again and again. Rows 3, 23, 36 and 51.
 
 At each calm everything is listed within PATIENCE_S; memory, descriptors, threads, pins and the ledger do not grow with
-time. SOAK_MINUTES says how long; `make test` soaks for half a minute, and that is too short to speak of slopes.
+time. SOAK_MINUTES says how long; `make test` does not soak.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tree import Node, Table
 from faults.kit import ALL, Process, Program, World, score
 from faults.s3 import StrictS3
 
-MINUTES = float(os.environ.get("SOAK_MINUTES", "0.4"))
+MINUTES = float(os.environ.get("SOAK_MINUTES", "0"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(int(MINUTES * 60) + 900)]
 CALM_S = 12.0  # between two moments of calm
 FAULTS: list[Callable[[], Action]] = [
@@ -133,6 +133,7 @@ def slope(values: list[int]) -> float:
     return last / first - 1 if first else 0.0
 
 
+@pytest.mark.skipif(not MINUTES, reason="some minutes: make soak, or make test-faults")
 def test_a_soak_under_faults_converges_at_each_calm_and_grows_nowhere_row51(tmp_path: Path, program: Program) -> None:
     chance = random.Random(os.environ.get("SOAK_SEED", "1"))
     uses: list[Use] = []
