@@ -117,6 +117,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import weakref
 import zlib
 from array import array
 from collections import Counter, deque
@@ -7919,6 +7920,7 @@ class KeySets:
 
     def __init__(self) -> None:
         self._db = sqlite3.connect("", isolation_level=None)
+        weakref.finalize(self, self._db.close)  # a plan may be dropped at any point
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("CREATE TABLE keys (what, key, size, PRIMARY KEY (what, key)) WITHOUT ROWID")
         self._db.execute("BEGIN")  # and never a COMMIT: nobody will read this file
