@@ -7919,8 +7919,9 @@ class KeySets:
     """
 
     def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)
-        weakref.finalize(self, self._db.close)  # a plan may be dropped at any point
+        # A plan is dropped wherever prune ends, and garbage collection runs in any thread.
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        weakref.finalize(self, self._db.close)
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("CREATE TABLE keys (what, key, size, PRIMARY KEY (what, key)) WITHOUT ROWID")
         self._db.execute("BEGIN")  # and never a COMMIT: nobody will read this file

@@ -874,3 +874,11 @@ def test_a_full_temporary_directory_ends_the_run_with_nothing_deleted_p7(monkeyp
     with pytest.raises(cb.Fault, match=r"the temporary file failed .* SQLITE_TMPDIR"):
         run(shelf, keep_last=2, confirm=True)
     assert shelf.objects == before
+
+
+def test_a_plan_may_be_dropped_in_any_thread() -> None:
+    plans = [cb.KeySets()]  # garbage collection runs where it likes
+    thread = threading.Thread(target=plans.clear)
+    thread.start()
+    thread.join()  # what its end would raise is a warning here, and warnings are errors
+    assert not plans
