@@ -505,6 +505,8 @@ def test_pins_give_way_before_cassandras_disk_is_full_and_losses_are_named_p5(
         os.path.basename(path) for found in scene.listings() for path in [one["name"] for one in found.document["lost"]]
     }
     assert {os.path.basename(path) for path in missing} <= said
+    assert scene.daemon.stop() == 0
+    scene.once(*node.data_dirs, check=3)  # though it has nothing to do
 
 
 @pytest.mark.slow

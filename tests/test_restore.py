@@ -45,6 +45,7 @@ from cassbackup import (
     NodeInfo,
     Nodetool,
     Patient,
+    Placed,
     RestoreOptions,
     Stored,
     StoreOptions,
@@ -54,6 +55,7 @@ from cassbackup import (
     dump_listing,
     listing_key,
     object_key,
+    open_folder,
     open_store,
     utc,
 )
@@ -919,6 +921,17 @@ def test_a_target_with_a_symbolic_link_or_a_file_on_the_way_is_refused(
         daily.restore(tag="daily", into=into)
     assert oracle.untouched(before, oracle.survey(into)) == []
     assert not list(elsewhere.iterdir())
+
+
+def test_a_link_that_comes_while_a_restore_runs_is_not_followed_p6(shelf: Shelf, into: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("")
+    (into / "ks1").mkdir(parents=True)
+    (into / "ks1" / "users").symlink_to(elsewhere)
+    placed = Placed(next(shelf.entries(elsewhere)), str(into), "ks1/users/file")
+    with pytest.raises(OSError, match="users"), open_folder(placed):
+        pass
 
 
 def test_a_target_that_may_not_be_written_names_user_and_directory(daily: Shelf, tmp_path: Path) -> None:

@@ -1129,7 +1129,7 @@ def test_a_black_hole_is_given_up_and_others_go_on_meanwhile(
 # No
 
 ANSWERS = [
-    (403, "AccessDenied", Denied, "policy"),
+    (403, "AccessDenied", Denied, "check the keys and their rights"),
     (403, "RequestTimeTooSkewed", Denied, "clock"),
     (400, "ExpiredToken", Denied, "check the keys"),
     (400, "KMS.DisabledException", Denied, "--kms-key"),
@@ -1282,6 +1282,7 @@ def test_p1_a_server_that_no_longer_checks_a_crc32_is_sent_an_md5(
     """P1 Listed means restorable: behind one address there may be servers of two kinds."""
     store = opened(moto, faulty.url, fresh=True)
     put(store, "first")
+    assert sent(faulty, "PUT", "first").headers["content-md5"], "nobody knows yet what the server checks"
     faulty.on("PUT", KEY + "1", Respond(200, b"", {"ETag": '"x"'}))
     put(store, KEY + "1")
     put(store, KEY + "2")

@@ -296,7 +296,7 @@ def test_no_heartbeat_speaks_of_what_was_not_scanned_yet_p8(tmp_path: Path, shim
         known = set(bucket.store)
         world.node.snapshot("weekly")  # at a first start the pinner is waited for anyway
         began = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
-        assert world.once(env={"BOUNDARY_SLEEP": "250"}) == 0  # jobs give way to the pinner for 2 s each: this is more
+        assert world.once(env={"BOUNDARY_SLEEP": "500"}) == 0  # jobs give way to the pinner for 2 s each: this is more
         beats = [
             json.loads(body) for key, body in bucket.objects().items() if "/heartbeat/" in key and key not in known
         ]
