@@ -79,7 +79,6 @@ import asyncio
 import base64
 import bisect
 import contextlib
-import ctypes
 import difflib
 import errno
 import fcntl
@@ -1474,11 +1473,7 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^200", Unreachable, "is there a proxy or a portal between?"),
     ("^(408|409|5(?!01))", Unreachable, ""),
     ("^404", Denied, "is this the right kind of server? Check --endpoint-url and the keys"),
-    (
-        "^40[13]|ExpiredToken|InvalidToken|TokenRefresh",
-        Denied,
-        "check the keys and the policy, or the service account and its roles (README)",
-    ),
+    ("^40[13]|ExpiredToken|InvalidToken|TokenRefresh", Denied, "check the keys and their rights: man 7 cassbackup"),
     ("(?i)^(501|405)|if-none-match|checksum|content-md5", _Unknown, "check {}"),
 )
 
@@ -4565,7 +4560,7 @@ class Workers:
             self._hold_until = now + 1.0
         if now - self._said > 60.0:  # an outage fails every job there is: one line a minute tells as much
             self._said = now
-            log.error("store failed, trying again operation=%s error=%s", operation, quote(one.error))
+            log.error("failed operation=%s error=%s", operation, quote(one.error))
 
     def failing(self) -> dict[str, Operation]:
         """Return the operations that fail."""
@@ -5546,7 +5541,6 @@ class Daemon:
             (60.0, self._show_metrics),
             (10.0, self._measure),
             (10.0, self._find_oldest),
-            (900.0, self._give_memory_back),
         ):
             work.append(self._repeat(seconds, task))
         if self._options.once:
@@ -5771,7 +5765,7 @@ class Daemon:
             if life:  # a snapshot goes as a whole, but from backups/ files go one by one
                 continue
             with contextlib.suppress(OSError):
-                there = await self._loop.run_in_executor(None, _marks_there, directory)
+                there = await self._workers.once("disk", True, _marks_there, directory)
                 ledger.replace_listed(directory, life, now, marks & there)
         await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400)
 
@@ -5781,18 +5775,11 @@ class Daemon:
 
     async def _find_oldest(self) -> None:
         await self._backup.scanned.wait()
-        began = time.monotonic()
         places = sorted(self._state.tables)
-        self._oldest = await self._loop.run_in_executor(None, _oldest_data, self._disks, places)
+        self._oldest = await self._workers.once("oldest", True, _oldest_data, self._disks, places)
         # Thousands of tables take a tenth of a second: a thousandth of a core. What is asked of it is a day old.
-        await asyncio.sleep(min(300.0, 1000 * (time.monotonic() - began)))
-
-    async def _give_memory_back(self) -> None:
-        """Have glibc give the kernel what is free: boto3's start alone leaves 12 MB."""
-        await self._backup.scanned.wait()
-        await self._backup.connected.wait()
-        with contextlib.suppress(AttributeError):  # musl has no such function
-            ctypes.CDLL(None).malloc_trim(0)
+        told = self._workers.operations["oldest"]
+        await asyncio.sleep(min(300.0, 1000 * told.seconds / sum(told.durations)))
 
     async def _tell_systemd(self) -> None:
         """Tell the lag, and that we live: only while the pinner does too."""
@@ -5819,7 +5806,7 @@ class Daemon:
         try:
             metrics = self._metrics or Metrics(self._status_from_thread)
             if options.metrics_textfile:
-                await self._loop.run_in_executor(None, metrics.write, options.metrics_textfile)
+                await self._workers.once("metrics", True, metrics.write, options.metrics_textfile)
             if options.metrics_listen and not self._metrics:
                 metrics.serve(options.metrics_listen)
             self._metrics = metrics
@@ -5891,11 +5878,11 @@ class Daemon:
 
     async def _wait_for(self, tag: str, keyspaces: tuple[str, ...]) -> dict[str, Any]:
         """Tell whether a snapshot is listed: each manifest.json that is there now is in a complete listing."""
-        state = await asyncio.wrap_future(self._pinner.ask(self._pinner.reconcile))
+        state = await self._backup.ask(self._pinner.reconcile)
         tables = sorted(state.tables)
         if keyspaces:
             tables = [place for place in tables if place.split("/")[0] in keyspaces]
-        manifests, bare = await self._loop.run_in_executor(None, _read_tag, self._disks, tables, tag)
+        manifests, bare = await self._workers.once("disk", True, _read_tag, self._disks, tables, tag)
         until = time.monotonic() + 4.0
         while True:
             waiting = list(bare)
@@ -7101,7 +7088,8 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
     if not folders:
         there = table_folders(reader.store, reader.node)
         names = [folder[:-1].replace("/", ".") for folder in there]
-        raise Missing(f"no table {' '.join(options.table)}", f"there are {some_of(names)}")
+        words = " ".join(options.table) or "but those of the system"
+        raise Missing(f"no table {words}", f"there are {some_of(names)}")
     if options.tag:
         return choose_tag(reader, folders, options.tag)
     return choose_moment(reader, folders, before)

@@ -11,13 +11,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from measure import Failed
-from servers import ACCESS_KEY, REGION, SECRET_KEY, free_port, kill_group, rclone_binary, tethered
+from servers import (
+    ACCESS_KEY,
+    REGION,
+    SECRET_KEY,
+    NotInstalled,
+    built,
+    free_port,
+    kill_group,
+    rclone_binary,
+    s3_environ,
+    tethered,
+)
 
-VERSITYGW = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
 BUCKET = "bench"
 # Variables that are nobody's business here: with PYTHONDONTWRITEBYTECODE each of our starts would compile the module.
 FOREIGN = ("CASSBACKUP_", "AWS_", "RCLONE_", "PYTHON")
@@ -35,26 +44,15 @@ class Server:
     @property
     def environ(self) -> dict[str, str]:
         """Return what ours, s5cmd, rclone and boto3 need to reach it."""
-        keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": REGION}
         trust = dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"), self.ca_file)
-        return {
-            **keys,
-            "AWS_DEFAULT_REGION": REGION,
-            "AWS_ENDPOINT_URL_S3": self.url,
-            **(trust if self.ca_file else {}),
-        }
+        return {**s3_environ(self.url), "AWS_REGION": REGION, **(trust if self.ca_file else {})}
 
 
-@lru_cache(maxsize=1)
 def versitygw() -> str:
-    """Return the program, built where Go is there and kept outside the tree; "" where it is not to be had."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cassbackup-bench"
-    program = cache / VERSITYGW.partition("@")[2] / "versitygw"
-    if not program.exists() and shutil.which("go"):
-        print(f"building {VERSITYGW}, once; some minutes", flush=True)
-        environ = {**os.environ, "GOBIN": str(program.parent), "CGO_ENABLED": "0"}
-        subprocess.run(["go", "install", VERSITYGW], env=environ, check=False)
-    return str(program) if program.exists() else ""
+    """Return the program that make has built, "" where there is no Go."""
+    with suppress(NotInstalled):
+        return built("versitygw")
+    return ""
 
 
 def kinds() -> list[tuple[str, bool]]:
@@ -83,7 +81,7 @@ def serve(kind: str, tls: bool, place: Path, needed: int) -> Iterator[Server]:
     (root / BUCKET).mkdir(parents=True)
     port, where = free_port(), "in memory" if room != place else "on disk"
     pem = _certificates(place) if tls else ("", "", "")
-    name = {"versitygw": f"versitygw {VERSITYGW.partition('@v')[2]}", "rclone": "rclone serve s3"}[kind]
+    name = {"versitygw": "versitygw", "rclone": "rclone serve s3"}[kind]
     argv = _command(kind, port, root, pem[1:])
     with open(place / f"{kind}.log", "wb") as log:
         process = subprocess.Popen(tethered(argv), stdout=log, stderr=log, start_new_session=True)

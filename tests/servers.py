@@ -140,12 +140,7 @@ class S3Bucket(Bucket):
         self.client.create_bucket(Bucket=self.bucket)
 
     def through(self, url: str) -> dict[str, str]:
-        return {
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": REGION,
-            "AWS_ENDPOINT_URL_S3": url,
-        }
+        return s3_environ(url)
 
     def tags(self) -> dict[str, str]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
@@ -239,6 +234,16 @@ class FileBucket(Bucket):
     def delete(self, *keys: str) -> None:
         for key in keys:
             (self._root / key).unlink()
+
+
+def s3_environ(url: str) -> dict[str, str]:
+    """Return the environment variables with which a process reaches one of our S3 servers."""
+    return {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": REGION,
+        "AWS_ENDPOINT_URL_S3": url,
+    }
 
 
 def s3_client(url: str) -> Any:

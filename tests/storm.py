@@ -31,18 +31,17 @@ NAMES = COMPONENTS["big"]
 
 
 @lru_cache(maxsize=1)
-def build_storm(cache: Path = HERE / ".build") -> Path | None:
-    """Compile storm.c, unless that was done already, and return the program; None without a C compiler."""
+def compiled(source: Path, *flags: str, cache: Path = HERE / ".build") -> Path | None:
+    """Compile a C file, unless that was done already, and return what came of it; None without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not compiler:
         return None
-    source = HERE / "storm.c"
-    program = cache / f"storm-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}"
+    program = cache / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}"
     if not program.exists():
         cache.mkdir(exist_ok=True)
         (cache / ".gitignore").write_text("*\n")
         fresh = program.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-O2", "-o", str(fresh), str(source)], check=True)
+        subprocess.run([compiler, "-O2", *flags, "-o", str(fresh), str(source)], check=True)
         fresh.replace(program)
     return program
 
@@ -85,7 +84,7 @@ class Storm:
     indexes: int = 0
     size: int = 0
     first: int = 1
-    program: Path | None = field(default_factory=build_storm)
+    program: Path | None = field(default_factory=lambda: compiled(HERE / "storm.c"))
     history: History = field(default_factory=History)
 
     @property

@@ -33,7 +33,7 @@ from faultproxy import (
 )
 from scene import wait_for
 from servers import Bucket, FakeMetadata, FileBucket
-from storm import Gust, Storm, build_storm
+from storm import HERE, Gust, Storm, compiled
 from tree import Copy, History, Node, Unit, component_names
 
 LIMIT_S = 100.0  # for what hangs
@@ -104,7 +104,7 @@ def test_the_history_is_what_stands_on_disk_until_it_is_cleared(node: Node) -> N
 # ------------------------------------------------------------------------------------------------------------
 # storm.py
 
-programs = pytest.mark.parametrize("program", [build_storm(), None], ids=["c", "python"])
+programs = pytest.mark.parametrize("program", [compiled(HERE / "storm.c"), None], ids=["c", "python"])
 
 
 @programs

@@ -15,10 +15,8 @@ SCORE names a file to which each engine adds what it did, a line of JSON at a ti
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -35,11 +33,11 @@ import pytest
 from conftest import REPOSITORY, clean_environ
 from scene import IMPATIENT, pins
 from servers import Bucket, FileBucket
+from storm import compiled
 from tree import Copy, Node
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
-BUILD = HERE.parent / ".build"
 PATIENCE_S = 60.0  # "converges" means within this time
 KILLED = -signal.SIGKILL
 ALL = os.environ.get("FAULTS") == "all"
@@ -76,18 +74,10 @@ def run_all(cases: Sequence[T], run: Callable[[T], list[str]]) -> list[str]:
 
 
 def shim() -> str:
-    """Compile boundaries.c, unless that was done already; where there is no compiler it is reported as not run."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if not compiler:
+    """Return the shim that finds boundaries; where there is no C compiler it is reported as not run."""
+    library = compiled(HERE / "boundaries.c", "-shared", "-fPIC", "-ldl")
+    if not library:
         pytest.skip("not run: no C compiler for the shim that finds boundaries")
-    source = HERE / "boundaries.c"
-    library = BUILD / f"boundaries-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.so"
-    if not library.exists():
-        BUILD.mkdir(exist_ok=True)
-        (BUILD / ".gitignore").write_text("*\n")
-        fresh = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", str(fresh), str(source), "-ldl"], check=True)
-        fresh.replace(library)
     return str(library)
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
 
-from servers import ACCESS_KEY, REGION, SECRET_KEY, Bucket
+from servers import Bucket, s3_environ
 
 NAME = "bucket"
 
@@ -96,12 +96,7 @@ class StrictS3(Bucket):
         self._server.server_close()
 
     def through(self, url: str) -> dict[str, str]:
-        return {
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": REGION,
-            "AWS_ENDPOINT_URL_S3": url,
-        }
+        return s3_environ(url)
 
     # What a test may do behind the program's back.
 
