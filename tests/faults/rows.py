@@ -7,6 +7,7 @@ the tests, and says of each row whether it holds, fails, or could not be run her
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 TABLE = """
@@ -156,8 +157,9 @@ ROWS = read(TABLE)
 
 
 def is_of(pattern: str, test: str) -> bool:
-    """Tell whether a test, as tests/x.py::test_name[parameter], is one that a row names."""
+    """Tell whether a test, as tests/x.py::test_name[parameter] or as one of a class, is one that a row names."""
     path, _, name = test.partition("::")
+    name = re.sub("^Test[A-Za-z]+::", "", name)
     before, _, parameter = pattern.partition("[")
     file, _, begins = before.partition("::")
     folder = "tests/faults" if file in ENGINES else "tests"

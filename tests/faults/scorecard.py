@@ -19,11 +19,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def all_tests() -> list[str]:
-    """Return every test as tests/x.py::test_name."""
+    """Return every test as tests/x.py::test_name, or tests/x.py::TestClass::test_name."""
     found = []
     for path in sorted((REPOSITORY / "tests").glob("**/test_*.py")):
-        names = [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
-        found += [f"{path.relative_to(REPOSITORY)}::{name}" for name in names if name.startswith("test_")]
+        scopes = [("", ast.parse(path.read_text()).body)]
+        scopes += [(f"{node.name}::", node.body) for node in scopes[0][1] if isinstance(node, ast.ClassDef)]
+        for scope, body in scopes:
+            names = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+            found += [f"{path.relative_to(REPOSITORY)}::{scope}{name}" for name in names if name.startswith("test_")]
     return found
 
 
@@ -38,14 +41,16 @@ def results(junit: Path) -> dict[str, tuple[str, str]]:
     """Return of each test of a run: passed, failed or skipped, and why."""
     found = {}
     for case in ET.parse(junit).iter("testcase"):
-        file = "tests/" + case.get("classname", "").replace("tests.", "").replace(".", "/") + ".py"
+        module, _, scope = case.get("classname", "").removeprefix("tests.").partition(".Test")
+        file = f"tests/{module.replace('.', '/')}.py"
+        name = f"Test{scope}::{case.get('name')}" if scope else case.get("name")
         state, why = "passed", ""
         for child in case:
             if child.tag in ("failure", "error"):
                 state = "failed"
             elif child.tag == "skipped" and state == "passed":
                 state, why = "skipped", child.get("message", "")
-        found[f"{file}::{case.get('name')}"] = (state, why)
+        found[f"{file}::{name}"] = (state, why)
     return found
 
 
