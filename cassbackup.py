@@ -1984,7 +1984,7 @@ class S3Store(_Remote):
             some = keys[first : first + 1000]
             objects = [{"Key": self._prefix + key} for key in some]
             try:
-                reply = self._call("delete_objects", "", Delete={"Objects": objects, "Quiet": True})
+                reply = self._call("delete_objects", "", Delete={"Objects": objects})
             except _Unknown:
                 log.warning("store deletes no batches, so keys are deleted one by one store=%s", self.url)
                 why.update(self._delete_each(some))
@@ -1992,7 +1992,10 @@ class S3Store(_Remote):
             except Denied as fault:  # without the right to delete all stay
                 why.update(dict.fromkeys(some, fault.what))
                 continue
-            for error in reply.get("Errors", ()):
+            errors = reply.get("Errors", [])
+            if not errors and not reply.get("Deleted"):  # a portal's page would pass for "all are deleted"
+                raise self._no_answer("DeleteResult")
+            for error in errors:
                 key = error["Key"].removeprefix(self._prefix)
                 why[key] = f"{error['Code']}: {error.get('Message', '')}"
         return why
@@ -4797,8 +4800,12 @@ class Backup:
 
     async def _until_due(self, waiting: Waiting, delay: float) -> None:
         """Wait so long, or until there is news; then until nothing has come for a moment."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(waiting.news.wait(), delay)
+        # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with news.
+        timer = asyncio.get_running_loop().call_later(delay, waiting.news.set)
+        try:
+            await waiting.news.wait()
+        finally:
+            timer.cancel()
         until = time.monotonic() + 5.0
         while time.monotonic() < min(until, waiting.touched + QUIET_S):
             await asyncio.sleep(QUIET_S / 3)

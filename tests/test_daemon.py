@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,6 +21,8 @@ from faultproxy import BlackHole, Call, Delay, FaultProxy, assert_written_once, 
 from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
+
+from cassbackup import Backup, Touched, Unit
 
 
 @pytest.fixture
@@ -287,6 +290,20 @@ def test_sigterm_ends_the_daemon_before_systemd_would_kill_it_while_the_store_is
     scene.restart()
     scene.settled()
     scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_the_work_at_a_unit_ends_at_whatever_step_it_is_asked_to(steps: int) -> None:
+    """It did not, of a hundred daemons that were stopped while they started, for three or four: wait_for."""
+
+    async def end_soon() -> None:
+        backup = Backup(None, None, None, None)  # type: ignore[arg-type]  # before all that they are for
+        backup.touch(Touched(Unit("incremental", "ks1", "users"), None, "ks1/users", 1, time.time()))  # type: ignore[arg-type]
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(backup.end(), 20)
+
+    asyncio.run(end_soon())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1391,6 +1391,12 @@ def test_a_deletion_says_its_md5_and_a_server_that_ignores_range_is_named(weak: 
         read(weak, KEY, 3)
 
 
+def test_a_portals_page_is_no_deletion(weak: Store, faulty: FaultProxy) -> None:
+    faulty.on("POST", r"\?delete", BURSTS["portal"])
+    with pytest.raises(Unreachable, match="is there a proxy or a portal between"):
+        weak.delete(["first"])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Google Cloud Storage
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,8 +159,10 @@ def run(copy: Path, mutant: Mutant) -> subprocess.CompletedProcess[str]:
     """Run the tests that must see a mutant, on what the copy is now."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "150"]
     command += ["-m", "not by_hand and not real_server", "-k", mutant.words, f"tests/{mutant.file}"]
-    environ = {**os.environ, "PYTHONPATH": str(copy), "FAULTS": "", "SCORE": ""}
-    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=copy, env=environ)
+    # A root of its own: pytest locks the one that it finds to its user, and other tests become somebody else below it.
+    with tempfile.TemporaryDirectory(prefix="cb-") as root:
+        environ = {**os.environ, "PYTHONPATH": str(copy), "FAULTS": "", "SCORE": "", "PYTEST_DEBUG_TEMPROOT": root}
+        return subprocess.run(command, check=False, capture_output=True, text=True, cwd=copy, env=environ)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
