@@ -468,8 +468,9 @@ def seconds_of(moment: str) -> float:
     """Undo utc. Raises ValueError."""
     if not re.fullmatch(_UTC, moment):
         raise ValueError(f"{moment!r} is no time like 20261121T202438.123456Z")
-    spelt = f"{moment[:4]}-{moment[4:6]}-{moment[6:11]}:{moment[11:13]}:{moment[13:-1]}+00:00"
-    return datetime.fromisoformat(spelt).timestamp()  # 20 times as fast as strptime
+    day = f"{moment[:4]}-{moment[4:6]}-{moment[6:8]}"
+    clock = f"{moment[9:11]}:{moment[11:13]}:{moment[13:-1]}"
+    return datetime.fromisoformat(f"{day}T{clock}+00:00").timestamp()  # 20 times as fast as strptime
 
 
 @functools.lru_cache(10_000)
@@ -522,7 +523,8 @@ def unit_prefix(node: str, unit: Unit) -> str:
 def listing_key(listing: Listing[Known]) -> str:
     """Return the key under which a listing is stored."""
     state = "complete" if listing.complete else "incomplete"
-    name = f"{listing.listed}-{state}-{len(listing.files)}-{listing.size}.json"
+    files = len(listing.files)
+    name = f"{listing.listed}-{state}-{files}-{listing.size}.json"
     return unit_prefix(listing.node, listing.unit) + name
 
 
@@ -540,7 +542,8 @@ def parse_listing_name(key: str) -> ListingName | None:
     match = _LISTING_NAME.fullmatch(key.rpartition("/")[2])
     if not match or not is_utc(match[1]):
         return None
-    return ListingName(match[1], match[2] == "complete", int(match[3]), int(match[4]))
+    is_complete = match[2] == "complete"
+    return ListingName(match[1], is_complete, int(match[3]), int(match[4]))
 
 
 _NO_NAME = re.compile("[/\0\ud800-\udc7f\udd00-\udfff]")
@@ -597,12 +600,15 @@ def _load_name(text: str) -> str:
 
 def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
     name = _load_name(typed(document, "name", str))
-    file = Fingerprint(typed(document, "inode", int), typed(document, "size", int), typed(document, "mtime_ns", int))
+    inode = typed(document, "inode", int)
+    size = typed(document, "size", int)
+    mtime_ns = typed(document, "mtime_ns", int)
+    file = Fingerprint(inode, size, mtime_ns)
     mode = typed(document, "mode", str)
     texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
     # SQLite and utime(2) take no more than 64 bits.
-    is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63
-    is_file = is_file and -(1 << 63) <= file.mtime_ns < 1 << 63
+    is_file = 0 <= inode < 1 << 64 and 0 <= size < 1 << 63
+    is_file = is_file and -(1 << 63) <= mtime_ns < 1 << 63
     is_mode = _MODE.fullmatch(mode)
     is_crc = _CRC32.fullmatch(texts["crc32"])
     if not is_file or not is_mode or not is_crc:
@@ -1353,12 +1359,14 @@ class Wire:
         self._common = {"host": address.netloc.rpartition("@")[2], "accept-encoding": "identity"}
         self._context = tls_context(bundle) if address.scheme == "https" else None
         self._idle = deque[socket.socket]()  # the last used is taken first, so few are kept
-        self._proxy = None
+        self._proxy: tuple[str, int | None] | None = None
         self._to_proxy: Headers = {}
         found = proxies.get(address.scheme, proxies.get("all"))
         if found and not proxy_bypass(self._host):
             proxy = urllib.parse.urlsplit(found if "://" in found else f"http://{found}")
-            self._proxy = proxy
+            if not proxy.hostname:
+                raise ValueError(f"{found!r} has no host")
+            self._proxy = (proxy.hostname, proxy.port)
             if proxy.username:
                 who = urllib.parse.unquote(f"{proxy.username}:{proxy.password}")
                 self._to_proxy["proxy-authorization"] = "Basic " + _base64(who.encode())
@@ -1388,7 +1396,8 @@ class Wire:
         if self._proxy and not self._context:
             target = self._origin + target
             headers.update(self._to_proxy)
-        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        lines = [f"{method} {target} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join([*lines, "", ""])
         if len(head.splitlines()) != len(lines) + 1:
             raise ValueError("Invalid header value")
@@ -1405,7 +1414,7 @@ class Wire:
     def _open(self) -> socket.socket:
         host, port = self._host, self._port
         if self._proxy:
-            host, port = str(self._proxy.hostname), self._proxy.port
+            host, port = self._proxy
         if not self._context:
             connection = http.client.HTTPConnection(host, port, CONNECT_S)
         else:
@@ -2426,7 +2435,9 @@ def identify(
     elif known.node and known.instance == instance:
         name = known.node
     url = "/".join(part for part in (bucket.rstrip("/"), prefix.strip("/")) if part)
-    return Identity(name or _name_node(instance), instance, url, region or (cloud.region if cloud else known.region))
+    if not region:
+        region = cloud.region if cloud else known.region
+    return Identity(name or _name_node(instance), instance, url, region)
 
 
 def load_identity(path: str) -> Identity | None:
@@ -2484,7 +2495,8 @@ class Nodetool:
                 break
             if line.strip():
                 why = line
-        raise Fault(f"{name} {' '.join(words)}: {quote(why)}", "is Cassandra running?")
+        asked = " ".join([name, *words])
+        raise Fault(f"{asked}: {quote(why)}", "is Cassandra running?")
 
     def version(self) -> str:
         """Return Cassandra's version, as 4.1.3; "" where the answer tells none."""
@@ -3010,7 +3022,8 @@ class PinDirectory:
             except OSError as error:
                 problems[path] = error
         said = "; ".join(f"{quote(path)}: {error.strerror}" for path, error in problems.items())
-        text = f"user {user_name(os.geteuid())} cannot link files of {quote(self.root)} into pins ({said})"
+        user = user_name(os.geteuid())
+        text = f"user {user} cannot link files of {quote(self.root)} into pins ({said})"
         if all(error.errno in _NO_LINK for error in problems.values()):
             raise Usage(text, f"run as {owner}, who owns the data, with the pins on the same mount: --pin-dir")
         return text
@@ -3050,7 +3063,8 @@ class PinDirectory:
         """Return (life, source directory) of each directory that holds something. Empty ones, of a crash, go."""
         found = []
         for name in os.listdir(self.path) if self.path else ():
-            path, (short, _, life) = f"{self.path}/{name}", name.rpartition("~")
+            path = f"{self.path}/{name}"
+            short, _, life = name.rpartition("~")
             if is_utc(life) and self.tidy(path):
                 if short.startswith("#"):
                     short = _read_name(f"{path}/{short}.name")
@@ -3805,8 +3819,9 @@ class Pinner(threading.Thread):
         """Tell whether anything but manifest.json is pinned in these. A later start could not tell its life without."""
         for directory in directories:
             with contextlib.suppress(FileNotFoundError):
-                if any(name.endswith("~") and name != f"{MANIFEST}~" for name in os.listdir(directory)):
-                    return True
+                for name in os.listdir(directory):
+                    if name.endswith("~") and name != f"{MANIFEST}~":
+                        return True
         return False
 
     def _let_go_of(
@@ -5098,7 +5113,8 @@ class Backup:
     def _remember_stored(self, work: Round, entries: Sequence[Stored]) -> None:
         """Remember what the store has just confirmed: at once, for a crash. What we forget is sent a second time."""
         self._check_bucket(work)
-        self.ledger.record(work.unit.place, [(work.pins[entry.path].disk, entry) for entry in entries])
+        rows = [(work.pins[entry.path].disk, entry) for entry in entries]
+        self.ledger.record(work.unit.place, rows)
         good_until = self.ledger.now() + CONFIRMED_S
         for entry in entries:
             found = Remembered(entry.key, entry.etag, entry.crc32, good_until)
@@ -5237,7 +5253,8 @@ class Backup:
         left = await self.ask(self._pinner.let_go, work.unit, files, work.lost, frozenset(work.delete))
         if work.failed:
             path, error = next(iter(work.failed.items()))
-            what = f"{len(work.failed)} files are refused, {quote(os.path.join(*path))}: {error}"
+            name = quote(os.path.join(*path))
+            what = f"{len(work.failed)} files are refused, {name}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
         return None if left <= len(kept) else QUIET_S
 
@@ -5524,7 +5541,8 @@ class Daemon:
         self._code = DONE
         self._held = 0
         self._began = time.time()
-        self._speeds: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=7)
+        self._speeds: deque[tuple[float, int]] = deque(maxlen=7)
+        self._speeds.append((time.monotonic(), 0))
         self._metrics: Metrics | None = None
         self._oldest: dict[str, float] = {}
 
@@ -5797,7 +5815,8 @@ class Daemon:
         while True:
             files = sum(one.files for one in self._backup.units.values())
             line = f"STATUS=lag {self._lag():.0f} s, {files} files pending"
-            wrong = [*self._failures().values(), *(one.error for one in self._workers.failing().values())]
+            wrong = list(self._failures().values())
+            wrong += [one.error for one in self._workers.failing().values()]
             if wrong:
                 line += f"; {quote(wrong[0])}"
             tell_manager(self._environ, line)
@@ -5894,7 +5913,8 @@ class Daemon:
         while True:
             waiting = list(bare)
             for directory, fingerprint in manifests.items():
-                if self._backup.ledger.fact(f"manifest:{directory}") != f"{fingerprint.inode} {fingerprint.mtime_ns}":
+                there = f"{fingerprint.inode} {fingerprint.mtime_ns}"
+                if self._backup.ledger.fact(f"manifest:{directory}") != there:
                     waiting.append(quote(directory))
             if not waiting or time.monotonic() > until:
                 break
@@ -5964,7 +5984,8 @@ class Daemon:
     def _lag(self) -> float:
         """Return for how many seconds the oldest file has waited that is not listed."""
         now = time.time()
-        return max(0.0, now - min((one.found for one in self._backup.units.values()), default=now))
+        oldest = min((one.found for one in self._backup.units.values()), default=now)
+        return max(0.0, now - oldest)
 
     def _failures(self) -> dict[str, str]:
         failures = {label(unit): text for unit, text in self._backup.failures.items()}
@@ -6009,6 +6030,10 @@ def _open_disks(options: WatchOptions) -> list[PinDirectory]:
     """Open the state directory and the pin directories. Raises Usage; Fault where it has worked before."""
     try:
         directories = data_directories(options.paths)
+        for path in directories:
+            if f"{options.bucket}/".startswith(f"file://{path}/"):
+                hint = "choose a directory that is no part of Cassandra's data"
+                raise Usage(f"the bucket {options.bucket} is inside a data directory", hint)
         _open_state(options.state_dir)
         _become_owner(directories[0], options.state_dir)
         lock_file(os.path.join(options.state_dir, "lock"))
@@ -6080,7 +6105,8 @@ def open_bucket(options: BucketOptions, patience_s: float = 60.0, new: bool = Fa
             raise
         # A machine that cannot say who it is may still read a bucket whose URL is complete.
         identity = Identity("", "", f"{bucket}/{prefix}".rstrip("/"), options.store.region)
-    store = open_store(identity.url, replace(options.store, region=identity.region), new=new and not known)
+    store_options = replace(options.store, region=identity.region)
+    store = open_store(identity.url, store_options, new=new and not known)
     return Bucket(Patient(store, patience_s), options.store.threads, identity.node)
 
 
@@ -6732,7 +6758,9 @@ def choose_at(
             lacking.append(f"skipping {quote(one.name)} of backups/: it lacks a component")
     schema = schema_in(base.listing) if base.listing else None
     added = len(chosen) - of_base
-    return Chosen(keyspace, table, tuple(chosen.values()), base, added, schema, tuple(dict.fromkeys(lacking)))
+    files = tuple(chosen.values())
+    once_each = tuple(dict.fromkeys(lacking))
+    return Chosen(keyspace, table, files, base, added, schema, once_each)
 
 
 def created_at(table: str) -> float:
@@ -6907,7 +6935,8 @@ def _fetch(store: Patient, entry: Known, fd: int, threads: int) -> None:
 def _arrive(store: Patient, entry: Known, folder: int, name: str, threads: int) -> None:
     """Fetch a file under another name; it gets its own by link(2), which never overwrites. Raises Corrupt, OSError."""
     temporary = f".cassbackup-{hash_name(name)}"
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    how = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(temporary, how, 0o600, dir_fd=folder)
     try:
         _fetch(store, entry, fd, threads)
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -7560,7 +7589,9 @@ def restore(bucket: Bucket, options: RestoreOptions) -> Answer:
     document["failed"] = wrong
     if wrong:
         return Answer(FAILED, document, f"{len(wrong)} of {len(plan.files)} files were not restored: run it again")
-    done = f"restored {node.name} as of {plan.moment}: {len(plan.files)} files, {size_text(plan.size)}"
+    files = len(plan.files)
+    size = size_text(plan.size)
+    done = f"restored {node.name} as of {plan.moment}: {files} files, {size}"
     return Answer(code, document, f"{done}\n{advice(plan, options)}".rstrip())
 
 
@@ -7731,7 +7762,8 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
     how = "read whole" if deep else "by size and checksum"
     size = size_text(node["bytes"])
     bad = len(node["bad"])
-    lines.append(f"{node['node']}: {node['objects']} objects, {size}, {how}: {bad} bad")
+    found = f"{node['objects']} objects, {size}, {how}"
+    lines.append(f"{node['node']}: {found}: {bad} bad")
     if node["marked"] and node["bad"]:
         lines.append(f"marked in {node['marked']}: the daemon stores again what is bad when it next finds it")
     return "\n".join(lines)
@@ -7739,6 +7771,8 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
 
 def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     """Compare the bucket with its listings. Exit 1: something is bad; 3: something must be thawed first."""
+    if options.tag and options.latest:
+        raise Usage("you passed --tag and --latest", "pass one of them")
     chosen = choose_nodes(bucket, options)
     pages = [Verification(bucket, node.name, options).run() for node in chosen]
     nodes = [page for page in pages if page]
@@ -8753,7 +8787,8 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
         try:
             write_file(options.out, page.encode())
         except OSError as error:
-            what = f"user id {os.geteuid()} cannot write {quote(options.out)} ({error.strerror})"
+            user = os.geteuid()
+            what = f"user id {user} cannot write {quote(options.out)} ({error.strerror})"
             raise Fault(what, "choose another --out, or run as another user") from None
     document = {"schema": 1, "bucket": bucket.store.url, "title": title, "about": about, "tables": tables}
     return Answer(DONE, document, text)
@@ -9023,7 +9058,8 @@ def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool)
 def snapshot(options: SnapshotOptions) -> Answer:
     """Take a snapshot, wait until it is listed complete, clear it. Exit 1: not complete, so it stays."""
     nodetool = Nodetool(options.nodetool)
-    tag = options.tag or f"{_OWN_TAG}{utc(time.time())[:13]}Z"
+    minute = utc(time.time())[:13]
+    tag = options.tag or f"{_OWN_TAG}{minute}Z"
     if not re.fullmatch(r"[\w.-]{1,200}", tag) or tag in (".", ".."):
         raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
     bucket = open_bucket(options)

@@ -121,6 +121,13 @@ def test_without_a_bucket_each_command_tells_the_two_ways_to_set_it(cli: Any, no
     assert said == "cassbackup: no bucket\n  set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket\n"
 
 
+def test_a_bucket_inside_the_data_is_refused_before_anything_is_made_there(cli: Any, node: Node) -> None:
+    [data] = node.data_dirs
+    said = complaint(cli("watch", data, "--bucket", f"file://{data}/bucket"))
+    assert "is inside a data directory\n  choose a directory that is no part of Cassandra's data" in said
+    assert not (data / "bucket").exists()
+
+
 @pytest.mark.parametrize(
     ("metavar", "text", "value"),
     [

@@ -548,8 +548,9 @@ def test_an_endpoint_without_a_scheme_is_wrong_usage(url: str) -> None:
         open_store(url, StoreOptions(endpoint_url="minio:9000"))
 
 
-def test_a_proxy_that_is_none_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", "http://[x")
+@pytest.mark.parametrize("proxy", ["http://[x", "proxy:port", "http://"])
+def test_a_proxy_that_is_none_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
     with pytest.raises(Usage, match="HTTPS_PROXY"):
         open_store("s3://bucket", StoreOptions(region="eu-west-1"))
 

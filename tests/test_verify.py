@@ -197,6 +197,11 @@ def test_only_what_was_selected_is_checked(bench: Bench) -> None:
     }  # fmt: skip
 
 
+def test_the_newest_and_a_tag_are_not_asked_for_at_once(bench: Bench) -> None:
+    with pytest.raises(cb.Usage, match="you passed --tag and --latest"):
+        bench.verify(tag="monday", latest=True)
+
+
 def test_one_node_is_never_taken_for_another_and_all_of_them_are_checked_if_asked_for(bench: Bench) -> None:
     bench.add(*snapshots("monday"))
     (other,) = snapshots("monday", node="node10")
