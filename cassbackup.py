@@ -2481,7 +2481,7 @@ class Nodetool:
                 command, check=False, capture_output=True, encoding="utf-8", errors="replace", timeout=self._timeout_s
             )
         except OSError as error:
-            raise Usage(f"{name} cannot be run ({error.strerror})", "pass --nodetool") from None
+            raise Usage(f"{name} cannot be run ({error.strerror})", "pass its path: --nodetool, --cqlsh") from None
         except subprocess.TimeoutExpired:
             what = f"{name} {words[0]} did not answer in {self._timeout_s:.0f} s"
             raise Fault(what, "is Cassandra up and answering? `nodetool status` should take a second") from None
@@ -5590,6 +5590,7 @@ class Daemon:
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():
             os._exit(128 + number)
+        log.info("ending signal=%s", signal.Signals(number).name)
         if self._options.once:
             self._code = 128 + number  # a command that is interrupted has not done what was asked for
         self._stop.set()
@@ -6204,6 +6205,13 @@ def is_selected(unit: Unit, words: Sequence[str]) -> bool:
     return not words
 
 
+def is_chosen(unit: Unit, words: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Tell whether a table is selected, and not excluded."""
+    if exclude and is_selected(unit, exclude):
+        return False
+    return is_selected(unit, words)
+
+
 def table_folders(store: Patient, node: str, words: Sequence[str] = (), exclude: Sequence[str] = ()) -> Iterator[str]:
     """Yield the folder of each selected table, as `listings_of` takes it: <keyspace>/<table>/.
 
@@ -6215,8 +6223,7 @@ def table_folders(store: Patient, node: str, words: Sequence[str] = (), exclude:
             continue
         for table in store.prefixes(f"{root}{keyspace}/"):
             unit = Unit("snapshot", _read_component(keyspace), _read_component(table))
-            excluded = exclude and is_selected(unit, exclude)
-            if is_selected(unit, words) and not excluded:
+            if is_chosen(unit, words, exclude):
                 yield f"{keyspace}/{table}/"
 
 
@@ -6324,6 +6331,17 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
     return records
 
 
+def recorded_listings(store: Patient, node: str) -> list[ListingInfo]:
+    """Return the listings that tag records name, but for those that prune has deleted. Raises Corrupt."""
+    found = []
+    for record in tag_records(store, node).values():
+        for key in record["listings"]:
+            info = listing_info(node, ObjectInfo(key, 0, "", 0.0))
+            if info:
+                found.append(info)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
     """What the bucket tells of a node: its place in the ring (node.<UTC>.json), and when it was last heard of."""
@@ -6390,6 +6408,21 @@ def spread(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator
 def some_of(names: Sequence[str]) -> str:
     """Return at most twenty names for a message, or that there are none."""
     return quote(", ".join(names[:20])) or "none"
+
+
+def _table_name(folder: str) -> str:
+    keyspace, table, _ = folder.split("/")
+    return f"{_read_component(keyspace)}.{_read_component(table)}"
+
+
+def check_tables(store: Patient, nodes: Sequence[str], words: Sequence[str]) -> None:
+    """Raise Missing where a word means no table of any of these nodes: that others do must not hide its typo."""
+    for word in words:
+        if not any(next(table_folders(store, node, (word,)), "") for node in nodes):
+            names = set[str]()
+            for node in nodes:
+                names.update(map(_table_name, table_folders(store, node)))
+            raise Missing(f"no table {word}", f"there are {some_of(sorted(names))}; put globs in quotes")
 
 
 def _no_node(store: Patient, names: Sequence[str], choice: NodeChoice) -> Missing:
@@ -7089,15 +7122,29 @@ def choose_moment(reader: Reader, folders: Sequence[str], before: float) -> list
     raise Missing(f"nothing had been backed up by {utc(before)}", f"the first moment is {first}")
 
 
-def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen]:
-    """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags."""
+def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str]) -> list[ListingInfo]:
+    """Return the recorded listings of the chosen tables, none where the records cannot be read."""
+    try:
+        recorded = recorded_listings(reader.store, reader.node)
+    except Corrupt as fault:
+        log.warning("cannot tell whether a listing is gone error=%s", quote(str(fault)))
+        return []
+    return [info for info in recorded if is_chosen(info.unit, words, exclude)]
 
-    def snapshots_in(folder: str) -> list[Snapshot]:
-        return snapshots_of(listings_of(reader.store, reader.node, folder=f"{folder}snapshots/"))
 
-    snapshots: list[Snapshot] = []
-    for found in spread(snapshots_in, folders, reader.threads):
-        snapshots += found
+def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iterable[ListingInfo] = ()) -> list[Chosen]:
+    """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags.
+
+    A listing that is recorded, but gone, is tried too: then its table is lacking, and not forgotten.
+    """
+
+    def listings_in(folder: str) -> list[ListingInfo]:
+        return list(listings_of(reader.store, reader.node, folder=f"{folder}snapshots/"))
+
+    infos = {info.key: info for info in recorded}
+    for found in spread(listings_in, folders, reader.threads):
+        infos.update((info.key, info) for info in found)
+    snapshots = snapshots_of(infos[key] for key in sorted(infos))
     there = group_snapshots(snapshots)
     groups = [group for group in there if any(is_meant(one, word) for one in group)]
     # A tag may look like TAG@TIME itself: it comes first.
@@ -7115,19 +7162,18 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen
 
 def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chosen]:
     """Choose what of the selected tables is restored. Raises Missing, which names what there is."""
+    check_tables(reader.store, [reader.node], [*options.table, *options.exclude_table])
     exclude = options.exclude_table
     if options.new_node:
         exclude += ("system.local", "system.peers*")
     if not options.table and not options.in_place:
         exclude += ("system", "system_*")  # Cassandra imports none of these
     folders = list(table_folders(reader.store, reader.node, options.table, exclude))
-    if not folders:
-        there = table_folders(reader.store, reader.node)
-        names = [folder[:-1].replace("/", ".") for folder in there]
-        words = " ".join(options.table) or "but those of the system"
-        raise Missing(f"no table {words}", f"there are {some_of(names)}")
     if options.tag:
-        return choose_tag(reader, folders, options.tag)
+        recorded = recorded_of(reader, options.table, exclude)
+        return choose_tag(reader, folders, options.tag, recorded)
+    if not folders:
+        raise Missing("no table but those of the system", "name it with --table, or take all with --table '*'")
     return choose_moment(reader, folders, before)
 
 
@@ -7280,6 +7326,9 @@ def place_live(tables: Sequence[Chosen], given: Sequence[str]) -> Iterator[Place
 def notes_on(reader: Reader, tables: Sequence[Chosen], moment: float) -> Iterator[str]:
     """Yield what an operator should know of a restore to a moment, or (0.0) of one that has no moment."""
     now = reader.store.now()
+    bare = [str(one) for one in tables if one.sstables and not one.base.end]
+    if bare:
+        yield f"no snapshot by then, so what was there before its first SSTable of backups/ is not: {some_of(bare)}"
     through = ""
     with contextlib.suppress(Corrupt):
         beat = newest_document(reader.store, f"{reader.node}.listings/heartbeat/")
@@ -7535,11 +7584,12 @@ def advice(plan: Plan, options: RestoreOptions) -> str:
             lines.append(f"in cassandra.yaml:\n  num_tokens: {len(node.tokens)}\n  initial_token: {tokens}")
             lines.append(f"  auto_bootstrap: false\nin the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
         return "\n".join(lines)
+    lines = []
     for one in plan.tables:
         if one.sstables and not options.import_:
             staged = os.path.join(plan.where, *one.called)
-            return quote(f"next: nodetool import {' '.join(one.called)} {staged}")
-    return ""
+            lines.append(quote(f"next: nodetool import {' '.join(one.called)} {staged}"))
+    return "\n".join(lines)
 
 
 def check_options(options: RestoreOptions) -> None:
@@ -7588,7 +7638,9 @@ def restore(bucket: Bucket, options: RestoreOptions) -> Answer:
         wrong = restore_staged(bucket, plan, options)
     document["failed"] = wrong
     if wrong:
-        return Answer(FAILED, document, f"{len(wrong)} of {len(plan.files)} files were not restored: run it again")
+        failed = f"{len(wrong)} of {len(plan.files)} files were not restored: run it again"
+        hint = "where that does not help, `cassbackup verify --deep --repair` marks what is bad, and then --incomplete"
+        return Answer(FAILED, document, f"{failed}; {hint} leaves it out")
     files = len(plan.files)
     size = size_text(plan.size)
     done = f"restored {node.name} as of {plan.moment}: {files} files, {size}"
@@ -7666,17 +7718,15 @@ class Verification:
     def run(self) -> dict[str, Any]:
         """Check all that is meant, a table at a time. Return what --json prints, {} where nothing is meant."""
         # Read before the listings: prune writes a record anew before it deletes a listing.
-        recorded = set[str]()
-        for record in tag_records(self._store, self._node).values():
-            recorded.update(record["listings"])
+        recorded = {info.key: info for info in recorded_listings(self._store, self._node)}
         there = listings_of(self._store, self._node)
         for _, group in itertools.groupby(there, lambda info: info.unit.place):
             infos = list(group)
-            recorded.difference_update(info.key for info in infos)
+            for info in infos:
+                recorded.pop(info.key, None)
             self._check_table(infos)
-        for key in sorted(recorded):
-            info = listing_info(self._node, ObjectInfo(key, 0, "", 0.0))
-            if info and self._select([info]):
+        for key, info in sorted(recorded.items()):
+            if self._select([info]):
                 self._listings += 1
                 self._note(key, Finding("gone", "is gone, and prune did not delete it"), [info], False)
         if not self._listings:
@@ -7774,6 +7824,7 @@ def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     if options.tag and options.latest:
         raise Usage("you passed --tag and --latest", "pass one of them")
     chosen = choose_nodes(bucket, options)
+    check_tables(bucket.store, [node.name for node in chosen], options.table)
     pages = [Verification(bucket, node.name, options).run() for node in chosen]
     nodes = [page for page in pages if page]
     if not nodes:
@@ -8285,6 +8336,8 @@ def _prune_nodes(bucket: Bucket, names: Sequence[str], options: PruneOptions) ->
     else:
         lines.append("nothing was deleted; pass --confirm to do it")
     code = FAILED if doubts or any(plan.refused for plan in plans) else DONE
+    if options.tag and any(one["stays"] for node in nodes for one in node["snapshots"]):
+        code = FAILED
     document = {"schema": 1, "bucket": bucket.store.url, "confirmed": confirmed, "nodes": nodes}
     return Answer(code, document, "\n".join(lines))
 
@@ -8749,8 +8802,9 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
     now = bucket.store.now()
     begin = now - max(1, options.days) * 86400.0
     histories = {}
-    chosen = choose_nodes(bucket, replace(options, all_nodes=True))
-    for name in [node.name for node in chosen]:
+    names = [node.name for node in choose_nodes(bucket, replace(options, all_nodes=True))]
+    check_tables(bucket.store, names, options.table)
+    for name in names:
         history = History(bucket, name, begin, now, options.table)
         if history.tables:
             histories[name] = history
@@ -8918,28 +8972,31 @@ def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
     return found
 
 
-def listing_of(bucket: Bucket, manifest: str) -> str:
-    """Return the key of a complete listing that has the manifest.json that is at this path now, "" if there is none."""
+def listing_of(bucket: Bucket, bad: frozenset[str], manifest: str) -> str:
+    """Return the key of a good listing that has the manifest.json that is at this path now, "" if there is none."""
     fingerprint = Fingerprint.of(os.stat(manifest))
     folders = manifest.split("/")[-5:-1]
     unit = unit_of("/", "/".join(folders), "")
     keys = _listing_keys(bucket.store, unit_prefix(bucket.here, unit))
     for listing in _read_listings(bucket.store, bucket.here, keys):
+        is_good = listing.complete and not any(entry.key in bad for entry in listing.files)
         for entry in listing.files:
-            if listing.complete and entry.name == MANIFEST and entry.fingerprint == fingerprint:
+            if is_good and entry.name == MANIFEST and entry.fingerprint == fingerprint:
                 return listing_key(listing)
     return ""
 
 
 def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     """Return a complete listing for each manifest.json. Raises Fault where one has none."""
-    work = functools.partial(listing_of, bucket)
+    bad = read_bad_keys(bucket.store, bucket.here)  # the daemon hears of a mark within a minute
+    work = functools.partial(listing_of, bucket, bad)
     found = dict(zip(manifests, spread(work, manifests, bucket.threads), strict=True))
     if not found:
-        raise Fault("no manifest.json of the snapshot is on disk", "did somebody clear it?")
+        raise Fault("no manifest.json of the snapshot is on disk", "did somebody clear it, or are --paths others?")
     left = [path for path, key in found.items() if not key]
     if left:
-        raise Fault(tell(f"{len(left)} of {len(found)} tables are not listed complete", left))
+        hint = "if the rest was marked bad just now: take another snapshot in a minute"
+        raise Fault(tell(f"{len(left)} of {len(found)} tables are not listed complete and good", left), hint)
     return sorted(set(found.values()))  # one for all data directories
 
 
@@ -8965,7 +9022,7 @@ def describe_schema(cqlsh: str) -> str:
             return "".join(line for line in lines if not line.startswith("WARNING:"))
         except Fault as fault:
             said = str(fault)
-    log.warning("no schema is kept with this snapshot error=%s hint=pass --cqlsh", quote(said))
+    log.warning("no schema is kept with this snapshot error=%s", quote(said))
     return ""
 
 
@@ -9148,7 +9205,12 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
     bad = read_bad_keys(bucket.store, node.name)
     for one in snapshots if bad else ():
         if one.newest.key not in marks:
-            listing = read_listing(bucket.store, node.name, one.newest)
+            try:
+                listing = read_listing(bucket.store, node.name, one.newest)
+            except (Corrupt, Missing) as fault:
+                log.warning("cannot read listing error=%s", quote(str(fault)))
+                marks[one.newest.key] = "bad"
+                continue
             if any(entry.key in bad for entry in listing.files):
                 marks[one.newest.key] = "bad"
     groups = [_describe(group, marks) for group in group_snapshots(snapshots)]
@@ -9172,6 +9234,7 @@ def _node_text(page: Mapping[str, Any]) -> str:
 def list_(bucket: Bucket, options: ListOptions) -> Answer:
     """Show what the bucket has: nodes, snapshots, incrementals. Exit 1: nothing matches; 3: something bad or gone."""
     nodes = choose_nodes(bucket, replace(options, all_nodes=True))
+    check_tables(bucket.store, [node.name for node in nodes], options.table)
     pages = list(spread(functools.partial(_list_node, bucket, options), nodes, bucket.threads))
     rows: list[Sequence[str]] = [("node", "cluster", "addresses", "last heard of", "newest snapshot")]
     found, wrong = 0, set[str]()

@@ -212,6 +212,19 @@ def test_a_snapshot_that_names_a_bad_object_is_red(scene: Scene, node: Node) -> 
     assert shelf.list().code == 0
 
 
+def test_a_listing_that_cannot_be_read_is_red_and_the_others_are_shown(scene: Scene, node: Node) -> None:
+    for name in ("users", "logs"):
+        node.table("ks1", name).flush()
+    node.snapshot("daily")
+    scene.once(*node.data_dirs)
+    shelf = Shelf(scene.bucket)  # type: ignore[arg-type]
+    shelf.put("node1", f"bad/{T1}.json", {"keys": [{"key": "node1/x", "found": "absent", "at": T1}]})
+    damaged = next(key for key in scene.bucket.objects() if "/users-" in key and "/snapshots/daily/" in key)
+    (shelf.bucket.root / damaged).write_text("{")
+    answer = shelf.list()
+    assert (answer.code, "1 of 2 tables bad: ks1/users-" in answer.text) == (3, True)
+
+
 def test_odd_names_are_shown_so_that_a_terminal_survives_them(scene: Scene, node: Node) -> None:
     node.table("ks1", "users").flush()
     node.snapshot("da\x1b[2Jily\n100%")
@@ -237,10 +250,17 @@ def test_no_name_of_a_keyspace_is_taken_for_a_folder_of_ours(scene: Scene, node:
     assert sorted(covered) == [f"{table.keyspace}/{table.directory}" for table in tables]
 
 
-@pytest.mark.parametrize("options", [{"tag": "dayly"}, {"table": ("ks1.user",)}, {"table": ("no",), "tag": "daily"}])
-def test_where_nothing_matches_it_is_told_how_to_see_what_there_is(shelf: Shelf, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tag": "dayly"}, "`cassbackup list` alone shows what there is; put globs in quotes"),
+        ({"table": ("ks1.user",)}, r"no table ks1.user: there are ks1.users-\w+; put globs in quotes"),
+        ({"table": ("ks1.users", "no"), "tag": "daily"}, "no table no: there are"),
+    ],
+)
+def test_what_matches_nothing_is_told_with_what_there_is(shelf: Shelf, options: dict[str, Any], said: str) -> None:
     shelf.snapshot("node1", "daily", T1, f"ks1/{USERS}")
-    with pytest.raises(Missing, match="`cassbackup list` alone shows what there is; put globs in quotes"):
+    with pytest.raises(Missing, match=said):
         shelf.list(**options)
 
 

@@ -722,7 +722,7 @@ def test_a_tag_that_is_not_there_is_told_and_the_last_good_one_needs_force() -> 
     with pytest.raises(cb.Missing, match="no snapshot is called 'mondya': there are monday, tuesday"):
         run(shelf, tag="mondya", confirm=True)
     answer = run(shelf, tag="tuesday", confirm=True)
-    assert "only --force lets it go" in answer.text
+    assert (answer.code, "only --force lets it go" in answer.text) == (cb.FAILED, True)
     assert shelf.tags() == ["monday", "tuesday"]
     shelf.forced = True
     run(shelf, tag="tuesday", confirm=True, force=True)

@@ -245,6 +245,36 @@ def test_of_two_lives_of_one_tag_each_comes_back_as_it_was(shelf: Shelf, node: N
         shelf.restore(tag="daily@1999", into=into / "none")
 
 
+def test_a_table_whose_listing_is_gone_is_lacking_and_not_forgotten_p6(
+    daily: Shelf, into: Path, expected: dict[str, bytes]
+) -> None:
+    paths = [listing_of(daily, table)[0] for table in ("users", "groups")]
+    keys = [str(path.relative_to(daily.at)) for path in paths]
+    daily.document("tags/daily/20261121T000000.000000Z.json", tag="daily", taken=keys[0].split("/")[-2], listings=keys)
+    assert daily.restore(tag="daily", into=into / "whole").code == DONE
+    paths[1].unlink()
+    assert daily.restore(tag="daily", table=("ks1.users",), into=into / "users").code == DONE  # nobody asks for groups
+    answer = daily.restore(tag="daily", into=into / "all")
+    assert answer.code == FAILED
+    assert keys[1] in answer.text
+    assert "lacking: ks1.groups-" in answer.text
+    assert not (into / "all").exists()
+    assert daily.restore(tag="daily", into=into / "all", incomplete=True).code == BEHIND
+    assert tree(into / "all") == {name: body for name, body in expected.items() if "/groups/" not in name}
+
+
+def test_without_a_snapshot_it_is_told_that_there_may_have_been_more(shelf: Shelf, node: Node, into: Path) -> None:
+    node.table("ks1", "users").flush()
+    shelf.keep(node)
+    note = r"note: no snapshot by then, so what was there before its first SSTable of backups/ is not: ks1\.users-"
+    assert re.search(note, shelf.restore(latest=True, into=into, dry_run=True).text)
+
+
+def test_what_is_next_is_told_of_each_table(daily: Shelf, into: Path) -> None:
+    lines = daily.restore(tag="daily", into=into).text.splitlines()[1:]
+    assert sorted(lines) == [f"next: nodetool import ks1 {name} {into}/ks1/{name}" for name in ("groups", "users")]
+
+
 def test_what_was_flushed_after_the_snapshot_comes_back_too_with_its_indexes(
     shelf: Shelf, tmp_path: Path, into: Path
 ) -> None:
@@ -791,6 +821,8 @@ def test_without_into_a_directory_of_its_own_is_made(
         ({"tag": "dialy", "table": ("ks1.users",)}, FAILED, "no snapshot 'dialy': there are daily"),
         ({"tag": "daily", "table": ("ks1.user",)}, FAILED, r"no table ks1\.user.*there are ks1\.groups-.*ks1\.users-"),
         ({"latest": True, "table": ("ks9",)}, FAILED, "no table ks9"),
+        ({"latest": True, "table": ("ks1.users", "ks9.*")}, FAILED, r"no table ks9\.\*"),
+        ({"latest": True, "exclude_table": ("ks1.usr",)}, FAILED, r"no table ks1\.usr"),
         ({"tag": "daily", "node": "node"}, FAILED, "no node 'node' .*node1"),
         ({"archive": "/no/such"}, FAILED, "no archive of /no/such"),
     ],

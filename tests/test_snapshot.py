@@ -149,6 +149,17 @@ def test_with_a_daemon_the_command_waits_for_it(snapshots: Snapshots) -> None:
     assert len(snapshots.records("weekly")) == 2
 
 
+def test_a_snapshot_that_names_what_was_marked_bad_just_now_stays_on_disk(snapshots: Snapshots) -> None:
+    snapshots.scene.start(snapshots.data)
+    snapshots("-t", "weekly")
+    bad = next(key for key in snapshots.scene.file_keys() if key.endswith("-Data.db"))
+    document = {"keys": [{"key": bad, "found": "checksum", "at": "20261121T000000.000000Z"}]}
+    snapshots.scene.bucket.put("node1.listings/bad/20261121T000000.000000Z.json", cassbackup.dump_document(**document))
+    done = snapshots("-t", "again", check=1)
+    assert "1 of 3 tables are not listed complete and good" in done.stderr
+    assert snapshots.on_disk() == {"again"}
+
+
 def test_a_daemon_that_dies_meanwhile_leaves_the_work_to_the_command(
     snapshots: Snapshots, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
 ) -> None:

@@ -222,10 +222,10 @@ class _Handler(BaseHTTPRequestHandler):
                 made = strict.complete(query["uploadId"], body, headers)
                 self._xml("CompleteMultipartUploadResult", f"<ETag>{escape(made.etag)}</ETag>")
             case "POST":  # ?delete
-                for one in ET.fromstring(body).iter():
-                    if one.tag.endswith("Key"):
-                        strict.store.pop(one.text or "", None)
-                self._xml("DeleteResult", "")
+                keys = [one.text or "" for one in ET.fromstring(body).iter() if one.tag.endswith("Key")]
+                for name in keys:
+                    strict.store.pop(name, None)
+                self._xml("DeleteResult", "".join(f"<Deleted><Key>{escape(name)}</Key></Deleted>" for name in keys))
             case "DELETE":
                 strict.uploads.pop(query.get("uploadId", ""), None)
                 self._reply(204)
