@@ -5534,6 +5534,7 @@ class Daemon:
         self._pinner = Pinner(disks, options, ledger.listed(), options.reconcile, self._post)
         patience = 120.0 if options.once else math.inf
         self._workers = Workers(self._pinner.idle, options.store.threads, patience)
+        self._local = ThreadPoolExecutor(1, "local")
         self._backup = Backup(options, self._pinner, self._workers, ledger)
         self._state = PinnerState(0.0, {}, {}, frozenset(), {}, ())
         self._alive = time.monotonic()  # when the pinner last said something
@@ -5583,9 +5584,14 @@ class Daemon:
             one.cancel()
         await self._workers.finish(STOP_S - 5.0)
         await self._backup.end()
+        self._local.shutdown(wait=False, cancel_futures=True)
         self._pinner.stop()
         self._backup.ledger.close()
         return code
+
+    async def _on_disk(self, job: Callable[..., T], *args: Any) -> T:
+        """Do what asks only this machine's disks, on a thread that no store which hangs can hold."""
+        return await self._loop.run_in_executor(self._local, job, *args)
 
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():
@@ -5791,7 +5797,7 @@ class Daemon:
             if life:  # a snapshot goes as a whole, but from backups/ files go one by one
                 continue
             with contextlib.suppress(OSError):
-                there = await self._workers.once("disk", True, _marks_there, directory)
+                there = await self._on_disk(_marks_there, directory)
                 ledger.replace_listed(directory, life, now, marks & there)
         await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400)
 
@@ -5802,10 +5808,10 @@ class Daemon:
     async def _find_oldest(self) -> None:
         await self._backup.scanned.wait()
         places = sorted(self._state.tables)
-        self._oldest = await self._workers.once("oldest", True, _oldest_data, self._disks, places)
+        began = time.monotonic()
+        self._oldest = await self._on_disk(_oldest_data, self._disks, places)
         # Thousands of tables take a tenth of a second: a thousandth of a core. What is asked of it is a day old.
-        told = self._workers.operations["oldest"]
-        await asyncio.sleep(min(300.0, 1000 * told.seconds / sum(told.durations)))
+        await asyncio.sleep(min(300.0, 1000 * (time.monotonic() - began)))
 
     async def _tell_systemd(self) -> None:
         """Tell the lag, and that we live: only while the pinner does too."""
@@ -5833,7 +5839,7 @@ class Daemon:
         try:
             metrics = self._metrics or Metrics(self._status_from_thread)
             if options.metrics_textfile:
-                await self._workers.once("metrics", True, metrics.write, options.metrics_textfile)
+                await self._on_disk(metrics.write, options.metrics_textfile)
             if options.metrics_listen and not self._metrics:
                 metrics.serve(options.metrics_listen)
             self._metrics = metrics
@@ -5909,7 +5915,7 @@ class Daemon:
         tables = sorted(state.tables)
         if keyspaces:
             tables = [place for place in tables if place.split("/")[0] in keyspaces]
-        manifests, bare = await self._workers.once("disk", True, _read_tag, self._disks, tables, tag)
+        manifests, bare = await self._on_disk(_read_tag, self._disks, tables, tag)
         until = time.monotonic() + 4.0
         while True:
             waiting = list(bare)

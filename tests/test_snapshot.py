@@ -19,8 +19,8 @@ from typing import Any
 import oracle
 import pytest
 from conftest import Daemon, Run
-from faultproxy import FaultProxy, kill
-from scene import Scene
+from faultproxy import BlackHole, FaultProxy, kill
+from scene import Scene, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
 
@@ -147,6 +147,22 @@ def test_with_a_daemon_the_command_waits_for_it(snapshots: Snapshots) -> None:
     assert snapshots.scene.daemon.is_running
     snapshots("-t", "weekly")  # the same tag is a new life
     assert len(snapshots.records("weekly")) == 2
+
+
+def test_a_daemon_answers_what_a_snapshot_waits_for_while_its_store_hangs(
+    snapshots: Snapshots, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    store = proxy(moto)
+    snapshots.scene.bucket, snapshots.scene.environ = moto, moto.through(store.url)
+    snapshots.scene.start(snapshots.data)
+    snapshots.scene.settled()
+    hangs = store.on("PUT", r"/backups/", BlackHole(), count=None)
+    for table in snapshots.node.tables:
+        table.flush()
+    wait_for(lambda: hangs.hits >= 2)  # as many threads as urgent jobs have
+    reply = cassbackup.ask_daemon(str(snapshots.scene.state), {"do": "wait", "tag": "weekly", "keyspaces": []}, 20.0)
+    assert "error" not in reply
+    store.down()  # no test need wait for the end of that
 
 
 def test_a_snapshot_that_names_what_was_marked_bad_just_now_stays_on_disk(snapshots: Snapshots) -> None:
