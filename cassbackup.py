@@ -473,11 +473,14 @@ def seconds_of(moment: str) -> float:
     return datetime.fromisoformat(f"{day}T{clock}+00:00").timestamp()  # 20 times as fast as strptime
 
 
+_YEAR_10000: Final = 253402300799.0  # nearly: datetime rounds to microseconds, and has no such year
+
+
 @functools.lru_cache(10_000)
 def is_utc(text: str) -> bool:
     """Tell whether a text is a moment as it stands in keys."""
     try:
-        return seconds_of(text) >= 0
+        return 0 <= seconds_of(text) < _YEAR_10000
     except ValueError:
         return False
 
@@ -4177,7 +4180,8 @@ def pending_keys(node: str, key: str, document: Mapping[str, Any]) -> frozenset[
     """Return the keys that one of prune's pending-delete files names. Raises Corrupt."""
     keys = document.get("keys")
     if isinstance(keys, list):
-        ours = [one for one in keys if isinstance(one, str) and one.startswith(f"{node}/")]
+        texts = [one for one in keys if isinstance(one, str) and not _NO_NAME.search(one.replace("/", ""))]
+        ours = [one for one in texts if one.startswith(f"{node}/")]
         if len(ours) == len(keys):
             return frozenset(ours)
     raise Corrupt(f"{quote(key)} names what is not of this node", "nothing is deleted; look at it, or remove it")
@@ -4189,7 +4193,7 @@ def read_bad_keys(store: Store, node: str) -> frozenset[str]:
     for info, document in read_documents(store, f"{node}.listings/bad/"):
         try:
             for mark in document["keys"]:
-                found[mark["key"]] = mark["found"]
+                found[typed(mark, "key", str)] = typed(mark, "found", str)
         except (KeyError, TypeError) as error:
             raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
     return frozenset(key for key, what in found.items() if what != "good")
@@ -6326,7 +6330,8 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
         try:
             life = typed(record, "tag", str), typed(record, "taken", str)
             named = typed(record, "listings", list) + typed(record, "pruned", list)
-            frozenset(named)  # TypeError unless each can be a key
+            if not all(isinstance(key, str) for key in named):
+                raise TypeError(named)
         except (KeyError, TypeError) as error:
             raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
         # Prune writes a record anew, and then deletes the old one; where it died in between, both are there.
@@ -6340,12 +6345,37 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
 def recorded_listings(store: Patient, node: str) -> list[ListingInfo]:
     """Return the listings that tag records name, but for those that prune has deleted. Raises Corrupt."""
     found = []
-    for record in tag_records(store, node).values():
+    for name, record in tag_records(store, node).items():
         for key in record["listings"]:
-            info = listing_info(node, ObjectInfo(key, 0, "", 0.0))
+            try:
+                info = listing_info(node, ObjectInfo(key, 0, "", 0.0))
+            except Corrupt as fault:
+                raise Corrupt(f"{quote(name)} names what is none: {fault.what}", "put it right or delete it") from None
             if info:
                 found.append(info)
     return found
+
+
+def meaning_of(store: Patient, node: str, word: str) -> Callable[[Snapshot], bool]:
+    """Return what tells whether a snapshot is meant by TAG, or by TAG@TIME: all that one `nodetool snapshot` took.
+
+    It goes from table to table, so their times differ by seconds.
+    """
+    if "@" not in word:
+        return functools.partial(is_meant, word=word)
+    infos = {info.key: info for info in recorded_listings(store, node)}
+    for info in listings_of(store, node):
+        if info.unit.kind == "snapshot":
+            infos[info.key] = info
+    meant = set[Unit]()
+    for group in group_snapshots(snapshots_of(infos[key] for key in sorted(infos))):
+        if any(is_meant(one, word) for one in group):
+            meant.update(one.unit for one in group)
+
+    def is_one(snapshot: Snapshot) -> bool:
+        return snapshot.unit in meant
+
+    return is_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -6373,14 +6403,16 @@ def node_info(store: Patient, name: str) -> NodeInfo:
     """Ask the bucket who a node is. Raises Usage where 0.1 wrote its listings; a damaged document is only logged."""
     heard = ""
     for info in store.list(f"{name}.listings/heartbeat/"):
-        heard = max(heard, min(moment_of(info.key), utc(info.modified)))  # the node's clock may have been ahead
+        told = moment_of(info.key)
+        if is_utc(told):
+            heard = max(heard, min(told, utc(info.modified)))  # the node's clock may have been ahead
     try:
         newest_document(store, f"{name}.listings/owner.")
-        told = newest_document(store, f"{name}.listings/node.")
+        place = newest_document(store, f"{name}.listings/node.")
         names = ("cluster", "host_id", "dc", "rack")
-        words = {word: str(told.get(word) or "") for word in names}
-        addresses = tuple(map(str, told.get("addresses") or ()))
-        tokens = tuple(map(str, told.get("tokens") or ()))
+        words = {word: str(place.get(word) or "") for word in names}
+        addresses = tuple(map(str, place.get("addresses") or ()))
+        tokens = tuple(map(str, place.get("tokens") or ()))
         return NodeInfo(name, heard, **words, addresses=addresses, tokens=tokens)
     except (Corrupt, TypeError) as fault:
         log.warning("skipped what tells the place in the ring node=%s error=%s", quote(name), quote(str(fault)))
@@ -6424,7 +6456,12 @@ def _table_name(folder: str) -> str:
 def check_tables(store: Patient, nodes: Sequence[str], words: Sequence[str]) -> None:
     """Raise Missing where a word means no table of any of these nodes: that others do must not hide its typo."""
     for word in words:
-        if not any(next(table_folders(store, node, (word,)), "") for node in nodes):
+        if any(next(table_folders(store, node, (word,)), "") for node in nodes):
+            continue
+        recorded: list[ListingInfo] = []  # of a table that has no listing any more
+        for node in nodes:
+            recorded += recorded_listings(store, node)
+        if not any(is_selected(info.unit, (word,)) for info in recorded):
             names = set[str]()
             for node in nodes:
                 names.update(map(_table_name, table_folders(store, node)))
@@ -6769,11 +6806,16 @@ def _lacks(listing: Listing[Known], before: float) -> Iterator[str]:
 
 
 def choose_at(
-    keyspace: str, table: str, base: Base, batches: Iterable[Listing[Known]], before: float = math.inf
+    keyspace: str,
+    table: str,
+    base: Base,
+    batches: Iterable[Listing[Known]],
+    before: float = math.inf,
+    bad: Collection[str] = (),
 ) -> Chosen:
     """Choose the SSTables of a table as it was at a moment, from its base and its listings of backups/.
 
-    Of a busy table there are many listings, so they are read one by one and none is held.
+    Of a busy table there are many listings, so they are read one by one and none is held. `bad` are marked keys.
     """
     chosen: dict[tuple[object, ...], SSTable] = {}
     lacking: list[str] = []
@@ -6787,14 +6829,14 @@ def choose_at(
         for one in sstables_of(batch):
             if not base.adds(one, before):
                 continue
-            if one.complete:
+            if one.complete and not any(entry.key in bad for entry in one.files):
                 chosen.setdefault(one.identity, one)
             else:
                 broken.append(one)
     there = {(entry.name, entry.crc32) for one in chosen.values() for entry in one.files}
     for one in broken:
         if any((entry.name, entry.crc32) not in there for entry in one.files):
-            lacking.append(f"skipping {quote(one.name)} of backups/: it lacks a component")
+            lacking.append(f"skipping {quote(one.name)} of backups/: it lacks a component, or one is marked bad")
     schema = schema_in(base.listing) if base.listing else None
     added = len(chosen) - of_base
     files = tuple(chosen.values())
@@ -6827,7 +6869,7 @@ def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
 
     living: dict[tuple[str, str], Chosen] = {}
     for one in tables:
-        if one.base.end or one.sstables:  # else nothing was heard of it by then
+        if one.base.end or one.sstables or one.lacking:  # else nothing was heard of it by then
             rival = living.setdefault(one.called, one)
             living[one.called] = max(rival, one, key=claim)
     return list(living.values())
@@ -7031,9 +7073,13 @@ def receive_all(bucket: Bucket, files: Sequence[Placed]) -> dict[str, str]:
 # What is restored
 
 
+# What reading created_at may raise: it is absent, archived, or not what Cassandra writes.
+_NO_MOMENT: Final = (Missing, Denied, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads a node's listings as far as they can be read, without the entries that are marked bad."""
+    """Reads a node's listings as far as they can be read, those of snapshots without what is marked bad."""
 
     store: Patient
     threads: int
@@ -7058,10 +7104,12 @@ class Reader:
         newest = infos[-1]
         nothing: Listing[Known] = Listing(self.node, newest.unit, newest.listed, newest.listed, False, ())
         whole = add_up(listings) or nothing
-        good = tuple(entry for entry in whole.files if entry.key not in self.bad)
-        if len(good) < len(whole.files):
-            missing = [entry.name for entry in whole.files if entry.key in self.bad]
-            whole = replace(whole, complete=False, files=good, missing=(*whole.missing, *missing))
+        if newest.unit.kind == "snapshot":
+            good = tuple(entry for entry in whole.files if entry.key not in self.bad)
+            if len(good) < len(whole.files):
+                missing = [entry.name for entry in whole.files if entry.key in self.bad]
+                whole = replace(whole, complete=False, files=good, missing=(*whole.missing, *missing))
+                faults.append(f"{label(newest.unit)}: marked bad: {some_of(missing)}")
         if not whole.complete:
             self.lacking.extend(faults)
         return whole
@@ -7070,7 +7118,7 @@ class Reader:
         """Return created_at of a snapshot's manifest.json in seconds (Cassandra 4.1, CASSANDRA-16789), 0.0 without."""
         for entry in listing.files:
             if entry.name == MANIFEST:
-                with contextlib.suppress(Missing, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+                with contextlib.suppress(*_NO_MOMENT):
                     created = json.loads(read_object(self.store, entry.key))["created_at"]
                     return datetime.fromisoformat(created.replace("Z", "+00:00")).timestamp()
         return 0.0
@@ -7106,10 +7154,15 @@ def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
     since = [[one] for one in flushed if one.when >= base.start]
     batches = spread(reader.read, since, reader.threads)
     unit = infos[0].unit
-    chosen = choose_at(unit.keyspace, unit.table, base, batches, before)
+    chosen = choose_at(unit.keyspace, unit.table, base, batches, before, reader.bad)
     if base.listing:
         return chosen
-    return replace(chosen, schema=nearest_schema(reader, snapshots, before))
+    chosen = replace(chosen, schema=nearest_schema(reader, snapshots, before))
+    torn = [one.unit.tag for one in snapshots if not is_automatic(one.unit) and seconds_of(one.unit.life) <= before]
+    if base.end or not torn:
+        return chosen
+    what = f"none of its snapshots by then is whole: {some_of(torn)}; --tag restores what one has"
+    return replace(chosen, lacking=(*chosen.lacking, what))
 
 
 def choose_moment(reader: Reader, folders: Sequence[str], before: float) -> list[Chosen]:
@@ -7119,7 +7172,7 @@ def choose_moment(reader: Reader, folders: Sequence[str], before: float) -> list
     of_each = replace(reader, threads=max(1, reader.threads // at_once))
     found = spread(functools.partial(choose_table, of_each, before), folders, at_once)
     tables = newest_of_names(filter(None, found), before)
-    if tables:
+    if tables or reader.lacking:
         return tables
     first = "yet to come"
     for folder in folders:
@@ -7129,13 +7182,23 @@ def choose_moment(reader: Reader, folders: Sequence[str], before: float) -> list
 
 
 def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str]) -> list[ListingInfo]:
-    """Return the recorded listings of the chosen tables, none where the records cannot be read."""
+    """Return the recorded listings of the chosen tables; what cannot be read is lacking."""
     try:
         recorded = recorded_listings(reader.store, reader.node)
     except Corrupt as fault:
-        log.warning("cannot tell whether a listing is gone error=%s", quote(str(fault)))
+        reader.lacking.append(f"whether a listing is gone cannot be told: {fault}")
         return []
     return [info for info in recorded if is_chosen(info.unit, words, exclude)]
+
+
+def note_gone(reader: Reader, tables: Sequence[Chosen], recorded: Iterable[ListingInfo], before: float) -> None:
+    """Note as lacking each recorded listing that would be a later base than the one chosen, and is gone."""
+    ends = {(one.keyspace, one.table): one.base.end for one in tables}
+    for info in recorded:
+        unit = info.unit
+        is_later = ends.get((unit.keyspace, unit.table), 0.0) < seconds_of(unit.life) <= before
+        if is_later and not reader.store.head(info.key):
+            reader.lacking.append(f"{quote(info.key)} is gone, and prune did not delete it")
 
 
 def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iterable[ListingInfo] = ()) -> list[Chosen]:
@@ -7175,12 +7238,20 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
     if not options.table and not options.in_place:
         exclude += ("system", "system_*")  # Cassandra imports none of these
     folders = list(table_folders(reader.store, reader.node, options.table, exclude))
+    recorded = recorded_of(reader, options.table, exclude)
+    if not folders and not recorded:
+        hint = "name one with --table, or take all with --table '*'"
+        raise Missing("no table is left but those of the system, or excluded ones", hint)
     if options.tag:
-        recorded = recorded_of(reader, options.table, exclude)
-        return choose_tag(reader, folders, options.tag, recorded)
-    if not folders:
-        raise Missing("no table but those of the system", "name it with --table, or take all with --table '*'")
-    return choose_moment(reader, folders, before)
+        tables = choose_tag(reader, folders, options.tag, recorded)
+    else:
+        tables = choose_moment(reader, folders, before)
+        note_gone(reader, tables, recorded, before)
+    for word in options.table:
+        units = [Unit("snapshot", one.keyspace, one.table) for one in tables]
+        if not any(is_selected(unit, (word,)) for unit in units):
+            raise Missing(f"{word} has nothing of what was asked for", "leave it out, or choose another --tag or --at")
+    return tables
 
 
 def choose_archive(reader: Reader, directory: str) -> Iterable[Known]:
@@ -7188,12 +7259,18 @@ def choose_archive(reader: Reader, directory: str) -> Iterable[Known]:
     folder = unit_prefix("", Unit("archive", tag=directory)).removeprefix(".listings/")
     infos = [[info] for info in listings_of(reader.store, reader.node, folder=folder)]
     files: dict[str, Known] = {}
+    bad = set[str]()
     for listing in spread(reader.read, infos, reader.threads):
         for entry in listing.files:
-            files[entry.name] = entry
+            if entry.key in reader.bad:
+                bad.add(entry.name)
+            else:
+                files[entry.name] = entry
         for lost in listing.lost:
             reader.lacking.append(f"{quote(lost.name)} was lost before it was stored")
-    if not files:
+    for name in sorted(bad - files.keys()):
+        reader.lacking.append(f"{quote(name)} is marked bad")
+    if not files and not bad:
         raise Missing(f"{reader.node} has no archive of {quote(directory)}", "`cassbackup list` names the directories")
     return files.values()
 
@@ -7317,6 +7394,8 @@ def place_live(tables: Sequence[Chosen], given: Sequence[str]) -> Iterator[Place
         roots = {path: path for path in data_directories()}
     for word in given:
         old, _, new = word.rpartition("=")
+        if not new or old in roots:
+            raise Usage(f"--data-dir {word!r} names no directory, or one twice", "write OLD=NEW, or one NEW for all")
         roots[old] = os.path.abspath(new)
     for_all = roots.get("", "")
     for one in tables:
@@ -7365,12 +7444,12 @@ def find_lacking(bucket: Bucket, placed: Sequence[Placed]) -> tuple[list[str], l
 def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str) -> Plan:
     """Choose what to restore and where to, and look for every object of it. Raises Missing, Usage, Corrupt."""
     now = bucket.store.now()
-    before = options.at or now
-    if before > now + 60:
+    before = options.at or now + _SLACK_S  # the node's clock may be ahead
+    if options.at > now + 60:
         raise Usage(f"{utc(before)} is in the future", f"it is {utc(now)} by the store's clock")
     bad = read_bad_keys(bucket.store, node.name)
     reader = Reader(bucket.store, bucket.threads, node.name, bad)
-    moment = utc(before)
+    moment = utc(options.at or now)
     where = into
     tables: list[Chosen] = []
     if options.archive:
@@ -7383,6 +7462,7 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
         tables = choose(reader, options, before)
         if options.schema_only:
             tables = [replace(one, sstables=(), added=0, lacking=()) for one in tables]
+            reader.lacking.extend(f"{one}: no schema.cql" for one in tables if not one.schema)
         if options.in_place:
             where = "the data directories"
             placed = list(place_live(tables, options.data_dir))
@@ -7393,7 +7473,7 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
         lacking += [f"{one}: {what}" for what in one.lacking]
     absent, frozen = find_lacking(bucket, placed)
     is_moment = options.at > 0 or options.latest
-    notes = notes_on(reader, tables, before if is_moment else 0.0)
+    notes = notes_on(reader, tables, (options.at or now) if is_moment else 0.0)
     return Plan(node, moment, where, tables, placed, lacking, absent, frozen, list(notes))
 
 
@@ -7415,7 +7495,8 @@ def make_target(into: str) -> None:
     live: list[str] = []
     with contextlib.suppress(Usage):
         live = data_directories()
-    above = into
+    live = [os.path.realpath(path) for path in live]
+    above = os.path.realpath(into)
     while above != os.path.dirname(above):
         # Cassandra keeps its own tables there, with their ids in their names.
         tables = glob.glob(f"{glob.escape(above)}/system/*-{'?' * 32}")
@@ -7537,7 +7618,7 @@ def described_schema(store: Patient, plan: Plan) -> bytes:
     unit = max(bases, key=lambda listing: listing.taken).unit
     tag = component(unit.tag, "%2F")
     for _, record in read_documents(store, f"{node}.listings/tags/{tag}/"):
-        listings = " ".join(map(str, record.get("listings", ())))
+        listings = " ".join(map(str, record.get("listings") or ()))
         if unit_prefix(node, unit) in listings:
             return str(record.get("schema", "")).encode()
     return b""
@@ -7572,6 +7653,8 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
     if pids:
         raise Usage(f"Cassandra is running (pid {' '.join(pids)})", "stop it first: it would not see these files")
     roots = {one.root for one in plan.files}
+    # What lies in a data directory that gets no file is read by Cassandra all the same.
+    roots.update(os.path.abspath(word.rpartition("=")[2]) for word in options.data_dir)
     if not options.data_dir:
         roots.update(data_directories())
     tops = []
@@ -7585,8 +7668,10 @@ def advice(plan: Plan, options: RestoreOptions) -> str:
     node = plan.node
     if options.in_place:
         lines = ["before the start, empty commitlog, hints and saved_caches: they would be replayed"]
-        if options.new_node:
-            tokens = ",".join(node.tokens) or "(take it from the old cassandra.yaml)"
+        if options.new_node and not node.tokens:
+            lines.append("the bucket does not tell tokens, dc and rack: take them from the old node's configuration")
+        elif options.new_node:
+            tokens = ",".join(node.tokens)
             lines.append(f"in cassandra.yaml:\n  num_tokens: {len(node.tokens)}\n  initial_token: {tokens}")
             lines.append(f"  auto_bootstrap: false\nin the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
         return "\n".join(lines)
@@ -7615,6 +7700,8 @@ def check_options(options: RestoreOptions) -> None:
     if options.in_place and options.same_node == options.new_node:
         hint = "a new node must not have the old one's identity"
         raise Usage("--in-place needs one of --same-node and --new-node", hint)
+    if options.in_place and options.into:
+        raise Usage("--into does not go with --in-place", "--data-dir says where the files go")
     if not options.in_place and (options.same_node or options.new_node or options.data_dir):
         raise Usage("--same-node, --new-node and --data-dir are for --in-place", "pass that too, or leave them out")
 
@@ -7718,6 +7805,7 @@ class Verification:
         self._store, self._threads = bucket.store, bucket.threads
         self._node, self._options = node, options
         self._marked = read_bad_keys(self._store, node)
+        self._is_meant = meaning_of(self._store, node, options.tag)
         self._findings: list[dict[str, Any]] = []  # what is bad, archived, or good though it is marked bad
         self._listings = self._objects = self._size = 0
 
@@ -7756,7 +7844,7 @@ class Verification:
         infos = [info for info in infos if is_selected(info.unit, self._options.table)]
         snapshots = snapshots_of(infos)
         if tag:
-            return [info for one in snapshots if is_meant(one, tag) for info in one.listings]
+            return [info for one in snapshots if self._is_meant(one) for info in one.listings]
         if not self._options.latest:
             return infos
         lives = [one.unit.life for one in snapshots if one.complete and not is_automatic(one.unit)]
@@ -7944,9 +8032,11 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
     return kept
 
 
-def kept_but_tag(found: Sequence[Candidate], options: PruneOptions) -> dict[Unit, str]:
+def kept_but_tag(
+    found: Sequence[Candidate], options: PruneOptions, is_meant: Callable[[Snapshot], bool]
+) -> dict[Unit, str]:
     """Return which snapshots of a table stay when --tag goes, and why; "" where the tag does not mean them."""
-    kept = {one.unit: "" for one in found if not is_meant(one.snapshot, options.tag)}
+    kept = {one.unit: "" for one in found if not is_meant(one.snapshot)}
     good = [one for one in found if one.counts and one.good]
     if good and not options.force:
         newest = max(good, key=lambda one: one.taken)
@@ -8052,6 +8142,7 @@ class Pruning:
     def __init__(self, bucket: Bucket, node: str, options: PruneOptions) -> None:
         self._store, self._threads = bucket.store, bucket.threads
         self.node, self._options = node, options
+        self._is_meant = meaning_of(self._store, node, options.tag)
         self.snapshots: list[dict[str, Any]] = []  # what becomes of each
         self.tags = set[str]()  # of all snapshots
         self.doubts: list[str] = []  # why nothing is deleted without --force
@@ -8129,7 +8220,7 @@ class Pruning:
     def _plan_table(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> None:
         found = list(self._candidates(infos, bad))
         if self._options.tag:
-            kept = kept_but_tag(found, self._options)
+            kept = kept_but_tag(found, self._options, self._is_meant)
         else:
             kept = kept_snapshots(found, self._options, self._began)
         for one in found:
@@ -9006,6 +9097,12 @@ def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     return sorted(set(found.values()))  # one for all data directories
 
 
+def _is_recorded(bucket: Bucket, keys: Iterable[str]) -> bool:
+    """Tell whether an earlier run has recorded all these listings as a tag's."""
+    records = tag_records(bucket.store, bucket.here).values()
+    return any(set(keys) <= set(record["listings"]) for record in records)
+
+
 def _place_in_ring(nodetool: Nodetool, ring: str) -> dict[str, Any]:
     """Return what a successor needs to know of this node."""
     text = nodetool("info", "-T") + nodetool("describecluster")
@@ -9094,7 +9191,8 @@ def _agree_with_daemon(options: SnapshotOptions, bucket: Bucket) -> None:
         raise Usage(what, "give both the same settings")
 
 
-def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> None:
+def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> bool:
+    """Take a snapshot. Return False where one of that tag is there already."""
     words = ["-t", tag]
     if options.skip_flush:
         words.append("-sf")
@@ -9106,6 +9204,8 @@ def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> None:
         if "already exists" not in fault.what:
             raise
         log.info("going on with the snapshot that is there tag=%s", tag)
+        return False
+    return True
 
 
 def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool) -> None:
@@ -9128,10 +9228,13 @@ def snapshot(options: SnapshotOptions) -> Answer:
     bucket = open_bucket(options)
     _agree_with_daemon(options, bucket)
     _clear_earlier(bucket, options, nodetool)
-    _take(nodetool, options, tag)
+    is_new = _take(nodetool, options, tag)
     try:
         _store_tag(options, tag)
         keys = find_listings(bucket, manifests_of(options, tag))
+        if not is_new and _is_recorded(bucket, keys):
+            hint = f"nodetool clearsnapshot -t {tag}, or pass another --tag"
+            raise Fault(f"{tag} was taken and stored by an earlier run, and none was taken now", hint)
         record_tag(bucket, tag, keys, nodetool, options.cqlsh)
     except BaseException:
         log.warning("the snapshot stays on disk tag=%s hint=run this again, or: nodetool clearsnapshot -t %s", tag, tag)
@@ -9153,12 +9256,6 @@ class ListOptions(NodeChoice):
 
     tag: str = ""
     table: tuple[str, ...] = ()
-
-    def choose(self, info: ListingInfo) -> bool:
-        """Tell whether a listing is meant."""
-        if not is_selected(info.unit, self.table):
-            return False
-        return is_meant(Snapshot(info.unit, (info,)), self.tag)
 
 
 def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, Any]:
@@ -9190,13 +9287,18 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
     for record in tag_records(bucket.store, node.name).values():
         marks.update(dict.fromkeys(record["listings"], _GONE))
         marks.update(dict.fromkeys(record["pruned"], "pruned"))
+    is_tag = meaning_of(bucket.store, node.name, options.tag)
+
+    def is_wanted(info: ListingInfo) -> bool:
+        return is_selected(info.unit, options.table) and is_tag(Snapshot(info.unit, (info,)))
+
     found: list[ListingInfo] = []
     covered: dict[str, tuple[str, str]] = {}
     last = node.heard
     for info in listings_of(bucket.store, node.name):
         marks.pop(info.key, None)
         last = max(last, info.listed)
-        if not options.choose(info):
+        if not is_wanted(info):
             continue
         if info.unit.kind == "snapshot":
             found.append(info)
@@ -9205,7 +9307,7 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
             covered[info.unit.place] = first, info.listed  # LIST is in order of time
     for key in marks:
         recorded = listing_info(node.name, ObjectInfo(key, 0, "", 0.0))
-        if recorded and options.choose(recorded):
+        if recorded and is_wanted(recorded):
             found.append(recorded)
     snapshots = snapshots_of(found)
     bad = read_bad_keys(bucket.store, node.name)
@@ -9795,6 +9897,8 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
     # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
     for option in COMMANDS[name].options:
         text, place = given.get(option.variable, (option.default, "default"))
+        if option.key.startswith("keep_") and flags.keys() & {"tag", "retire"}:
+            text, place = option.default, "default"  # what the settings keep is for the timer's prune
         if option.key in flags:
             text, place = flags[option.key], "flag"
         values[option.key] = option.read(text, place)

@@ -445,8 +445,10 @@ def test_a_component_that_is_marked_bad_counts_as_lacking_until_it_is_listed_aga
     story.backups(10, nb(1, 10))
     story.bad = frozenset(entry.key for entry in nb(1, 10).entries(Unit("incremental", "ks", FIRST)))
     assert story.names(20) == []
+    assert ["marked bad" in what for one in story.chosen(20) for what in one.lacking] == [True]
     story.backups(10, replace(nb(1, 10), home="/data2"))
     assert story.names(20) == ["nb-1-big"]
+    assert [one.lacking for one in story.chosen(20)] == [()]
 
 
 def test_a_snapshot_that_is_marked_bad_is_no_base() -> None:
@@ -456,6 +458,18 @@ def test_a_snapshot_that_is_marked_bad_is_no_base() -> None:
     assert story.names(3 * DAY) == ["nb-2-big"]
     story.bad = frozenset(entry.key for entry in nb(2, 0).entries(unit))
     assert story.names(3 * DAY) == ["nb-1-big"]
+    reader = story.reader
+    (folder,) = table_folders(story.bucket, NODE)  # type: ignore[arg-type]
+    choose_table(reader, BEGIN + 3 * DAY, folder)
+    assert ["marked bad: nb-2-big-Data.db" in what for what in reader.lacking] == [True]
+
+
+def test_a_table_whose_snapshots_are_all_torn_is_lacking_and_not_forgotten() -> None:
+    story = Story()
+    story.snapshot(1 * DAY, nb(1, 0), complete=False)
+    ((told,),) = [one.lacking for one in story.chosen(2 * DAY)]
+    assert told.startswith("none of its snapshots by then is whole: daily")
+    assert story.chosen(0.5 * DAY) == [], "it was not there yet"
 
 
 def test_a_listing_that_cannot_be_read_is_named_and_the_rest_is_restored() -> None:

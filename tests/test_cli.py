@@ -121,6 +121,15 @@ def test_without_a_bucket_each_command_tells_the_two_ways_to_set_it(cli: Any, no
     assert said == "cassbackup: no bucket\n  set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket\n"
 
 
+def test_what_the_timers_prune_keeps_does_not_stand_in_the_way_of_another_prune(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CASSBACKUP_KEEP_LAST", "3")
+    where = ("--bucket", f"file://{tmp_path}")
+    assert "no node" in cli("prune", "--tag", "x", *where)[2]
+    assert "you passed two of --keep-" in complaint(cli("prune", "--tag", "x", "--keep-last", "2", *where))
+
+
 def test_a_bucket_inside_the_data_is_refused_before_anything_is_made_there(cli: Any, node: Node) -> None:
     [data] = node.data_dirs
     said = complaint(cli("watch", data, "--bucket", f"file://{data}/bucket"))
@@ -619,6 +628,9 @@ NOW = 1_795_292_640.0
 WELL: dict[str, Any] = {
     "now": NOW,
     "lag_s": 3.0,
+    "started": NOW - 7200,
+    "scanned": NOW - 60,
+    "reconcile_s": 60.0,
     "absent": {},
     "lost": [],
     "refused": [],
@@ -642,6 +654,7 @@ def test_a_daemon_that_is_well_is_not_behind() -> None:
     ("wrong", "said"),
     [
         ({"lag_s": 1000.0}, "the oldest unlisted file was found 1000 s ago (see --max-lag)"),
+        ({"scanned": NOW - 1000}, "no scan of everything has ended for 1000 s"),
         ({"absent": {"/data": "it is empty"}}, "data directory away: /data (it is empty)"),
         ({"lost": ["a", "b", "c"]}, "lost until the next complete snapshot: a and 2 more"),
         ({"refused": ["/data/x"]}, "not stored, see the log: /data/x"),

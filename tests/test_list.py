@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,24 @@ from servers import FileBucket
 from tree import Node
 
 import cassbackup
-from cassbackup import Answer, Bucket, ListOptions, Missing, Patient, StoreOptions, list_, open_store, utc
+from cassbackup import (
+    Answer,
+    Bucket,
+    Fault,
+    ListOptions,
+    Missing,
+    Patient,
+    PruneOptions,
+    RestoreOptions,
+    StoreOptions,
+    VerifyOptions,
+    list_,
+    open_store,
+    prune,
+    restore,
+    utc,
+    verify,
+)
 
 T1, T2, T3 = (f"20261101T0{hour}0000.000000Z" for hour in (1, 2, 3))
 HOST = "8d5ed9f4-7764-4dbd-bad8-43fddce94b7c"
@@ -210,6 +228,43 @@ def test_a_snapshot_that_names_a_bad_object_is_red(scene: Scene, node: Node) -> 
     assert (answer.code, "1 of 1 tables bad: ks1/users-" in answer.text) == (3, True)
     shelf.put("node1", f"bad/{T2}.json", {"keys": [{"key": key, "found": "good", "at": T2}]})
     assert shelf.list().code == 0
+
+
+def test_a_time_means_all_tables_of_that_snapshot(shelf: Shelf) -> None:
+    second = f"{T1[:14]}9.000000Z"
+    shelf.snapshot("node1", "daily", T1, f"ks1/{USERS}")
+    shelf.snapshot("node1", "daily", second, f"ks1/{LOGS}")
+    assert [one["tables"] for one in shelf.snapshots(tag=f"daily@{T1[:15]}")] == [2]
+
+
+ODD: list[tuple[str, object]] = [
+    (f"tags/daily/{T1}.json", {"tag": "daily", "taken": T1, "listings": [5]}),
+    (f"tags/daily/{T1}.json", {"tag": "daily", "taken": T1, "listings": None}),
+    (f"tags/daily/{T1}.json", {"tag": "daily", "taken": T1, "listings": ["foo"]}),
+    (f"bad/{T1}.json", {"keys": [{"key": 5, "found": "absent"}]}),
+    (f"bad/{T1}.json", {"keys": [{"key": "node1/x"}]}),
+    ("heartbeat/.keep", {}),
+    (f"ks1/{USERS}/incremental/99991231T235959.999999Z-complete-1-1.json", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "document"), ODD, ids=[f"{number}" for number in range(len(ODD))])
+def test_no_document_that_somebody_wrote_ends_a_command_but_with_a_sentence(
+    shelf: Shelf, tmp_path: Path, name: str, document: object
+) -> None:
+    shelf.snapshot("node1", "daily", T1)
+    shelf.put("node1", name, document)
+    bucket = Bucket(Patient(open_store(shelf.bucket.target, StoreOptions()), 1.0), 4)
+    shelf.bucket.is_touched = True
+    for work in (
+        lambda: list_(bucket, ListOptions()),
+        lambda: verify(bucket, VerifyOptions(node="node1")),
+        lambda: restore(bucket, RestoreOptions(node="node1", tag="daily", into=str(tmp_path / "x"), dry_run=True)),
+        lambda: restore(bucket, RestoreOptions(node="node1", latest=True, into=str(tmp_path / "x"), dry_run=True)),
+        lambda: prune(bucket, PruneOptions(node="node1", keep_last=1)),
+    ):
+        with contextlib.suppress(Fault):
+            work()
 
 
 def test_a_listing_that_cannot_be_read_is_red_and_the_others_are_shown(scene: Scene, node: Node) -> None:

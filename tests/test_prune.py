@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ class Table:
         """Return what stays, and why."""
         options = PruneOptions(**terms)
         if options.tag:
-            return cb.kept_but_tag(self.candidates(), options)
+            return cb.kept_but_tag(self.candidates(), options, partial(cb.is_meant, word=options.tag))
         return cb.kept_snapshots(self.candidates(), options, now)
 
     def kept_tags(self, now: float, **terms: Any) -> list[str]:
@@ -727,6 +728,16 @@ def test_a_tag_that_is_not_there_is_told_and_the_last_good_one_needs_force() -> 
     shelf.forced = True
     run(shelf, tag="tuesday", confirm=True, force=True)
     assert shelf.tags() == ["monday"]
+
+
+def test_a_time_means_all_tables_of_that_snapshot() -> None:
+    shelf = filled("monday", "tuesday")
+    files = [("nb-1-big-Data.db", EPOCH), ("schema.cql", EPOCH)]
+    for day, tag in enumerate(("monday", "tuesday")):
+        shelf.add(snapshot(tag, EPOCH + day * DAY + HOUR + 1, files, table="orders-" + "b" * 32))
+    answer = run(shelf, tag=f"monday@{utc(EPOCH + HOUR)[:15]}")
+    (node,) = answer.document["nodes"]
+    assert [(one["tag"], one["stays"]) for one in node["snapshots"]] == [("monday", False), ("monday", False)]
 
 
 def test_documents_that_tell_of_nothing_any_more_go_and_the_newest_stays() -> None:

@@ -263,6 +263,44 @@ def test_a_table_whose_listing_is_gone_is_lacking_and_not_forgotten_p6(
     assert tree(into / "all") == {name: body for name, body in expected.items() if "/groups/" not in name}
 
 
+def test_a_later_snapshot_whose_listing_is_gone_is_lacking_in_a_restore_to_a_moment(daily: Shelf, into: Path) -> None:
+    key = str(listing_of(daily)[0].relative_to(daily.at))
+    life = utc(time.time() + 1)
+    gone = key.replace(key.split("/")[-2], life)
+    record = {"tag": "daily", "taken": life, "listings": [gone]}
+    daily.document("tags/daily/20261121T000000.000000Z.json", **record)
+    answer = daily.restore(latest=True, into=into, dry_run=True)
+    assert (answer.code, f"lacking: {gone} is gone" in answer.text) == (FAILED, True)
+    (daily.at / "node1.listings/tags/daily/20261121T000000.000000Z.json").write_text("{")
+    answer = daily.restore(latest=True, into=into, dry_run=True)
+    assert (answer.code, "whether a listing is gone cannot be told" in answer.text) == (FAILED, True)
+
+
+def test_a_table_that_is_named_and_not_in_the_tag_is_no_success(shelf: Shelf, node: Node, into: Path) -> None:
+    node.table("ks1", "users").flush()
+    node.snapshot("monday")
+    node.table("ks1", "logs").flush()
+    node.snapshot("tuesday")
+    shelf.keep(node, "monday")
+    shelf.keep(node, "tuesday")
+    assert shelf.restore(tag="monday", table=("ks1.*",), into=into).code == DONE
+    with pytest.raises(Missing, match=r"ks1\.logs has nothing of what was asked for"):
+        shelf.restore(tag="monday", table=("ks1.users", "ks1.logs"), into=into / "other")
+
+
+def test_what_is_marked_bad_in_an_archive_is_lacking(shelf: Shelf, tmp_path: Path, into: Path) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for number in (1, 2, 3):
+        (archive / f"CommitLog-7-{number}.log").write_bytes(b"log" * number)
+    shelf.put_listing(Unit("archive", tag=str(archive)), [archive])
+    bad = object_key("node1", (str(archive), "CommitLog-7-2.log"))
+    mark = {"key": bad, "found": "absent", "at": "20261121T000000.000000Z"}
+    shelf.document("bad/20261121T000000.000000Z.json", keys=[mark])
+    answer = shelf.restore(archive=str(archive), into=into, dry_run=True)
+    assert (answer.code, "lacking: CommitLog-7-2.log is marked bad" in answer.text) == (FAILED, True)
+
+
 def test_without_a_snapshot_it_is_told_that_there_may_have_been_more(shelf: Shelf, node: Node, into: Path) -> None:
     node.table("ks1", "users").flush()
     shelf.keep(node)
@@ -955,6 +993,17 @@ def test_a_target_with_a_symbolic_link_or_a_file_on_the_way_is_refused(
     assert not list(elsewhere.iterdir())
 
 
+def test_a_target_that_leads_into_the_data_directory_by_a_link_is_refused(
+    daily: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "ks").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "ks")
+    monkeypatch.setattr(cassbackup, "data_directories", lambda: [str(tmp_path / "data")])
+    with pytest.raises(Usage, match="is in the data directory"):
+        daily.restore(tag="daily", into=tmp_path / "link")
+    assert not tree(tmp_path / "data")
+
+
 def test_a_link_that_comes_while_a_restore_runs_is_not_followed_p6(shelf: Shelf, into: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -996,13 +1045,14 @@ def test_the_schema_that_the_cluster_described_comes_too_and_never_overwrites(
     daily: Shelf, into: Path, expected: dict[str, bytes]
 ) -> None:
     keys = [str(listing_of(daily, table)[0].relative_to(daily.at)) for table in ("users", "groups")]
-    record = {"node": "node1", "tag": "daily", "ring": ""}
+    record = {"node": "node1", "tag": "daily", "ring": "", "taken": keys[0].split("/")[-2]}
     daily.document("tags/daily/20261121T000000.000000Z.json", schema="CREATE KEYSPACE ks1 …;", listings=keys, **record)
     daily.document(
         "tags/daily/20261122T000000.000000Z.json",
         schema="of another life",
-        listings=[keys[0].replace("/daily/2", "/daily/1")],
-        **record,
+        listings=[],
+        pruned=[keys[0].replace("/daily/2", "/daily/1")],
+        **{**record, "taken": "20261120T000000.000000Z"},
     )
     own = {name: body for name, body in expected.items() if name.endswith("schema.cql")}
     for _ in range(2):
@@ -1097,6 +1147,26 @@ def test_data_directories_are_mapped_as_told(stopped: tuple[Shelf, Node], tmp_pa
         path.mkdir()
     in_place(shelf, same_node=True, table=("ks1",), data_dir=(str(one),))
     assert tree(one) == wanted
+
+
+def test_in_place_the_target_is_said_once_and_is_a_name(stopped: tuple[Shelf, Node], tmp_path: Path) -> None:
+    shelf, node = stopped
+    with pytest.raises(Usage, match="--into does not go with --in-place"):
+        in_place(shelf, same_node=True, into=tmp_path / "other")
+    for given in (("",), (f"{node.data_dirs[0]}=",), (str(tmp_path), str(tmp_path))):
+        with pytest.raises(Usage, match="names no directory, or one twice"):
+            in_place(shelf, same_node=True, data_dir=given)
+
+
+def test_in_place_what_lies_in_another_data_directory_is_seen(stopped: tuple[Shelf, Node], tmp_path: Path) -> None:
+    shelf, node = stopped
+    first, second = node.data_dirs
+    other = tmp_path / "other"
+    stranger = other / "ks1" / node.tables[0].directory / "nb-99-big-Data.db"
+    stranger.parent.mkdir(parents=True)
+    stranger.write_bytes(b"stranger")
+    with empty(node), pytest.raises(Usage, match="nb-99-big-Data"):
+        in_place(shelf, same_node=True, data_dir=(f"{first}={first}", f"{second}={second}", f"/gone={other}"))
 
 
 def test_in_place_an_sstable_that_is_of_no_backup_is_refused(stopped: tuple[Shelf, Node]) -> None:

@@ -197,6 +197,13 @@ def test_only_what_was_selected_is_checked(bench: Bench) -> None:
     }  # fmt: skip
 
 
+def test_a_time_means_all_tables_of_that_snapshot(bench: Bench) -> None:
+    bench.add(snapshot("monday", EPOCH, FILES), snapshot("monday", EPOCH + 1, FILES, table=OTHER))
+    (whole,) = bench.verify(tag="monday").document["nodes"]
+    (page,) = bench.verify(tag=f"monday@{utc(EPOCH)[:15]}").document["nodes"]
+    assert page["objects"] == whole["objects"]
+
+
 def test_the_newest_and_a_tag_are_not_asked_for_at_once(bench: Bench) -> None:
     with pytest.raises(cb.Usage, match="you passed --tag and --latest"):
         bench.verify(tag="monday", latest=True)
