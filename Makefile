@@ -56,7 +56,7 @@ test-all: $(VENV)/.stamp ## each storm and kill forty times, half of them on a b
 test-faults: $(VENV)/.stamp ## every fault at every place, the model, a soak, twenty mutants: about 45 minutes
 	@rm -f $(SCORE)
 	@echo "== each boundary, each fault, each row; SOAK_MINUTES=$(SOAK_MINUTES)"
-	@FAULTS=all SCORE=$(SCORE) SOAK_MINUTES=$(SOAK_MINUTES) $(RUN) $(VENV)/bin/python -m pytest -n 3 --dist load \
+	@FAULTS=all SCORE=$(SCORE) SOAK_MINUTES=$(SOAK_MINUTES) $(RUN) $(VENV)/bin/python -m pytest -n 2 --dist load \
 	    --junitxml $(SCORE).xml $$(cd tests && ../$(VENV)/bin/python -m faults.scorecard tests) $(ARGS)
 
 soak: $(VENV)/.stamp ## churn under random faults for SOAK_MINUTES; nothing may be lost, nothing may grow

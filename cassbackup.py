@@ -711,6 +711,7 @@ def hex32(crc: int) -> str:
 # ======================================================================================================
 
 PART_BYTES: Final = 8 * MIB  # what is larger travels in parts; S3 takes parts from 5 MiB on
+SENT_BYTES: Final = 256 * KIB  # of a body at a time
 LARGE_BODIES: Final = 4  # so many of more than 1 MiB are in memory at once, of parts and of other objects
 PART_PATIENCE_S: Final = 30.0  # a part is tried again for so long: to begin anew is to read the whole file anew
 JOINED_BYTES: Final = 64 * KIB  # a smaller body is sent together with its head
@@ -863,10 +864,15 @@ def pauses(patience_s: float) -> Iterator[float]:
         yield wait
 
 
-async def retry(attempt: Callable[[], Awaitable[T]], patience_s: float, note: Callable[[Fault | None], None]) -> T:
+async def retry(
+    attempt: Callable[[], Awaitable[T]],
+    patience_s: float,
+    note: Callable[[Fault | None], None],
+    may_be_mounted: bool = True,
+) -> T:
     """Try until the store answers; sleep between tries without a thread. Only Unreachable is tried again.
 
-    `note` hears of each failure of the store, and of success as None.
+    `note` hears of each failure of the store, and of success as None. A daemon waits until a disk is mounted.
     """
     waits = pauses(patience_s)
     while True:
@@ -875,7 +881,7 @@ async def retry(attempt: Callable[[], Awaitable[T]], patience_s: float, note: Ca
         except (Unreachable, Denied) as fault:
             note(fault)
             wait = None if isinstance(fault, Denied) else next(waits, None)
-            if isinstance(fault, Unmounted) and patience_s < math.inf:  # a command says so at once
+            if isinstance(fault, Unmounted) and not may_be_mounted:  # a command says so at once
                 wait = None
             if wait is None:
                 raise
@@ -1436,7 +1442,10 @@ class Wire:
             # A server that answers before it has taken all, and hangs up, says why in its answer.
             with contextlib.suppress(ConnectionError):
                 for piece in request:
-                    connection.sendall(piece)
+                    # The time limit of a socket is for the whole of a sendall: on a slow link too long for a part.
+                    view = memoryview(piece)
+                    for start in range(0, len(view), SENT_BYTES):
+                        connection.sendall(view[start : start + SENT_BYTES])
             return connection, _reply(connection, method)
         except BaseException:
             connection.close()
@@ -3577,8 +3586,7 @@ class Pinner(threading.Thread):
         except OSError as error:
             self._refuse(place.path, place.path, str(error.strerror))
         finally:
-            if fd != place.held:
-                os.close(fd)
+            os.close(fd)
         # Links into backups/ come one by one for long: a large directory is not scanned for each of them.
         rest = 0.0 if place.is_tag else 5 * min(0.2, time.monotonic() - began)
         place.ready = time.monotonic() + 0.01 + rest
@@ -3742,7 +3750,7 @@ class Pinner(threading.Thread):
         if place.is_tag:
             self._pin_manifests_again(place)
             if place.held < 0 and self._may_hold > 0:
-                place.held = fd
+                place.held = os.dup(fd)  # the scan closes its own
                 self._may_hold -= 1
 
     def _pin_manifests_again(self, place: Place) -> None:
@@ -3891,9 +3899,18 @@ class Pinner(threading.Thread):
                 if os.lstat(pin).st_nlink == 1:
                     alone.append(name)
         if alone:
-            disk.write_lost(relative, life, {*disk.lost(relative, life), *alone})
+            names = {*disk.lost(relative, life), *alone}
+            try:
+                disk.write_lost(relative, life, names)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                # The names need room themselves, so the largest goes first. The log has it in any case.
+                os.unlink(pins[max(alone, key=lambda name: os.lstat(pins[name]).st_size)])
+                disk.write_lost(relative, life, names)
         for name in alone:
-            os.unlink(pins[name])
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(pins[name])
             place = self._place_of(disk.source(relative), life)
             if place:
                 place.pinned.pop(name, None)
@@ -3942,6 +3959,8 @@ def read_quietly(fd: int, start: int, end: int) -> memoryview:
             if error.errno not in _UNABLE or (flags, status) == _WAYS[-1]:
                 raise
     if got < skipped + end - start:
+        if os.fstat(fd).st_size >= end:  # before a bad block a buffered read gives what it has, and no error
+            raise OSError(errno.EIO, f"the disk gives {got - skipped} bytes from {start} on, and no more")
         raise Changed(f"the file ends before byte {end}", "it is read again")
     return memoryview(window)[skipped : skipped + end - start]
 
@@ -4376,8 +4395,9 @@ def listed_snapshot(store: Store, node: str, view: BucketView, unit: Unit, pins:
     folders = by_folder(_listing_keys(store, unit_prefix(node, whole_tag)))
     new = replace(unit, life=manifest_time(pins.values()) or unit.life)
     own = unit_prefix(node, unit)
+    named = unit_prefix(node, new)
     # What a process of no memory was the first to list has another name than these two.
-    candidates = [own, unit_prefix(node, new), *sorted(folders)[-3:]]
+    candidates = [own, named, *sorted(folders)[-3:]]
     ours = bytes_of(pins.values())
     manifests = bytes_of(pin for pin in pins.values() if pin.name == MANIFEST)
     covered = False
@@ -4387,7 +4407,10 @@ def listed_snapshot(store: Store, node: str, view: BucketView, unit: Unit, pins:
             continue
         theirs = bytes_of(listing.files)
         stored, gone = confirm(store, listing.files, view.doomed)
-        if folder == own or manifests & theirs:
+        is_ours = folder == own or bool(manifests & theirs)
+        if folder == named and not any(entry.name == MANIFEST for entry in listing.files):
+            is_ours = True  # its manifest.json, after which it is called, was refused then
+        if is_ours:
             complete = listing.complete and not gone
             return Before(replace(listing, files=tuple(stored), complete=complete), False)
         if listing.complete and ours <= theirs and not gone:
@@ -4469,6 +4492,8 @@ _ROUND_FILES: Final = 1_000  # incrementals are listed in rounds of so many file
 _ROUND_BYTES: Final = 4 * GIB  # or so many bytes, so that the first of a great backlog are listed soon
 _RETRY_S: Final = 60.0  # a unit that was refused is tried again after this time, then after twice the time
 _RETRY_MOST_S: Final = 900.0
+_CHANGES: Final = 30  # a file that has changed at so many tries will not stand still
+_TURN_S: Final = 900.0  # so long a unit asks an unreachable store before it makes room for others
 _REMEMBERED_FILES: Final = 20_000  # of so many files it is kept from round to round what is known: 1 KB for each
 _VIEW_S: Final = 60.0
 _DURATIONS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds; buckets of a histogram
@@ -4550,9 +4575,10 @@ class Workers:
         """Do a job on a thread, again and again while the store does not answer."""
         return await self.retry(operation, functools.partial(self.once, operation, urgent, job, *args))
 
-    async def retry(self, operation: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def retry(self, operation: str, attempt: Callable[[], Awaitable[T]], most_s: float = math.inf) -> T:
         """Await an attempt, again and again while the store does not answer."""
-        return await retry(attempt, self._patience_s, functools.partial(self.note, operation))
+        note = functools.partial(self.note, operation)
+        return await retry(attempt, min(most_s, self._patience_s), note, self._patience_s == math.inf)
 
     async def _pinning_first(self) -> None:
         """Wait while there is something to pin, but for two seconds at most.
@@ -4789,6 +4815,7 @@ class Backup:
         """Back a unit up, round after round, until nothing of it is left."""
         delay: float | None = QUIET_S
         pause = _RETRY_S
+        changes = 0
         while delay is not None or waiting.news.is_set():
             await self._until_due(waiting, delay or 0.0)
             await self.connected.wait()
@@ -4798,16 +4825,22 @@ class Backup:
                     delay = await self._back_up(unit, waiting)
                     self.failures.pop(unit, None)
                     pause = _RETRY_S
+                    changes = 0
                 except Changed as fault:
-                    log.info("not listed yet unit=%s error=%s", label(unit), quote(str(fault)))
-                    delay = 1.0
+                    changes += 1
+                    if changes in (1, _CHANGES):
+                        log.info("not listed yet unit=%s error=%s", label(unit), quote(str(fault)))
+                    if changes >= _CHANGES:
+                        self.failures[unit] = str(fault)
+                    delay = min(float(changes), 60.0)
                 except Exception as error:
                     unforeseen = not isinstance(error, (Fault, OSError))
                     self.failures[unit] = str(error) or repr(error)
                     words = (label(unit), quote(self.failures[unit]))
                     log.error("not listed, will try again unit=%s error=%s", *words, exc_info=unforeseen)
                     delay = pause
-                    pause = min(2 * pause, _RETRY_MOST_S)
+                    if not isinstance(error, Unreachable):  # that may end at any moment
+                        pause = min(2 * pause, _RETRY_MOST_S)
                 self._spare_memory(waiting)
         del self.units[unit]
 
@@ -4921,7 +4954,8 @@ class Backup:
         newest, _, _ = self.ledger.fact(f"complete:{place}").partition("\t")
         if listing.taken >= newest:
             self.ledger.remember(f"complete:{place}", f"{listing.taken}\t{listing.unit.tag}")
-        self.ledger.remember(f"lost:{place}", "")
+        if listing.taken > self.ledger.fact(f"lost:{place}"):  # an earlier snapshot has not what was lost since
+            self.ledger.remember(f"lost:{place}", "")
         for entry in listing.files:
             if entry.name == MANIFEST:
                 inode, _, mtime_ns = entry.fingerprint
@@ -5012,8 +5046,12 @@ class Backup:
         listed = [pin for path, pin in work.pins.items() if path in work.files]
         if not self._options.delete_uploaded_incrementals or work.unit.kind != "incremental" or not listed:
             return {}
-        released = dict(bytes_of(listed)) | self._kept.get(work.unit, {})
+        kept = self._kept.get(work.unit, {})
         newest = _sstables_of(listed)[0]
+        written = max(pin.fingerprint.written for pin in newest)
+        if any(fingerprint.written >= written for fingerprint in kept.values()):
+            return dict(bytes_of(listed))  # a backlog is listed newest first
+        released = dict(bytes_of(listed)) | kept
         self._kept[work.unit] = dict(bytes_of(newest))
         for pin in newest:
             del released[pin.path]
@@ -5086,6 +5124,8 @@ class Backup:
         for error in work.failed.values():
             if isinstance(error, Changed):
                 raise error  # judged without this file, a unit could pass for complete
+            if isinstance(error, Unreachable) and not self._options.once:
+                raise error  # an outage is no reason to list a unit without this file
         args = (self.store, work.pins, dict(work.files), self.clock())
         for path, entry in (await self._workers.run("put", work.unit.urgent, _check_digests, *args)).items():
             if isinstance(entry, Stored):
@@ -5160,8 +5200,8 @@ class Backup:
                 raise work.failed[left[0].path]
 
         try:
-            with contextlib.suppress(Unreachable):  # a command's patience has an end
-                await self._workers.retry("put", attempt)
+            with contextlib.suppress(Unreachable):  # one key that always fails must not hold its turn for ever
+                await self._workers.retry("put", attempt, _TURN_S)
         finally:
             for name in names:
                 self._under_way.pop(name, None)
@@ -5226,8 +5266,8 @@ class Backup:
         files, missing, lost = len(listing.files), len(listing.missing), len(listing.lost)
         self.ledger.remember("newest", listing_key(listing))
         self.counts.update(listings=1, listed_files=files)
-        if lost:
-            self.ledger.remember(f"lost:{unit.place}", str(lost))
+        if lost and not self.ledger.fact(f"lost:{unit.place}"):
+            self.ledger.remember(f"lost:{unit.place}", self.clock())
         if not listing.complete:
             self.counts["incomplete"] += 1
         level, state = (logging.INFO, "complete") if listing.complete else (logging.WARNING, "incomplete")
@@ -5270,7 +5310,7 @@ class Backup:
         for name in names:
             log.error("given up to keep the disk free, LOST path=%s hint=%s", quote(f"{directory}/{name}"), hint)
             self.counts["lost"] += 1
-            self.ledger.remember(f"lost:{unit.place}", "1")
+            self.ledger.remember(f"lost:{unit.place}", self.clock())
 
     def is_done(self) -> bool:
         """Tell whether all is listed, but for what has been tried in vain."""
@@ -5541,6 +5581,7 @@ class Daemon:
         self._local = ThreadPoolExecutor(1, "local")
         self._backup = Backup(options, self._pinner, self._workers, ledger)
         self._state = PinnerState(0.0, {}, {}, frozenset(), {}, ())
+        self._covered = 0.0  # when all data directories had been scanned
         self._alive = time.monotonic()  # when the pinner last said something
         self._stop = asyncio.Event()
         self._code = DONE
@@ -5755,7 +5796,7 @@ class Daemon:
                 directories.setdefault(disk, []).append((unit, relative))
         held = 0
         for disk, some in directories.items():
-            alone = await self._workers.once("limits", True, pins_alone, disk, some)
+            alone = await self._on_disk(pins_alone, disk, some)
             here = sum(sum(sizes.values()) for _, _, sizes in alone)
             held += here
             over = overdraft(disk, here, self._options.max_pinned, self._options.min_free)
@@ -5772,10 +5813,12 @@ class Daemon:
         """Say in the bucket that all that was found by a moment is listed: a quiet table and a dead daemon differ."""
         await self._backup.scanned.wait()
         await self._backup.view(0.0)  # nothing is said in a bucket that is not ours
+        if not self._state.absent:  # what was written to a data directory that is away, nobody has seen
+            self._covered = self._state.scanned
         scanned, units = self._state.scanned, self._backup.units
         oldest = _oldest_of({unit: waiting for unit, waiting in units.items() if unit.urgent})
         found = [waiting.found for waiting in units.values()]
-        through = min([scanned, *found, *self._state.refused.values()])
+        through = min([self._covered, *found, *self._state.refused.values()])
         body = dump_document(
             listed_through=utc(through),
             scanned=utc(scanned),
@@ -5963,6 +6006,7 @@ class Daemon:
             "started": self._began,
             "now": now,
             "scanned": state.scanned,
+            "reconcile_s": self._options.reconcile,
             "quiet": quiet,
             "lag_s": self._lag(),
             "oldest": oldest,
@@ -6072,7 +6116,14 @@ def watch(options: WatchOptions, environ: Mapping[str, str]) -> int:
     async def run() -> int:
         return await Daemon(options, environ, disks).run()
 
-    return asyncio.run(run())
+    code = asyncio.run(run())
+    time.sleep(0.1)  # threads of the pools that have nothing to do end by now
+    if any(thread.name.startswith(("urgent", "bulk", "local")) for thread in threading.enumerate()):
+        log.warning("leaving though a job is under way")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # else the interpreter would wait for it: for ever where a disk or a store hangs
+    return code
 
 
 # ======================================================================================================
@@ -8994,6 +9045,9 @@ def why_behind(document: Mapping[str, Any], options: StatusOptions) -> list[str]
         "settings": document["problems"],
     }
     why = [tell(what, names) for what, names in wrong.items() if names]
+    silent = document["now"] - max(document["scanned"], document["started"])
+    if silent > max(options.max_lag, 2 * document["reconcile_s"]):
+        why.append(f"no scan of everything has ended for {silent:.0f} s: do its disks hang?")
     if document["lag_s"] > options.max_lag:
         why.append(f"the oldest unlisted file was found {document['lag_s']:.0f} s ago (see --max-lag)")
     return why

@@ -309,6 +309,31 @@ def test_a_directory_made_again_is_watched_again(node: Node, users: Table, start
         node.clear("daily")
 
 
+def test_each_descriptor_that_is_held_is_of_its_own_directory(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second close of one would close what another thread has opened meanwhile: bytes would go into its file."""
+    first, second = (tmp_path / disk / "data" / "ks" / ("t-" + "a" * 32) / "snapshots" / "daily" for disk in "ab")
+    for folder in (first, second, *(second / f".index{number}" for number in range(3))):
+        folder.mkdir(parents=True)
+        (folder / "nb-1-big-Data.db").write_text(folder.name)
+    link = os.link
+
+    def clear_meanwhile(name: Any, pin: Any, **more: Any) -> None:
+        link(name, pin, **more)
+        source = more.get("src_dir_fd")
+        if source and os.readlink(f"/proc/self/fd/{source}") == str(second):
+            shutil.rmtree(first, ignore_errors=True)  # as clearsnapshot does, disk by disk
+
+    monkeypatch.setattr(os, "link", clear_meanwhile)
+    desk = start(tmp_path / "a" / "data", tmp_path / "b" / "data")
+    assert not first.exists()
+    assert desk.state.refused == {}
+    held = {place.path: place.held for place in desk.pinner._places.values() if place.held >= 0}
+    assert str(second) in held
+    assert {path: os.readlink(f"/proc/self/fd/{fd}") for path, fd in held.items()} == {path: path for path in held}
+
+
 def test_watches_and_descriptors_of_what_is_gone_are_given_back(
     node: Node, users: Table, tmp_path: Path, start: Start
 ) -> None:

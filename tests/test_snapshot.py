@@ -165,6 +165,14 @@ def test_a_daemon_answers_what_a_snapshot_waits_for_while_its_store_hangs(
     store.down()  # no test need wait for the end of that
 
 
+def test_a_tag_that_was_taken_and_stored_before_is_no_new_snapshot(snapshots: Snapshots) -> None:
+    snapshots("-t", "daily", "--keep")
+    snapshots.node.tables[0].flush()
+    done = snapshots("-t", "daily", "--keep", check=1)
+    assert "daily was taken and stored by an earlier run" in done.stderr
+    assert "nodetool clearsnapshot -t daily" in done.stderr
+
+
 def test_a_snapshot_that_names_what_was_marked_bad_just_now_stays_on_disk(snapshots: Snapshots) -> None:
     snapshots.scene.start(snapshots.data)
     snapshots("-t", "weekly")

@@ -490,7 +490,7 @@ def test_a_command_does_not_wait_for_a_disk_and_a_daemon_does(tmp_path: Path, na
     assert asyncio.run(retry(attempt, math.inf, tries.append)) == ["x"]
     shutil.rmtree(tmp_path / "nowhere")
     with pytest.raises(Unreachable, match="does not exist"):
-        asyncio.run(retry(attempt, 60.0, lambda _: None))  # of --once
+        asyncio.run(retry(attempt, 60.0, lambda _: None, False))  # of --once
 
 
 def test_a_file_system_without_hard_links_is_named(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:

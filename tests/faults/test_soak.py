@@ -158,7 +158,7 @@ def test_a_soak_under_faults_converges_at_each_calm_and_grows_nowhere_row51(tmp_
                     proxy.up()
                 time.sleep(chance.uniform(0.02, 0.3))
             proxy.heal()
-            world.settle(process)
+            world.settle(process, 200)  # a throttled body is given up after a minute, and sent again
             wrong = world.judge(done=True)
             score(lost=sum("LOST" in one for one in wrong), false_done=bool(wrong))
             assert wrong == []
