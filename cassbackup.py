@@ -6296,6 +6296,18 @@ def read_listing(store: Patient, node: str, info: ListingInfo) -> Listing[Known]
     return check_listing(node, info.key, body)
 
 
+def names_bad(store: Patient, node: str, bad: Collection[str], info: ListingInfo) -> bool:
+    """Tell whether a listing names what is marked bad. Where nothing is, none is read."""
+    if not bad:
+        return False
+    try:
+        listing = read_listing(store, node, info)
+    except (Corrupt, Missing) as fault:
+        log.warning("cannot read listing error=%s", quote(str(fault)))
+        return True
+    return any(entry.key in bad for entry in listing.files)
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One life of a tag of one table, with its listings, the oldest first."""
@@ -8069,8 +8081,7 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
     for places in (good, ranked):
         for unit, why in _kept_by_options(places, options, now).items():
             kept.setdefault(unit, why)
-    in_window = [one for one in ranked if kept.get(one.unit) in _WINDOW]
-    window = [end_of(one.listing) for one in in_window]
+    oldest = min(end_of(one.listing) for one in ranked if one.unit in kept)
     for one in found:
         emptied = emptied_at(one.unit)
         if one not in dated:
@@ -8078,7 +8089,7 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
         elif not one.counts and now - one.when <= (options.keep_within or _AUTOMATIC_S):
             kept[one.unit] = "it is incomplete or Cassandra's own, and young"
         # That a table was emptied is told by the snapshot that Cassandra took before: without it, rows would be back.
-        elif emptied and emptied >= min(window):
+        elif emptied and emptied >= oldest:
             kept[one.unit] = "an older snapshot reaches across it"
     return kept
 
@@ -8774,7 +8785,7 @@ class Past(NamedTuple):
     bases: list[tuple[float, float]]  # when each snapshot was listed, in order, and how far a restore came then
 
 
-def _past_of(infos: Sequence[ListingInfo]) -> Past:
+def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[ListingInfo], bool]) -> Past:
     first = min(seconds_of(info.unit.life or info.listed) for info in infos)
     gone = math.inf
     points: list[tuple[float, float]] = []
@@ -8782,7 +8793,7 @@ def _past_of(infos: Sequence[ListingInfo]) -> Past:
         emptied = emptied_at(snapshot.unit)
         if emptied and not snapshot.unit.tag.startswith("truncated-"):
             gone = emptied
-        elif snapshot.complete:
+        elif snapshot.complete and not is_bad(snapshot.newest):
             listed = min(info.when for info in snapshot.listings if info.complete)
             # After a truncate there is nothing older that could be missed.
             points.append((listed, emptied or seconds_of(snapshot.unit.life)))
@@ -8817,12 +8828,13 @@ class History:
     def __init__(self, bucket: Bucket, node: str, begin: float, now: float, words: Sequence[str]) -> None:
         self.tables: dict[str, Past] = {}
         signs, flushes = set[float](), set[float]()
+        is_bad = functools.partial(names_bad, bucket.store, node, read_bad_keys(bucket.store, node))
         for place, group in itertools.groupby(listings_of(bucket.store, node), lambda info: info.unit.place):
             infos = [info for info in group if info.unit.kind != "archive"]
             signs.update(info.when // 60 * 60 for info in infos)
             flushes.update(info.when // 60 * 60 for info in infos if info.unit.kind == "incremental")
             if infos and is_selected(infos[0].unit, words):
-                self.tables[place] = _past_of(infos)
+                self.tables[place] = _past_of(infos, is_bad)
         beats: dict[float, str] = {}
         prefix = f"{node}.listings/heartbeat/"
         # From somewhat earlier on: else the daemon would seem to have been silent just before the picture begins.
@@ -9365,16 +9377,9 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
             found.append(recorded)
     snapshots = snapshots_of(found)
     bad = read_bad_keys(bucket.store, node.name)
-    for one in snapshots if bad else ():
-        if one.newest.key not in marks:
-            try:
-                listing = read_listing(bucket.store, node.name, one.newest)
-            except (Corrupt, Missing) as fault:
-                log.warning("cannot read listing error=%s", quote(str(fault)))
-                marks[one.newest.key] = "bad"
-                continue
-            if any(entry.key in bad for entry in listing.files):
-                marks[one.newest.key] = "bad"
+    for one in snapshots:
+        if one.newest.key not in marks and names_bad(bucket.store, node.name, bad, one.newest):
+            marks[one.newest.key] = "bad"
     groups = [_describe(group, marks) for group in group_snapshots(snapshots)]
     return {**asdict(node), "last": last, "snapshots": groups, "incrementals": covered}
 

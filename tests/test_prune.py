@@ -168,6 +168,8 @@ def test_that_a_table_was_emptied_is_not_forgotten_while_an_older_snapshot_is_ke
     assert table.kept_tags(EPOCH + 90 * DAY, keep_last=1) == ["a", tag]
     table = Table(*table.listings.values(), snapshot("b", EPOCH + 2 * DAY))
     assert table.kept_tags(EPOCH + 90 * DAY, keep_last=1) == ["b"]
+    table = Table(snapshot("a", EPOCH), snapshot(tag, EPOCH + DAY), snapshot("c", EPOCH + 40 * DAY))
+    assert table.kept_tags(EPOCH + 90 * DAY, keep_last=1, keep_monthly=9) == ["a", "c", tag], "a month's own, too"
 
 
 def test_snapshots_dated_by_a_clock_that_was_ahead_stay_and_take_no_place_of_those_taken_since_p7() -> None:

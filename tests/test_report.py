@@ -326,6 +326,13 @@ def test_a_large_cluster_is_a_page_of_bounded_size(past: Past, monkeypatch: pyte
     assert page.count("and 10 tables that would lose no more") == 2
 
 
+def test_a_snapshot_that_names_what_is_marked_bad_protects_nothing(past: Past) -> None:
+    past.snapshot(HOUR)
+    assert past.report().document["tables"][0]["loss_s"] is not None
+    past.put(f"node1.listings/bad/{utc(past.now)}.json", 0, {"keys": [{"key": "node1/x", "found": "absent"}]})
+    assert past.report().document["tables"][0]["loss_s"] is None  # nor does a listing that cannot be read
+
+
 def test_what_cannot_be_drawn_is_told(past: Past, tmp_path: Path) -> None:
     past.snapshot(HOUR)
     with pytest.raises(Missing, match=r"no table ks1\.user"):
