@@ -394,7 +394,8 @@ def quote(name: str, slash: str = "/") -> str:
     Reversible: unquote(quote(name)) == name for every name that a file system can hold.
     """
     if not name.isprintable() or "%" in name:
-        name = "".join(char if char.isprintable() and char != "%" else _percent(char) for char in name)
+        letters = [char if char.isprintable() and char != "%" else _percent(char) for char in name]
+        name = "".join(letters)
     return name.replace("/", slash)
 
 
@@ -556,8 +557,9 @@ _ENTRY_TEXTS: Final = ("user", "group", "crc32", "key", "etag")  # what of an en
 
 
 def _dump_entry(entry: Stored) -> dict[str, Any]:
+    file = entry.fingerprint._asdict()
     texts = {word: getattr(entry, word) for word in _ENTRY_TEXTS}
-    return {"name": quote(entry.name), **entry.fingerprint._asdict(), "mode": f"{entry.mode:04o}", **texts}
+    return {"name": quote(entry.name), **file, "mode": f"{entry.mode:04o}", **texts}
 
 
 def dump_listing(listing: Listing[Stored]) -> bytes:
@@ -1832,7 +1834,8 @@ class S3Store(_Remote):
             headers["if-none-match"] = "*"
         told = self._send(key, "", headers, body, crc32)
         self._check_encryption(told.get("x-amz-server-side-encryption"))
-        return ObjectInfo(key, len(body), told["etag"].strip('"'), self.now(), hex32(crc32))
+        etag = told["etag"].strip('"')
+        return ObjectInfo(key, len(body), etag, self.now(), hex32(crc32))
 
     def _check_encryption(self, done: str | None) -> None:
         if self._options.sse and done != self._options.sse:
@@ -2147,7 +2150,8 @@ class GCSStore(_Remote):
         head = edge + b"\r\nContent-Type: application/json\r\n\r\n" + head + b"\r\n"
         head += edge + b"\r\nContent-Type: application/octet-stream\r\n\r\n"
         headers = {"content-type": f"multipart/related; boundary={edge[2:].decode()}"}
-        reply, told = self._send(key, "POST", target, headers, head, body, b"\r\n" + edge + b"--\r\n")
+        end = b"\r\n" + edge + b"--\r\n"
+        reply, told = self._send(key, "POST", target, headers, head, body, end)
         if "generation" not in told:
             raise self._refusal(key, reply, b"")
         return ObjectInfo(key, len(body), str(told["generation"]), self.now(), crc32)
@@ -2819,7 +2823,8 @@ def write_file(path: str, body: bytes, durable: bool = True, mode: int = 0o644) 
             os.fsync(file.fileno())
     os.rename(f"{path}.tmp", path)
     if durable:
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        how = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        directory = os.open(os.path.dirname(path) or ".", how)
         try:
             os.fsync(directory)
         finally:
@@ -2828,7 +2833,8 @@ def write_file(path: str, body: bytes, durable: bool = True, mode: int = 0o644) 
 
 def lock_file(path: str) -> int:
     """Take a lock and write our pid into its file; it goes with the process. Raises Busy with the holder's pid."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, how, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2849,8 +2855,10 @@ def mark_of(name: str, fingerprint: Fingerprint) -> int:
     inode, size, mtime_ns = fingerprint
     if name.endswith("TOC.txt") or name == SCHEMA:
         size = mtime_ns = 0
-    text = f"{name}\0{inode:x}.{size:x}.{mtime_ns:x}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    text = f"{name}\0{inode:x}.{size:x}.{mtime_ns:x}"
+    told = text.encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(told, digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _any_glob(name: str, patterns: Iterable[str]) -> bool:
@@ -3033,7 +3041,8 @@ class PinDirectory:
                 return ""
             except OSError as error:
                 problems[path] = error
-        said = "; ".join(f"{quote(path)}: {error.strerror}" for path, error in problems.items())
+        each = [f"{quote(path)}: {error.strerror}" for path, error in problems.items()]
+        said = "; ".join(each)
         user = user_name(os.geteuid())
         text = f"user {user} cannot link files of {quote(self.root)} into pins ({said})"
         if all(error.errno in _NO_LINK for error in problems.values()):
@@ -3083,7 +3092,11 @@ class PinDirectory:
                 relative = unquote(short)
                 # A kill amid giving up leaves names that are lost and pinned: they are not lost.
                 names = self.lost(relative, life)
-                lost = [one for one in names if not os.path.lexists(f"{path}/{_short(one, '~')}")]
+                lost = []
+                for one in names:
+                    pin = f"{path}/{_short(one, '~')}"
+                    if not os.path.lexists(pin):
+                        lost.append(one)
                 self.write_lost(relative, life, lost)
                 found.append((life, relative))
         return sorted(found)
@@ -3121,7 +3134,8 @@ class PinDirectory:
                     if name.startswith("#"):
                         name = _read_name(f"{path}/{name}.name")
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
-                    files[source, name] = Pinned(source, name, entry.path, self.id, Fingerprint.of(info), *who)
+                    fingerprint = Fingerprint.of(info)
+                    files[source, name] = Pinned(source, name, entry.path, self.id, fingerprint, *who)
         return Pins(files, tuple((source, name) for name in self.lost(relative, life)))
 
     def pins(self, relative: str, life: str) -> set[str]:
@@ -4681,7 +4695,12 @@ def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
     """
     batch: list[Pinned] = []
     size = 0
-    for pin in sorted(pins, key=lambda pin: (pin.name not in (MANIFEST, SCHEMA), -pin.size)):
+
+    def place(pin: Pinned) -> tuple[bool, int]:
+        is_last = pin.name not in (MANIFEST, SCHEMA)
+        return is_last, -pin.size
+
+    for pin in sorted(pins, key=place):
         if batch and (len(batch) >= _BATCH_FILES or size + pin.size > _BATCH_BYTES):
             yield batch
             batch, size = [], 0
@@ -6259,8 +6278,8 @@ def is_selected(unit: Unit, words: Sequence[str]) -> bool:
     """Tell whether one of ks, ks.table and ks.table-<id>, all of them globs, means this table; none means all."""
     name, _ = table_id_of(unit.table)
     for word in words:
-        names = (unit.keyspace, f"{unit.keyspace}.{name}", f"{unit.keyspace}.{unit.table}")
-        for called in names:
+        short, whole = f"{unit.keyspace}.{name}", f"{unit.keyspace}.{unit.table}"
+        for called in (unit.keyspace, short, whole):
             if fnmatchcase(called, word):
                 return True
     return not words
@@ -6633,7 +6652,8 @@ def origin_of(unit: Unit, entry: Known) -> tuple[str, str]:
     where = "backups"
     if unit.kind == "snapshot":
         where = f"snapshots/{unit.tag}"
-    home, _, below = entry.directory.rpartition(f"/{unit.keyspace}/{unit.table}/{where}")
+    table = f"/{unit.keyspace}/{unit.table}/{where}"
+    home, _, below = entry.directory.rpartition(table)
     is_inside = home != "" and below[:1] in ("", "/")
     path = f"{entry.directory}/{entry.name}"
     name, _ = table_id_of(unit.table)  # a part of the path that a file is staged under
@@ -7028,7 +7048,8 @@ def _is_restored(name: str, entry: Known, folder: int) -> bool:
     """Tell whether a file is there already. Raises Conflict if it is another one, which is never overwritten."""
     try:
         # O_NONBLOCK: it may be a fifo, to which nobody ever writes.
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(name, how, dir_fd=folder)
     except FileNotFoundError:
         return False
     try:
@@ -7794,7 +7815,8 @@ def restore(bucket: Bucket, options: RestoreOptions) -> Answer:
         wrong = restore_staged(bucket, plan, options)
     document["failed"] = wrong
     if wrong:
-        failed = f"{len(wrong)} of {len(plan.files)} files were not restored: run it again"
+        left, files = len(wrong), len(plan.files)
+        failed = f"{left} of {files} files were not restored: run it again"
         hint = "where that does not help, `cassbackup verify --deep --repair` marks what is bad, and then --incomplete"
         return Answer(FAILED, document, f"{failed}; {hint} leaves it out")
     files = len(plan.files)
@@ -9002,7 +9024,8 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
             write_file(options.out, page.encode())
         except OSError as error:
             user = os.geteuid()
-            what = f"user id {user} cannot write {quote(options.out)} ({error.strerror})"
+            out = quote(options.out)
+            what = f"user id {user} cannot write {out} ({error.strerror})"
             raise Fault(what, "choose another --out, or run as another user") from None
     document = {"schema": 1, "bucket": bucket.store.url, "title": title, "about": about, "tables": tables}
     return Answer(DONE, document, text)
@@ -9335,7 +9358,8 @@ def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, 
             wrong.setdefault(mark, []).append(one.unit.place)
     states = []
     for mark, places in wrong.items():
-        states.append(tell(f"{len(places)} of {len(group)} tables {mark}", places))
+        what = f"{len(places)} of {len(group)} tables {mark}"
+        states.append(tell(what, places))
     return {
         "tag": unit.tag,
         "life": unit.life,
@@ -9386,7 +9410,8 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
 
 def _node_text(page: Mapping[str, Any]) -> str:
     node = page["name"]
-    taken: list[Sequence[object]] = [(f"snapshots of {node}", "taken", "tables", "files", "bytes", "")]
+    head = (f"snapshots of {node}", "taken", "tables", "files", "bytes", "")
+    taken: list[Sequence[object]] = [head]
     for one in page["snapshots"]:
         name = f"{one['tag']}@{one['life'][:15]}"
         when = moment_text(one["life"])
