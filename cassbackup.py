@@ -7326,10 +7326,12 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
     if not folders and not recorded:
         hint = "name one with --table, or take all with --table '*'"
         raise Missing("no table is left but those of the system, or excluded ones", hint)
+    tables: list[Chosen] = []
     if options.tag:
         tables = choose_tag(reader, folders, options.tag, recorded)
-    else:
+    elif folders:
         tables = choose_moment(reader, folders, before)
+    if not options.tag:
         note_gone(reader, tables, recorded, before)
     for word in options.table:
         units = [Unit("snapshot", one.keyspace, one.table) for one in tables]
