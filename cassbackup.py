@@ -7754,12 +7754,13 @@ def advice(plan: Plan, options: RestoreOptions) -> str:
     node = plan.node
     if options.in_place:
         lines = ["before the start, empty commitlog, hints and saved_caches: they would be replayed"]
-        if options.new_node and not node.tokens:
-            lines.append("the bucket does not tell tokens, dc and rack: take them from the old node's configuration")
-        elif options.new_node:
-            tokens = ",".join(node.tokens)
-            lines.append(f"in cassandra.yaml:\n  num_tokens: {len(node.tokens)}\n  initial_token: {tokens}")
-            lines.append(f"  auto_bootstrap: false\nin the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
+        if options.new_node:
+            tokens = "  num_tokens, initial_token, dc and rack: the old node's, which the bucket does not tell"
+            if node.tokens:
+                tokens = f"  num_tokens: {len(node.tokens)}\n  initial_token: {','.join(node.tokens)}"
+            lines.append(f"in cassandra.yaml:\n{tokens}\n  auto_bootstrap: false")
+            if node.dc:
+                lines.append(f"in the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
         return "\n".join(lines)
     lines = []
     for one in plan.tables:

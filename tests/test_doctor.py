@@ -113,7 +113,7 @@ def test_for_people_each_check_is_a_line_and_its_cure_stands_below(doctor: Docto
     assert lines[0].startswith("user          bad")
     assert lines[1] == "    name it: cassbackup /var/lib/cassandra/data"
     assert "    set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket" in lines
-    assert "    pass --nodetool" in lines
+    assert "    pass its path: --nodetool, --cqlsh" in lines
     assert done.stderr == ""
 
 
@@ -235,7 +235,7 @@ def test_a_right_that_is_missing_is_the_one_that_is_named(in_s3: Doctor, faulty:
     assert found["result"] == "bad"
     assert found["detail"].startswith(f"{right}: ")
     assert [other for other in ("put", "head", "get", "list") if f"; {other}: " in found["detail"]] == []
-    assert "policy" in found["cure"]
+    assert "rights" in found["cure"]
 
 
 @pytest.mark.parametrize(("status", "code", "cure"), [(507, "XMinioStorageFull", "full"), (400, "KMS.Disabled", "key")])
@@ -248,7 +248,7 @@ def test_one_question_without_an_answer_hides_no_other(
     assert code in found["detail"]
     assert "; list: " in found["detail"]
     assert cure in found["cure"]
-    assert "policy" in found["cure"]
+    assert "rights" in found["cure"]
 
 
 def test_no_right_to_delete_is_good_and_the_probe_does_not_pile_up(in_s3: Doctor, faulty: FaultProxy) -> None:
