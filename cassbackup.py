@@ -7480,7 +7480,7 @@ def place_live(tables: Sequence[Chosen], given: Sequence[str]) -> Iterator[Place
         roots = {path: path for path in data_directories()}
     for word in given:
         old, _, new = word.rpartition("=")
-        if not new or old in roots:
+        if not new or (old and old in roots):
             raise Usage(f"--data-dir {word!r} names no directory, or one twice", "write OLD=NEW, or one NEW for all")
         roots[old] = os.path.abspath(new)
     for_all = roots.get("", "")
@@ -7548,7 +7548,6 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
         tables = choose(reader, options, before)
         if options.schema_only:
             tables = [replace(one, sstables=(), added=0, lacking=()) for one in tables]
-            reader.lacking.extend(f"{one}: no schema.cql" for one in tables if not one.schema)
         if options.in_place:
             where = "the data directories"
             placed = list(place_live(tables, options.data_dir))
@@ -7559,8 +7558,10 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
         lacking += [f"{one}: {what}" for what in one.lacking]
     absent, frozen = find_lacking(bucket, placed)
     is_moment = options.at > 0 or options.latest
-    notes = notes_on(reader, tables, (options.at or now) if is_moment else 0.0)
-    return Plan(node, moment, where, tables, placed, lacking, absent, frozen, list(notes))
+    notes = list(notes_on(reader, tables, (options.at or now) if is_moment else 0.0))
+    if options.schema_only:
+        notes.extend(f"{one}: no schema.cql" for one in tables if not one.schema)
+    return Plan(node, moment, where, tables, placed, lacking, absent, frozen, notes)
 
 
 # ------------------------------------------------------------------------------------------------------

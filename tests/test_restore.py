@@ -1157,7 +1157,7 @@ def test_in_place_the_target_is_said_once_and_is_a_name(stopped: tuple[Shelf, No
     shelf, node = stopped
     with pytest.raises(Usage, match="--into does not go with --in-place"):
         in_place(shelf, same_node=True, into=tmp_path / "other")
-    for given in (("",), (f"{node.data_dirs[0]}=",), (str(tmp_path), str(tmp_path))):
+    for given in (("",), (f"{node.data_dirs[0]}=",), ("/old=/new", "/old=/newer")):
         with pytest.raises(Usage, match="names no directory, or one twice"):
             in_place(shelf, same_node=True, data_dir=given)
 
