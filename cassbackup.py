@@ -159,6 +159,11 @@ MANIFEST, SCHEMA, EPHEMERAL = "manifest.json", "schema.cql", "ephemeral.snapshot
 # Components that a TOC.txt may name without there being a file: SSTableFormat's optional ones, and those of indexes,
 # which Cassandra adds to TOC.txt after the links were made (SASI, SAI).
 OPTIONAL_COMPONENT = re.compile(r"Filter\.db|Summary\.db|Digest\..*|CRC\.db|SI_.*|SAI.*")
+# Without which Cassandra opens no SSTable of a format: BigFormat, BtiFormat.
+NEEDED_COMPONENTS: Final = {
+    "big": ("Data.db", "Index.db", "Statistics.db"),
+    "bti": ("Data.db", "Partitions.db", "Rows.db", "Statistics.db"),
+}
 
 
 # ======================================================================================================
@@ -4121,11 +4126,27 @@ def sstable_at(path: FilePath) -> str:
     return sstable_in(os.path.join(*path))
 
 
+def _lacks_without_toc(sstable: str, names: Collection[str]) -> list[str]:
+    """Return what Cassandra would miss of an SSTable that has no TOC.txt.
+
+    A node that gets an SSTable whole from another one (bootstrap, repair, sstableloader) gets no TOC.txt with it, and
+    makes one when it next starts (SSTableZeroCopyWriter, TOCComponent.loadOrCreate).
+    """
+    needed = NEEDED_COMPONENTS.get(sstable.rpartition("-")[2])
+    if not needed:
+        return [f"{sstable}-TOC.txt"]
+    missing = [f"{sstable}-{one}" for one in needed if f"{sstable}-{one}" not in names]
+    # A table that is compressed has the one, another has the other.
+    if f"{sstable}-CompressionInfo.db" not in names and f"{sstable}-CRC.db" not in names:
+        missing.append(f"{sstable}-TOC.txt")
+    return missing
+
+
 def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) -> list[str]:
     """Return the components that an SSTable's own TOC.txt names and that are not there."""
     toc = f"{sstable}-TOC.txt"
     if toc not in names:
-        return [toc]
+        return _lacks_without_toc(sstable, names)
     missing = []
     for word in read(names[toc]).decode("utf-8", "replace").split():
         name = f"{sstable}-{word}"
@@ -4507,7 +4528,7 @@ _ROUND_BYTES: Final = 4 * GIB  # or so many bytes, so that the first of a great 
 _RETRY_S: Final = 60.0  # a unit that was refused is tried again after this time, then after twice the time
 _RETRY_MOST_S: Final = 900.0
 _CHANGES: Final = 30  # a file that has changed at so many tries will not stand still
-_TURN_S: Final = 900.0  # so long a unit asks an unreachable store before it makes room for others
+_TURN_S: Final = 900.0  # so long files are tried at a store that does not take them; then others have their turn
 _REMEMBERED_FILES: Final = 20_000  # of so many files it is kept from round to round what is known: 1 KB for each
 _VIEW_S: Final = 60.0
 _DURATIONS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds; buckets of a histogram
@@ -6136,8 +6157,10 @@ def watch(options: WatchOptions, environ: Mapping[str, str]) -> int:
         return await Daemon(options, environ, disks).run()
 
     code = asyncio.run(run())
-    time.sleep(0.1)  # threads of the pools that have nothing to do end by now
-    if any(thread.name.startswith(("urgent", "bulk", "local")) for thread in threading.enumerate()):
+    pools = [thread for thread in threading.enumerate() if thread.name.startswith(("urgent", "bulk", "local"))]
+    for thread in pools:
+        thread.join(0.1)  # one that has nothing to do ends by itself
+    if any(thread.is_alive() for thread in pools):
         log.warning("leaving though a job is under way")
         sys.stdout.flush()
         sys.stderr.flush()
@@ -6411,10 +6434,12 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
         record = {"pruned": [], **document}
         try:
             life = typed(record, "tag", str), typed(record, "taken", str)
-            named = typed(record, "listings", list) + typed(record, "pruned", list)
-            if not all(isinstance(key, str) for key in named):
-                raise TypeError(named)
-        except (KeyError, TypeError) as error:
+            typed(record, "pruned", list)
+            for key in typed(record, "listings", list):
+                if not isinstance(key, str):
+                    raise TypeError(f"{key!r} is no key")
+                listing_info(node, ObjectInfo(key, 0, "", 0.0))  # Corrupt unless it is of a listing
+        except (KeyError, TypeError, Corrupt) as error:
             raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
         # Prune writes a record anew, and then deletes the old one; where it died in between, both are there.
         if life in newest:
@@ -6427,15 +6452,18 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
 def recorded_listings(store: Patient, node: str) -> list[ListingInfo]:
     """Return the listings that tag records name, but for those that prune has deleted. Raises Corrupt."""
     found = []
-    for name, record in tag_records(store, node).items():
+    for record in tag_records(store, node).values():
         for key in record["listings"]:
-            try:
-                info = listing_info(node, ObjectInfo(key, 0, "", 0.0))
-            except Corrupt as fault:
-                raise Corrupt(f"{quote(name)} names what is none: {fault.what}", "put it right or delete it") from None
+            info = listing_info(node, ObjectInfo(key, 0, "", 0.0))
             if info:
                 found.append(info)
     return found
+
+
+def takings(recorded: Iterable[ListingInfo], there: Iterable[ListingInfo]) -> list[list[Snapshot]]:
+    """Return what each `nodetool snapshot` took, the oldest first; also where a listing is recorded, and gone."""
+    infos = {info.key: info for info in itertools.chain(recorded, there)}
+    return group_snapshots(snapshots_of(infos[key] for key in sorted(infos)))
 
 
 def meaning_of(store: Patient, node: str, word: str) -> Callable[[Snapshot], bool]:
@@ -6445,12 +6473,8 @@ def meaning_of(store: Patient, node: str, word: str) -> Callable[[Snapshot], boo
     """
     if "@" not in word:
         return functools.partial(is_meant, word=word)
-    infos = {info.key: info for info in recorded_listings(store, node)}
-    for info in listings_of(store, node):
-        if info.unit.kind == "snapshot":
-            infos[info.key] = info
     meant = set[Unit]()
-    for group in group_snapshots(snapshots_of(infos[key] for key in sorted(infos))):
+    for group in takings(recorded_listings(store, node), listings_of(store, node)):
         if any(is_meant(one, word) for one in group):
             meant.update(one.unit for one in group)
 
@@ -6678,7 +6702,7 @@ class SSTable:
     name: str  # nb-1-big, of an index .idx/nb-1-big
     seen: str  # UTC: when its pins were read, or the snapshot was taken
     files: tuple[Known, ...]
-    complete: bool = True  # it has Data.db, and what its TOC.txt names
+    complete: bool = True  # Cassandra can open it
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -7249,13 +7273,26 @@ def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
     return replace(chosen, lacking=(*chosen.lacking, what))
 
 
-def choose_moment(reader: Reader, folders: Sequence[str], before: float) -> list[Chosen]:
+def note_gone(reader: Reader, tables: Sequence[Chosen], recorded: Iterable[ListingInfo], before: float) -> None:
+    """Note as lacking each recorded listing that would be a later base than the one chosen, and is gone."""
+    ends = {(one.keyspace, one.table): one.base.end for one in tables}
+    for info in recorded:
+        unit = info.unit
+        is_later = ends.get((unit.keyspace, unit.table), 0.0) < seconds_of(unit.life) <= before
+        if is_later and not reader.store.head(info.key):
+            reader.lacking.append(f"{quote(info.key)} is gone, and prune did not delete it")
+
+
+def choose_moment(
+    reader: Reader, folders: Sequence[str], before: float, recorded: Iterable[ListingInfo]
+) -> list[Chosen]:
     """Choose what each table was at a moment. Raises Missing, which names the first moment that there is."""
     # Few tables at once, so that the threads are enough to read the listings of each side by side.
-    at_once = min(4, len(folders))
+    at_once = max(1, min(4, len(folders)))
     of_each = replace(reader, threads=max(1, reader.threads // at_once))
     found = spread(functools.partial(choose_table, of_each, before), folders, at_once)
     tables = newest_of_names(filter(None, found), before)
+    note_gone(reader, tables, recorded, before)
     if tables or reader.lacking:
         return tables
     first = "yet to come"
@@ -7275,16 +7312,6 @@ def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str]) ->
     return [info for info in recorded if is_chosen(info.unit, words, exclude)]
 
 
-def note_gone(reader: Reader, tables: Sequence[Chosen], recorded: Iterable[ListingInfo], before: float) -> None:
-    """Note as lacking each recorded listing that would be a later base than the one chosen, and is gone."""
-    ends = {(one.keyspace, one.table): one.base.end for one in tables}
-    for info in recorded:
-        unit = info.unit
-        is_later = ends.get((unit.keyspace, unit.table), 0.0) < seconds_of(unit.life) <= before
-        if is_later and not reader.store.head(info.key):
-            reader.lacking.append(f"{quote(info.key)} is gone, and prune did not delete it")
-
-
 def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iterable[ListingInfo] = ()) -> list[Chosen]:
     """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags.
 
@@ -7294,16 +7321,13 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
     def listings_in(folder: str) -> list[ListingInfo]:
         return list(listings_of(reader.store, reader.node, folder=f"{folder}snapshots/"))
 
-    infos = {info.key: info for info in recorded}
-    for found in spread(listings_in, folders, reader.threads):
-        infos.update((info.key, info) for info in found)
-    snapshots = snapshots_of(infos[key] for key in sorted(infos))
-    there = group_snapshots(snapshots)
-    groups = [group for group in there if any(is_meant(one, word) for one in group)]
+    there = itertools.chain.from_iterable(spread(listings_in, folders, reader.threads))
+    taken = takings(recorded, there)
+    groups = [group for group in taken if any(is_meant(one, word) for one in group)]
     # A tag may look like TAG@TIME itself: it comes first.
     exact = [group for group in groups if group[0].unit.tag == word]
     if not groups:
-        tags = {one.unit.tag for one in snapshots}
+        tags = {group[0].unit.tag for group in taken}
         raise Missing(f"no snapshot {word!r}", f"there are {some_of(sorted(tags))}")
     newest = (exact or groups)[-1]
     tables = []
@@ -7326,15 +7350,12 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
     if not folders and not recorded:
         hint = "name one with --table, or take all with --table '*'"
         raise Missing("no table is left but those of the system, or excluded ones", hint)
-    tables: list[Chosen] = []
     if options.tag:
         tables = choose_tag(reader, folders, options.tag, recorded)
-    elif folders:
-        tables = choose_moment(reader, folders, before)
-    if not options.tag:
-        note_gone(reader, tables, recorded, before)
+    else:
+        tables = choose_moment(reader, folders, before, recorded)
+    units = [Unit("snapshot", one.keyspace, one.table) for one in tables]
     for word in options.table:
-        units = [Unit("snapshot", one.keyspace, one.table) for one in tables]
         if not any(is_selected(unit, (word,)) for unit in units):
             raise Missing(f"{word} has nothing of what was asked for", "leave it out, or choose another --tag or --at")
     return tables
@@ -7530,12 +7551,13 @@ def find_lacking(bucket: Bucket, placed: Sequence[Placed]) -> tuple[list[str], l
 def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str) -> Plan:
     """Choose what to restore and where to, and look for every object of it. Raises Missing, Usage, Corrupt."""
     now = bucket.store.now()
+    at = options.at or now
+    if at > now + 60:
+        raise Usage(f"{utc(at)} is in the future", f"it is {utc(now)} by the store's clock")
     before = options.at or now + _SLACK_S  # the node's clock may be ahead
-    if options.at > now + 60:
-        raise Usage(f"{utc(before)} is in the future", f"it is {utc(now)} by the store's clock")
     bad = read_bad_keys(bucket.store, node.name)
     reader = Reader(bucket.store, bucket.threads, node.name, bad)
-    moment = utc(options.at or now)
+    moment = utc(at)
     where = into
     tables: list[Chosen] = []
     if options.archive:
@@ -7558,7 +7580,7 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
         lacking += [f"{one}: {what}" for what in one.lacking]
     absent, frozen = find_lacking(bucket, placed)
     is_moment = options.at > 0 or options.latest
-    notes = list(notes_on(reader, tables, (options.at or now) if is_moment else 0.0))
+    notes = list(notes_on(reader, tables, at if is_moment else 0.0))
     if options.schema_only:
         notes.extend(f"{one}: no schema.cql" for one in tables if not one.schema)
     return Plan(node, moment, where, tables, placed, lacking, absent, frozen, notes)
@@ -8121,10 +8143,10 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
 
 
 def kept_but_tag(
-    found: Sequence[Candidate], options: PruneOptions, is_meant: Callable[[Snapshot], bool]
+    found: Sequence[Candidate], options: PruneOptions, means: Callable[[Snapshot], bool]
 ) -> dict[Unit, str]:
     """Return which snapshots of a table stay when --tag goes, and why; "" where the tag does not mean them."""
-    kept = {one.unit: "" for one in found if not is_meant(one.snapshot)}
+    kept = {one.unit: "" for one in found if not means(one.snapshot)}
     good = [one for one in found if one.counts and one.good]
     if good and not options.force:
         newest = max(good, key=lambda one: one.taken)
@@ -8983,6 +9005,15 @@ def _draw_node(node: Lane, count: int) -> str:
     return f"<details>{_draw_lane(node, 'summary')}{''.join(tables)}</details>\n"
 
 
+def _write_page(out: str, page: str) -> None:
+    try:
+        write_file(out, page.encode())
+    except OSError as error:
+        user = os.geteuid()
+        what = f"user id {user} cannot write {quote(out)} ({error.strerror})"
+        raise Fault(what, "choose another --out, or run as another user") from None
+
+
 def report(bucket: Bucket, options: ReportOptions) -> Answer:
     """Draw how much would have been lost at each moment. Exit 0 whatever that is: `status` is there to alarm."""
     now = bucket.store.now()
@@ -9024,13 +9055,7 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
     text = page
     if options.out != "-":
         text = f"{title}\n{about}\nThe picture is in {options.out}"
-        try:
-            write_file(options.out, page.encode())
-        except OSError as error:
-            user = os.geteuid()
-            out = quote(options.out)
-            what = f"user id {user} cannot write {out} ({error.strerror})"
-            raise Fault(what, "choose another --out, or run as another user") from None
+        _write_page(options.out, page)
     document = {"schema": 1, "bucket": bucket.store.url, "title": title, "about": about, "tables": tables}
     return Answer(DONE, document, text)
 
@@ -10084,11 +10109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if fault.hint:
             print(f"  {fault.hint}", file=sys.stderr)
         return fault.code
-    except BrokenPipeError:  # whoever read us has enough
+    except OSError as error:
+        # What the buffer still has would fail once more as the interpreter ends, which then exits with 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except OSError as error:  # a full disk, a file of another user
-        print(f"cassbackup: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):  # whoever read us has enough
+            return 128 + signal.SIGPIPE
+        print(f"cassbackup: {error}", file=sys.stderr)  # a full disk, a file of another user
         return FAILED
     except KeyboardInterrupt:
         return 130

@@ -10,10 +10,13 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import oracle
 import pytest
@@ -23,7 +26,7 @@ from scene import Scene, area_of, assert_no_pin_is_left, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
 
-from cassbackup import Backup, Known, Ledger, Listing, Touched, Unit
+from cassbackup import Backup, Fingerprint, Known, Ledger, Listing, Pinned, Touched, Unit, utc
 
 
 @pytest.fixture
@@ -36,6 +39,21 @@ def between(scene: Scene, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]) -
     """Put the scene on S3, behind a proxy that can be taken down."""
     found = proxy(moto)
     scene.bucket, scene.environ = moto, moto.through(found.url)
+    return found
+
+
+def shorten(daemon: Daemon, **constants: float) -> None:
+    """Have the next process of a daemon run with shorter limits: nobody waits a quarter of an hour for a test."""
+    lines = ["import sys, cassbackup", *(f"cassbackup.{name} = {value}" for name, value in constants.items())]
+    lines.append("sys.exit(cassbackup.main(sys.argv[1:]))")
+    place = daemon.command.index("watch")
+    daemon.command[place - 1 : place] = ["-c", "\n".join(lines)]
+
+
+def newest_heartbeat(bucket: Bucket) -> dict[str, Any]:
+    """Return what the last heartbeat says."""
+    objects = bucket.objects()
+    found: dict[str, Any] = json.loads(objects[max(key for key in objects if "/heartbeat/" in key)])
     return found
 
 
@@ -293,6 +311,71 @@ def test_sigterm_ends_the_daemon_before_systemd_would_kill_it_while_the_store_is
     scene.assert_all_is_listed(node.history)
 
 
+@pytest.mark.slow
+def test_sigterm_ends_the_process_though_a_job_hangs(scene: Scene, node: Node, between: FaultProxy) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    scene.daemon.stop()
+    shorten(scene.daemon, STOP_S=6.0)
+    scene.restart()
+    hangs = between.on("PUT", "", BlackHole(), count=None)
+    users.flush()
+    wait_for(lambda: hangs.hits)
+    scene.daemon.process.terminate()
+    assert scene.daemon.process.wait(40) == 0, "the store would hang for a minute"
+
+
+@pytest.mark.slow
+def test_keys_that_always_fail_keep_no_other_table_waiting(scene: Scene, node: Node, between: FaultProxy) -> None:
+    bad, good = [node.table("ks1", f"bad{number}") for number in range(4)], node.table("ks1", "good")
+    good.flush()
+    scene.start(*node.data_dirs, args=("--incomplete-after", "1s"))
+    scene.settled()
+    scene.daemon.stop()
+    shorten(scene.daemon, _TURN_S=3.0, _RETRY_S=1.0)
+    scene.restart()
+    fails = between.on("PUT", r"/bad\d-.*-Statistics\.db", s3_error(502, "BadGateway"), count=None)
+    for table in bad:
+        table.flush()
+    wait_for(lambda: fails.hits >= 4)
+    good.flush()
+    lost = oracle.lost
+    wait_for(lambda: all("/bad" in item.path for item in lost(node.history, scene.bucket.objects(), "node1")))
+    wait_for(lambda: len(scene.page()["failures"]) == 4)
+    assert {name.split("-")[0] for name in scene.page()["failures"]} == {f"ks1/bad{number}" for number in range(4)}
+    wait_for(lambda: scene.daemon.log().count("not listed, will try again") >= 12)
+    states = [found.state for found in scene.listings("incremental")]
+    assert set(states) == {"complete"}, "an outage lacks nothing"
+
+
+def test_a_file_that_never_stands_still_is_told_and_is_listed_once_it_does(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    scene.daemon.stop()
+    shorten(scene.daemon, _CHANGES=3)
+    restless = users.flush().path("Statistics.db")
+    stands_still = threading.Event()
+
+    def touch() -> None:
+        while not stands_still.wait(0.002):
+            restless.touch()
+
+    toucher = threading.Thread(target=touch)
+    toucher.start()
+    try:
+        scene.restart()
+        wait_for(lambda: "changed while it was read" in str(scene.page().get("failures")))
+    finally:
+        stands_still.set()
+        toucher.join()
+    assert not scene.settled()["failures"]
+    scene.assert_all_is_listed(node.history)
+
+
 @pytest.mark.parametrize("steps", range(6))
 def test_the_work_at_a_unit_ends_at_whatever_step_it_is_asked_to(steps: int) -> None:
     """It did not, of a hundred daemons that were stopped while they started, for three or four: wait_for."""
@@ -324,7 +407,10 @@ def test_once_ends_with_0_only_when_everything_is_listed_complete_p8(scene: Scen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("patterns", [(r"/nb-1-big", r"/nb-1-big-Index"), (r"/manifest\.json|/nb-1-big-Data",)])
+@pytest.mark.parametrize(
+    "patterns",
+    [(r"/nb-1-big", r"/nb-1-big-Index"), (r"/manifest\.json|/nb-1-big-Data",), (r"/manifest\.json",)],
+)
 def test_a_snapshot_whose_files_were_refused_becomes_complete_after_a_restart_p1(
     scene: Scene, node: Node, between: FaultProxy, patterns: tuple[str, ...]
 ) -> None:
@@ -446,13 +532,18 @@ def test_a_listing_that_was_under_way_when_the_bucket_was_made_anew_does_not_cou
 def test_a_data_directory_that_goes_away_is_red_until_it_is_back_p8(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush()
-    scene.start(*node.data_dirs, args=("--reconcile", "1s"))
+    scene.start(*node.data_dirs, args=("--reconcile", "1s", "--heartbeat", "1s"))
     assert scene.settled()["behind"] == []
     (data,) = node.data_dirs
     away = data.rename(data.with_name("away"))
+    gone = utc(time.time())
     wait_for(lambda: str(data) in " ".join(scene.page()["behind"]))
+    since = utc(time.time())
+    wait_for(lambda: newest_heartbeat(scene.bucket)["scanned"] > since)
+    assert newest_heartbeat(scene.bucket)["listed_through"] < gone, "nobody sees what is written to it"
     away.rename(data)
     wait_for(lambda: scene.page()["behind"] == [])
+    wait_for(lambda: newest_heartbeat(scene.bucket)["listed_through"] > since)
     users.flush()
     scene.settled()
     scene.assert_all_is_listed(node.history)
@@ -527,6 +618,42 @@ def test_pins_give_way_before_cassandras_disk_is_full_and_losses_are_named_p5(
     is_red = scene.page()["lost"] != []  # no: a snapshot that was taken later is complete
     assert scene.daemon.stop() == 0
     scene.once(*node.data_dirs, check=3 if is_red else 0)  # though it has nothing to do
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_to_the_last_block_gives_pins_up_all_the_same(
+    scene: Scene, small_disk: Path, between: FaultProxy
+) -> None:
+    node = Node(small_disk / "cassandra")
+    node.incremental = False
+    users = node.table("ks1", "users")
+    limits = ("--incomplete-after", "1s", "--max-pinned", "99%", "--min-free", "1%")
+    scene.start(*node.data_dirs, args=limits)
+    between.down()
+    users.flush(size=6_000_000)
+    node.snapshot("daily")
+    scene.until_found(len(list(node.history.files())))
+    node.clear("daily")
+    users.sstables[0].remove()
+    with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
+        while file.write(b"\0" * 4096) == 4096:
+            pass
+    wait_for(lambda: "LOST" in scene.daemon.log())
+    wait_for(lambda: os.statvfs(small_disk).f_bavail > 1000)
+
+
+def test_the_newest_sstable_of_a_table_stays_in_backups_though_a_backlog_is_listed_newest_first() -> None:
+    unit = Unit("incremental", "ks1", "users")
+    options: Any = SimpleNamespace(delete_uploaded_incrementals=True)
+    backup = Backup(options, None, None, None)  # type: ignore[arg-type]
+
+    def deleted(generation: int) -> list[str]:
+        name = f"nb-{generation}-big-Data.db"
+        pin = Pinned("/backups", name, f"/pins/{name}~", "disk", Fingerprint(generation, 1, generation), 0, 0, 0, 1)
+        work: Any = SimpleNamespace(unit=unit, pins={pin.path: pin}, files={pin.path: None})
+        return [name for _, name in backup._deletable(work)]
+
+    assert [deleted(9), deleted(3), deleted(10)] == [[], ["nb-3-big-Data.db"], ["nb-9-big-Data.db"]]
 
 
 def test_a_loss_is_told_until_a_snapshot_taken_since_is_complete_p8(tmp_path: Path) -> None:

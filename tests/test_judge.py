@@ -257,7 +257,7 @@ def test_once_the_tag_is_cleared_the_toc_decides(scene: Scene, component: str) -
     scene.flush("snapshots/daily", components=[name for name in BIG if name != component], toc=[*BIG, "SAI+aa+Meta.db"])
     scene.manifest("daily", "nb-1-big-Data.db")
     optional = component in ("CRC.db", "Digest.crc32", "Filter.db", "Summary.db")
-    assert verdict(scene)[0] == ([] if optional else [f"nb-1-big-{component}"])
+    assert verdict(scene)[0] == ([] if optional or component == "TOC.txt" else [f"nb-1-big-{component}"])
     assert verdict(scene, scanned=True)[0] == (["nb-1-big-Data.db"] if component == "Data.db" else [])
 
 
@@ -304,9 +304,29 @@ def test_each_sstable_of_backups_is_judged_by_itself(scene: Scene) -> None:
     scene.write("backups", "stray.tmp", b"")
     assert lacking(scene) == {
         "nb-10-big": ["nb-10-big-Statistics.db"],
-        "nb-2-big": ["nb-2-big-TOC.txt"],
+        "nb-2-big": ["nb-2-big-Statistics.db", "nb-2-big-TOC.txt"],
         ".idx/nb-1-big": [".idx/nb-1-big-Data.db"],
     }
+
+
+@pytest.mark.parametrize(
+    ("sstable", "components", "lacks"),
+    [
+        ("nb-1-big", "Data.db Index.db Statistics.db CompressionInfo.db", ""),
+        ("nb-1-big", "Data.db Index.db Statistics.db CRC.db", ""),
+        ("nb-1-big", "Data.db Index.db Statistics.db Summary.db Filter.db", "TOC.txt"),
+        ("nb-1-big", "Data.db CRC.db", "Index.db Statistics.db"),
+        ("da-1-bti", "Data.db Partitions.db Rows.db Statistics.db CompressionInfo.db", ""),
+        ("da-1-bti", "Data.db Partitions.db Statistics.db CompressionInfo.db", "Rows.db"),
+        ("ks-t-ka-12", "Data.db Index.db Statistics.db CompressionInfo.db", "TOC.txt"),
+    ],
+)
+def test_an_sstable_that_was_streamed_without_a_toc_is_complete_once_cassandra_could_open_it(
+    scene: Scene, sstable: str, components: str, lacks: str
+) -> None:
+    scene.flush("backups", sstable, components.split())
+    names = [f"{sstable}-{component}" for component in lacks.split()]
+    assert lacking(scene) == ({sstable: names} if names else {})
 
 
 def test_a_toc_that_grew_for_an_index_asks_for_nothing_more(scene: Scene) -> None:

@@ -714,7 +714,7 @@ def test_a_record_of_which_some_listings_go_is_written_anew_before_they_go() -> 
     shelf.put(old, cb.dump_document(tag="monday", taken=document["taken"], listings=[going, staying]))
     (key,) = cb.tag_records(Door(shelf), NODE)  # type: ignore[arg-type]
     assert key != old
-    over = record(shelf, "over", EPOCH + HOUR, ["node1.listings/ks/t/snapshots/over/gone"])
+    over = record(shelf, "over", EPOCH + HOUR, [going.replace("/monday/", "/over/")])
     shelf.held.clear()
     run(shelf, keep_last=2, confirm=True)
     assert over not in shelf.objects

@@ -37,7 +37,7 @@ def now() -> str:
 
 
 @ON_ALL
-def test_a_snapshot_cleared_at_once_comes_back_by_its_tag(
+def test_a_snapshot_cleared_at_once_comes_back_by_its_tag_and_so_does_what_another_node_streams(
     drill: Drill, cassandra: Node, keyspace: str, tmp_path: Path
 ) -> None:
     drill.watch()
@@ -55,6 +55,12 @@ def test_a_snapshot_cleared_at_once_comes_back_by_its_tag(
     drill.restore("--tag", "tag", into=tmp_path / "staged")
     with drill.score.timing("restored_s"):
         cassandra.tool("sstableloader", tmp_path / "staged" / keyspace / "t")
+    drill.score.compare(rows(cassandra, keyspace).items(), written.items())
+
+    drill.settled()  # Cassandra takes the files whole, and makes no TOC.txt
+    streamed = now()
+    cassandra.cql(f"TRUNCATE {keyspace}.t")
+    drill.restore("--at", streamed, "--import", into=tmp_path / "streamed")
     drill.score.compare(rows(cassandra, keyspace).items(), written.items())
     drill.count_objects()
 

@@ -120,18 +120,19 @@ def test_a_ledger_of_another_bucket_is_not_believed_and_all_files_reach_the_new_
     assert world.judge(done=True) == []
 
 
-@pytest.mark.parametrize("component", ["Data.db", "TOC.txt", "Statistics.db"])
+@pytest.mark.parametrize(("component", "code"), [("Data.db", 3), ("TOC.txt", 0), ("Statistics.db", 3)])
 def test_an_sstable_of_which_one_file_could_not_be_pinned_becomes_complete_once_it_can_row22(
-    world: World, component: str
+    world: World, component: str, code: int
 ) -> None:
     """Without Data.db at first: only when the earlier TOC.txt is looked up is it known what else there should be."""
     sstable = world.node.table("ks1", "users").flush()
     late = sstable.home / "backups" / f"{sstable.stem}-{component}"
     late.unlink()
-    assert world.once() == 3
+    assert world.once() == code
     os.link(sstable.path(component), late)
     assert world.once() == 0
-    assert {found.state for found in oracle.listings(world.bucket.objects(), "node1")} == {"incomplete", "complete"}
+    states = {found.state for found in oracle.listings(world.bucket.objects(), "node1")}
+    assert states == ({"incomplete", "complete"} if code else {"complete"}), "Cassandra needs no TOC.txt"
     assert world.judge(done=True) == []
 
 
