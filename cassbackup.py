@@ -4126,33 +4126,30 @@ def sstable_at(path: FilePath) -> str:
     return sstable_in(os.path.join(*path))
 
 
-def _lacks_without_toc(sstable: str, names: Collection[str]) -> list[str]:
-    """Return what Cassandra would miss of an SSTable that has no TOC.txt.
-
-    A node that gets an SSTable whole from another one (bootstrap, repair, sstableloader) gets no TOC.txt with it, and
-    makes one when it next starts (SSTableZeroCopyWriter, TOCComponent.loadOrCreate).
-    """
-    needed = NEEDED_COMPONENTS.get(sstable.rpartition("-")[2])
-    if not needed:
-        return [f"{sstable}-TOC.txt"]
-    missing = [f"{sstable}-{one}" for one in needed if f"{sstable}-{one}" not in names]
-    # A table that is compressed has the one, another has the other.
-    if f"{sstable}-CompressionInfo.db" not in names and f"{sstable}-CRC.db" not in names:
-        missing.append(f"{sstable}-TOC.txt")
-    return missing
-
-
 def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) -> list[str]:
-    """Return the components that an SSTable's own TOC.txt names and that are not there."""
+    """Return what an SSTable lacks: components that its own TOC.txt names, or TOC.txt and what must be there anyway."""
     toc = f"{sstable}-TOC.txt"
-    if toc not in names:
-        return _lacks_without_toc(sstable, names)
+    if toc in names:
+        words = read(names[toc]).decode("utf-8", "replace").split()
+    else:
+        words = ["TOC.txt", *NEEDED_COMPONENTS.get(sstable.rpartition("-")[2], NEEDED_COMPONENTS["big"])]
+        if f"{sstable}-CRC.db" not in names:  # a table that is not compressed has it instead
+            words.append("CompressionInfo.db")
     missing = []
-    for word in read(names[toc]).decode("utf-8", "replace").split():
+    for word in words:
         name = f"{sstable}-{word}"
         if name not in names and not OPTIONAL_COMPONENT.fullmatch(word):
             missing.append(name)
     return sorted(missing)
+
+
+def lacks_toc_alone(missing: Sequence[str]) -> bool:
+    """Tell whether Cassandra can open an SSTable, for only its TOC.txt is missing.
+
+    A node that gets an SSTable whole from another one (bootstrap, repair, sstableloader) gets no TOC.txt with it, and
+    makes one when it next starts (SSTableZeroCopyWriter, TOCComponent.loadOrCreate).
+    """
+    return len(missing) == 1 and missing[0].endswith("-TOC.txt")
 
 
 class Verdict(NamedTuple):
@@ -4194,7 +4191,9 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
     missing = named - names.keys()
     if not scanned:
         for name in named & names.keys():
-            missing.update(_unfulfilled(name.removesuffix("-Data.db"), names, read))
+            lacks = _unfulfilled(name.removesuffix("-Data.db"), names, read)
+            if not lacks_toc_alone(lacks):
+                missing.update(lacks)
     ours = {"", *map(sstable_in, named)}
     strays = frozenset(path for name, path in names.items() if sstable_in(name) not in ours)
     return Verdict(sorted(missing), strays, ephemeral)
@@ -5043,7 +5042,7 @@ class Backup:
         for sstable, names in lacking.items():
             if time.monotonic() - since[sstable] < self._options.incomplete_after:
                 late.add(sstable)
-            else:
+            elif not lacks_toc_alone(names):  # Cassandra may have stood still among its links: it had its time
                 missing += map(os.path.basename, names)
         return late, missing
 
@@ -6434,10 +6433,10 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
         record = {"pruned": [], **document}
         try:
             life = typed(record, "tag", str), typed(record, "taken", str)
-            typed(record, "pruned", list)
-            for key in typed(record, "listings", list):
-                if not isinstance(key, str):
-                    raise TypeError(f"{key!r} is no key")
+            listings, pruned = typed(record, "listings", list), typed(record, "pruned", list)
+            if not all(isinstance(key, str) for key in listings + pruned):
+                raise TypeError("it names what is no key")
+            for key in listings:
                 listing_info(node, ObjectInfo(key, 0, "", 0.0))  # Corrupt unless it is of a listing
         except (KeyError, TypeError, Corrupt) as error:
             raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None

@@ -42,12 +42,17 @@ def between(scene: Scene, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]) -
     return found
 
 
-def shorten(daemon: Daemon, **constants: float) -> None:
-    """Have the next process of a daemon run with shorter limits: nobody waits a quarter of an hour for a test."""
+def start_shortened(scene: Scene, node: Node, *args: object, **constants: float) -> None:
+    """Start a daemon whose limits are shorter, once it has stored what there is: no test waits for minutes."""
+    scene.start(*node.data_dirs, args=args)
+    scene.settled()
+    scene.daemon.stop()
     lines = ["import sys, cassbackup", *(f"cassbackup.{name} = {value}" for name, value in constants.items())]
     lines.append("sys.exit(cassbackup.main(sys.argv[1:]))")
-    place = daemon.command.index("watch")
-    daemon.command[place - 1 : place] = ["-c", "\n".join(lines)]
+    command = scene.daemon.command
+    place = command.index("watch")
+    command[place - 1 : place] = ["-c", "\n".join(lines)]
+    scene.restart()
 
 
 def newest_heartbeat(bucket: Bucket) -> dict[str, Any]:
@@ -315,11 +320,7 @@ def test_sigterm_ends_the_daemon_before_systemd_would_kill_it_while_the_store_is
 def test_sigterm_ends_the_process_though_a_job_hangs(scene: Scene, node: Node, between: FaultProxy) -> None:
     users = node.table("ks1", "users")
     users.flush()
-    scene.start(*node.data_dirs)
-    scene.settled()
-    scene.daemon.stop()
-    shorten(scene.daemon, STOP_S=6.0)
-    scene.restart()
+    start_shortened(scene, node, STOP_S=6.0)
     hangs = between.on("PUT", "", BlackHole(), count=None)
     users.flush()
     wait_for(lambda: hangs.hits)
@@ -331,11 +332,7 @@ def test_sigterm_ends_the_process_though_a_job_hangs(scene: Scene, node: Node, b
 def test_keys_that_always_fail_keep_no_other_table_waiting(scene: Scene, node: Node, between: FaultProxy) -> None:
     bad, good = [node.table("ks1", f"bad{number}") for number in range(4)], node.table("ks1", "good")
     good.flush()
-    scene.start(*node.data_dirs, args=("--incomplete-after", "1s"))
-    scene.settled()
-    scene.daemon.stop()
-    shorten(scene.daemon, _TURN_S=3.0, _RETRY_S=1.0)
-    scene.restart()
+    start_shortened(scene, node, "--incomplete-after", "1s", _TURN_S=3.0, _RETRY_S=1.0)
     fails = between.on("PUT", r"/bad\d-.*-Statistics\.db", s3_error(502, "BadGateway"), count=None)
     for table in bad:
         table.flush()
@@ -353,10 +350,7 @@ def test_keys_that_always_fail_keep_no_other_table_waiting(scene: Scene, node: N
 def test_a_file_that_never_stands_still_is_told_and_is_listed_once_it_does(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
     users.flush()
-    scene.start(*node.data_dirs)
-    scene.settled()
-    scene.daemon.stop()
-    shorten(scene.daemon, _CHANGES=3)
+    start_shortened(scene, node, _CHANGES=3)
     restless = users.flush().path("Statistics.db")
     stands_still = threading.Event()
 
@@ -367,7 +361,6 @@ def test_a_file_that_never_stands_still_is_told_and_is_listed_once_it_does(scene
     toucher = threading.Thread(target=touch)
     toucher.start()
     try:
-        scene.restart()
         wait_for(lambda: "changed while it was read" in str(scene.page().get("failures")))
     finally:
         stands_still.set()

@@ -39,6 +39,7 @@ from cassbackup import (
     judge_incrementals,
     judge_snapshot,
     known_of,
+    lacks_toc_alone,
     listed_incrementals,
     listed_snapshot,
     listing_key,
@@ -304,7 +305,7 @@ def test_each_sstable_of_backups_is_judged_by_itself(scene: Scene) -> None:
     scene.write("backups", "stray.tmp", b"")
     assert lacking(scene) == {
         "nb-10-big": ["nb-10-big-Statistics.db"],
-        "nb-2-big": ["nb-2-big-Statistics.db", "nb-2-big-TOC.txt"],
+        "nb-2-big": [f"nb-2-big-{one}" for one in ("CompressionInfo.db", "Statistics.db", "TOC.txt")],
         ".idx/nb-1-big": [".idx/nb-1-big-Data.db"],
     }
 
@@ -314,19 +315,23 @@ def test_each_sstable_of_backups_is_judged_by_itself(scene: Scene) -> None:
     [
         ("nb-1-big", "Data.db Index.db Statistics.db CompressionInfo.db", ""),
         ("nb-1-big", "Data.db Index.db Statistics.db CRC.db", ""),
-        ("nb-1-big", "Data.db Index.db Statistics.db Summary.db Filter.db", "TOC.txt"),
+        ("nb-1-big", "Data.db Index.db Statistics.db Summary.db Filter.db", "CompressionInfo.db"),
         ("nb-1-big", "Data.db CRC.db", "Index.db Statistics.db"),
         ("da-1-bti", "Data.db Partitions.db Rows.db Statistics.db CompressionInfo.db", ""),
         ("da-1-bti", "Data.db Partitions.db Statistics.db CompressionInfo.db", "Rows.db"),
-        ("ks-t-ka-12", "Data.db Index.db Statistics.db CompressionInfo.db", "TOC.txt"),
+        ("xx-1-new", "Data.db Statistics.db CompressionInfo.db", "Index.db"),
     ],
 )
-def test_an_sstable_that_was_streamed_without_a_toc_is_complete_once_cassandra_could_open_it(
+def test_an_sstable_that_was_streamed_without_a_toc_needs_what_cassandra_could_not_open_it_without(
     scene: Scene, sstable: str, components: str, lacks: str
 ) -> None:
     scene.flush("backups", sstable, components.split())
-    names = [f"{sstable}-{component}" for component in lacks.split()]
-    assert lacking(scene) == ({sstable: names} if names else {})
+    names = sorted(f"{sstable}-{component}" for component in [*lacks.split(), "TOC.txt"])
+    assert lacking(scene) == {sstable: names}
+    assert lacks_toc_alone(names) == (not lacks)
+    scene.flush("snapshots/daily", sstable, components.split())
+    scene.manifest("daily", f"{sstable}-Data.db")
+    assert verdict(scene)[0] == (names if lacks else [])
 
 
 def test_a_toc_that_grew_for_an_index_asks_for_nothing_more(scene: Scene) -> None:

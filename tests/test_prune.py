@@ -608,6 +608,8 @@ def test_any_document_that_cannot_be_read_ends_the_run_with_nothing_deleted_p7()
         ("listings/ks/unknown", b"?"),
         ("listings/tags/t/x.json", b"{"),
         ("listings/tags/t/x.json", b'{"version": 2, "tag": "t", "taken": "x", "listings": [{}]}'),
+        ("listings/tags/t/x.json", b'{"version": 2, "tag": "t", "taken": "x", "listings": ["node1.listings/notes"]}'),
+        ("listings/tags/t/x.json", b'{"version": 2, "tag": "t", "taken": "x", "listings": [], "pruned": [[]]}'),
         ("listings/bad/x.json", b"[]"),
         ("pending-delete/x.json", b'{"version": 2, "keys": ["node10/var"]}'),
         ("pending-delete/x.json", b'{"version": 2, "keys": 3}'),

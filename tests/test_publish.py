@@ -384,6 +384,29 @@ def test_only_incrementals_that_are_listed_complete_are_deleted_and_only_if_aske
     assert all(sstable.path("Data.db").exists() for sstable in (whole, broken))
 
 
+@pytest.mark.slow
+def test_links_of_an_sstable_that_come_late_make_it_neither_torn_nor_deleted_before(scene: Scene, node: Node) -> None:
+    """Cassandra may stand still between two links, for a collection of garbage."""
+    users = node.table("ks1", "users")
+    scene.start(*node.data_dirs, args=("--delete-uploaded-incrementals", "--incomplete-after", "60s"))
+    node.incremental = False
+    sstable = users.flush()
+    backups = users.directories()[0] / "backups"
+    backups.mkdir(exist_ok=True)
+    late = ("TOC.txt", "Filter.db")
+    for component in sstable.components.keys() - set(late):
+        os.link(sstable.path(component), backups / sstable.path(component).name)
+    wait_for(lambda: len(scene.file_keys()) == len(sstable.components) - len(late))
+    for component in late:
+        os.link(sstable.path(component), backups / sstable.path(component).name)
+    node.incremental = True
+    users.flush()
+    wait_for(lambda: not list(backups.glob(f"{sstable.stem}-*")))
+    (listing,) = scene.listings("incremental")
+    assert listing.state == "complete"
+    assert len([entry for entry in listing.entries if sstable.stem in entry.path]) == len(sstable.components)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The bucket is not what it was
 
