@@ -3939,9 +3939,11 @@ class Pinner(threading.Thread):
 
     def forget(self) -> None:
         """Pin whatever is there: nothing is listed any more."""
+        self.idle.clear()  # before we answer: who has this done must not take what was idle before for all is done
         self._listed.clear()
         for place in self._places.values():
             place.listed = set()
+            place.ready = 0.0
             self._dirty[place] = None
 
 
@@ -6030,8 +6032,10 @@ class Daemon:
     def status(self) -> dict[str, Any]:
         """Return what `cassbackup status` shows."""
         state, backup, now = self._state, self._backup, time.time()
-        # Asked first: what the pinner has found waits in the queue or as a unit by the time that it is idle.
-        quiet = self._pinner.idle.is_set() and self._news.empty()
+        # Asked first: what the pinner has found waits in the queue or as a unit by the time that it is idle. And only
+        # the bucket itself tells whether what the ledger calls listed is there.
+        idle = self._pinner.idle.is_set() and self._news.empty()
+        quiet = idle and backup.connected.is_set()
         waiting, oldest = backup.units.values(), _oldest_of(backup.units)
         failing, failures = self._workers.failing(), self._failures()
         since, before = self._speeds[0]

@@ -494,6 +494,31 @@ def test_a_bucket_made_anew_under_a_running_daemon_gets_all_that_is_on_disk_agai
     assert {found.state for found in scene.listings("snapshot")} == {"complete"}
 
 
+def test_what_an_earlier_daemon_listed_is_not_done_before_the_bucket_is_asked_p8(scene: Scene, node: Node) -> None:
+    """Meanwhile the bucket may have been made anew: `status --wait` had said that all is listed, and nothing was."""
+    node.table("ks1", "users").flush()
+    scene.once(*node.data_dirs)
+    bucket = Path(scene.bucket.target.removeprefix("file://"))
+    shutil.rmtree(bucket)
+    scene.start(*node.data_dirs)
+    wait_for(lambda: scene.page()["errors"])  # it could not ask
+    assert not scene.page()["quiet"]
+    (bucket / ".unfinished").mkdir(parents=True)
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+
+
+def test_once_stores_all_again_where_the_bucket_was_made_anew_p8(scene: Scene, node: Node) -> None:
+    """What must be pinned for that is not pinned yet in the moment in which the bucket is known."""
+    users = node.table("ks1", "users")
+    for _ in range(200):
+        users.flush(size=10)
+    scene.once(*node.data_dirs)
+    scene.bucket.empty()
+    scene.once(*node.data_dirs)
+    scene.assert_all_is_listed(node.history)
+
+
 @pytest.mark.slow
 def test_a_listing_that_was_under_way_when_the_bucket_was_made_anew_does_not_count_p1(
     scene: Scene, node: Node, between: FaultProxy
