@@ -3191,7 +3191,8 @@ class Gone:
 class PinnerState:
     """To the loop: how the pinner is. Also its sign of life."""
 
-    scanned: float  # when the last full scan began, seconds since 1970; 0 before the first has ended
+    # When the last full scan began, seconds since 1970; 0 before the first has ended, of all or since `forget`.
+    scanned: float
     counts: Mapping[str, int]  # found, found_by_rescan, vanished, refused, skipped, deleted
     refused: Mapping[str, float]  # directories in which something cannot be pinned, and since when
     tables: frozenset[str]  # ks/table-id
@@ -3537,12 +3538,15 @@ class Pinner(threading.Thread):
                 place.listed = marks
         for life, relative in disk.pending():
             self._pins.setdefault(life, set()).add((disk, relative))
-            self._post(Touched(unit_of(disk.root, relative, life), disk, relative, 0, seconds_of(life)))
+            self._tell_pinned(disk, relative, life)
             place = self._resume(disk, relative, life)
             if place:
                 for pin in disk.read(relative, life).files.values():
                     place.pinned[pin.name] = pin.fingerprint.inode
                     place.listed.discard(mark_of(pin.name, pin.fingerprint))  # listed, but not let go before the end
+
+    def _tell_pinned(self, disk: PinDirectory, relative: str, life: str) -> None:
+        self._post(Touched(unit_of(disk.root, relative, life), disk, relative, 0, seconds_of(life)))
 
     def _resume(self, disk: PinDirectory, relative: str, life: str) -> Place | None:
         """Return the place in which a life goes on, if it does. What is listed of backups/ has no life.
@@ -3705,11 +3709,18 @@ class Pinner(threading.Thread):
         return all(self._stands(place) for place in group.places if place.life == group.life)
 
     def _stands(self, place: Place) -> bool:
+        if place.held < 0:
+            return self._is_whole(place)
         try:
-            if place.held < 0:
-                return self._sort(place, place.path).unchanged
             info = os.fstat(place.held)
             return info.st_nlink > 0 and os.lstat(place.path).st_ino == info.st_ino
+        except OSError:
+            return False
+
+    def _is_whole(self, place: Place) -> bool:
+        """Tell whether all that was pinned of a directory still has its name there: nobody is clearing it."""
+        try:
+            return self._sort(place, place.path).unchanged
         except OSError:
             return False
 
@@ -3799,7 +3810,7 @@ class Pinner(threading.Thread):
     # What the loop has done by `ask`
 
     def scan_tag(self, unit: Unit) -> bool:
-        """Scan a tag in every data directory; tell whether nothing was missed, and it is still in this life."""
+        """Scan a tag in every data directory; tell whether nothing was missed, and all of this life is still there."""
         missed = self._counts["vanished"] + self._counts["refused"]
         relative = f"{unit.keyspace}/{unit.table}/snapshots/{unit.tag}"
         if self._filters.wants_directory(relative):
@@ -3810,8 +3821,11 @@ class Pinner(threading.Thread):
         for place in list(group.places):
             self._scan(place)
         # One that had the tag and has it no more has ended the life: what was missed there nobody knows.
-        same = group.life == unit.life and not self._absent
-        return same and self._counts["vanished"] + self._counts["refused"] == missed
+        if group.life != unit.life or self._absent:
+            return False
+        if self._counts["vanished"] + self._counts["refused"] != missed:
+            return False
+        return all(self._is_whole(place) for place in group.places if place.life == unit.life)
 
     def let_go(
         self,
@@ -3939,12 +3953,17 @@ class Pinner(threading.Thread):
 
     def forget(self) -> None:
         """Pin whatever is there: nothing is listed any more."""
-        self.idle.clear()  # before we answer: who has this done must not take what was idle before for all is done
         self._listed.clear()
         for place in self._places.values():
             place.listed = set()
-            place.ready = 0.0
             self._dirty[place] = None
+        for life, homes in self._pins.items():
+            for disk, relative in homes:
+                self._tell_pinned(disk, relative, life)  # what was listed, and is pinned all the same
+        self._scanned = 0.0
+        self._report()
+        # Before we answer: whoever takes us for idle must find all of it pinned.
+        self.reconcile()
 
 
 # ======================================================================================================
@@ -4128,13 +4147,17 @@ def sstable_at(path: FilePath) -> str:
     return sstable_in(os.path.join(*path))
 
 
+def _needed(sstable: str) -> tuple[str, ...]:
+    return NEEDED_COMPONENTS.get(sstable.rpartition("-")[2], NEEDED_COMPONENTS["big"])
+
+
 def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) -> list[str]:
     """Return what an SSTable lacks: components that its own TOC.txt names, or TOC.txt and what must be there anyway."""
     toc = f"{sstable}-TOC.txt"
     if toc in names:
         words = read(names[toc]).decode("utf-8", "replace").split()
     else:
-        words = ["TOC.txt", *NEEDED_COMPONENTS.get(sstable.rpartition("-")[2], NEEDED_COMPONENTS["big"])]
+        words = ["TOC.txt", *_needed(sstable)]
         if f"{sstable}-CRC.db" not in names:  # a table that is not compressed has it instead
             words.append("CompressionInfo.db")
     missing = []
@@ -4191,9 +4214,12 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
             name = f"{index[1]}/{name}"  # manifest.json spells it .idx/nb-1-big-Data.db
         names[name] = path
     missing = named - names.keys()
-    if not scanned:
-        for name in named & names.keys():
-            lacks = _unfulfilled(name.removesuffix("-Data.db"), names, read)
+    for name in named & names.keys():
+        sstable = name.removesuffix("-Data.db")
+        # Whatever a scan said: a clear that was broken off may have left but a part of an SSTable.
+        missing.update({f"{sstable}-{word}" for word in _needed(sstable)} - names.keys())
+        if not scanned:
+            lacks = _unfulfilled(sstable, names, read)
             if not lacks_toc_alone(lacks):
                 missing.update(lacks)
     ours = {"", *map(sstable_in, named)}
@@ -4837,6 +4863,13 @@ class Backup:
         self._under_way: dict[object, asyncio.Future[None]] = {}  # bytes, and keys, that are being put
         self._kept: dict[Unit, dict[FilePath, Fingerprint]] = {}  # listed, but not let go: see _deletable
 
+    def forget(self) -> None:
+        """Forget what is stored and listed: the bucket is another one."""
+        self.ledger.forget(self.bucket)
+        self._kept.clear()
+        for waiting in self.units.values():
+            waiting.remembered.clear()
+
     # A unit comes, and goes
 
     def touch(self, news: Touched) -> None:
@@ -4963,6 +4996,8 @@ class Backup:
             kept = [entry for path, entry in files.items() if path not in verdict.strays]
             taken = manifest_time(kept) or before.listing.unit.life
             listing = self._draft(before.listing.unit, taken, complete, kept, missing, lost)
+            for path in sorted(verdict.strays & work.pins.keys()):
+                log.warning("not in its manifest.json, not listed path=%s", quote("/".join(path)))
             if self._adds(listing, before.listing):
                 listing = await self._publish(listing, work)
             self._note_complete(listing)
@@ -5071,6 +5106,7 @@ class Backup:
         if not work.waiting.doubtful and self.ledger.fact(fact):
             return {}
         listings, listed = await self._look_up(listed_incrementals, work)
+        self._check_bucket(work)
         for listing in listings:
             self._record(work, listing.files)
         await self._learn_snapshot(work)
@@ -5136,7 +5172,9 @@ class Backup:
         fact = f"learned:{unit.place}:snapshot"
         if unit.kind == "archive" or self.ledger.fact(fact):
             return
-        for listing in await self._workers.run("list", unit.urgent, newest_snapshot, self.store, self.node, unit):
+        newest = await self._workers.run("list", unit.urgent, newest_snapshot, self.store, self.node, unit)
+        self._check_bucket(work)
+        for listing in newest:
             self._record(work, listing.files)
             self._note_complete(listing)
         self.ledger.remember(fact, "1")
@@ -5623,6 +5661,7 @@ class Daemon:
         self._backup = Backup(options, self._pinner, self._workers, ledger)
         self._state = PinnerState(0.0, {}, {}, frozenset(), {}, ())
         self._covered = 0.0  # when all data directories had been scanned
+        self._first_scan = math.inf  # when that had ended, of this process and of this life of the bucket
         self._alive = time.monotonic()  # when the pinner last said something
         self._stop = asyncio.Event()
         self._code = DONE
@@ -5729,7 +5768,10 @@ class Daemon:
                 self._backup.ledger.forget_directory(news.directory)
             elif isinstance(news, PinnerState):
                 self._state, self._alive = news, time.monotonic()
-                if news.scanned:
+                if not news.scanned:
+                    self._first_scan = math.inf
+                else:
+                    self._first_scan = min(self._first_scan, time.time())
                     self._backup.scanned.set()
             elif isinstance(news, Exception):
                 raise Fault(f"the pinner failed ({news!r})", "restart")
@@ -5802,9 +5844,7 @@ class Daemon:
             return
         if ledger.bucket:
             log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
-        ledger.forget(bucket)
-        for waiting in backup.units.values():
-            waiting.remembered.clear()
+        backup.forget()
         await backup.ask(self._pinner.forget)
 
     # What time brings
@@ -5854,14 +5894,10 @@ class Daemon:
         """Say in the bucket that all that was found by a moment is listed: a quiet table and a dead daemon differ."""
         await self._backup.scanned.wait()
         await self._backup.view(0.0)  # nothing is said in a bucket that is not ours
-        if not self._state.absent:  # what was written to a data directory that is away, nobody has seen
-            self._covered = self._state.scanned
         scanned, units = self._state.scanned, self._backup.units
         oldest = _oldest_of({unit: waiting for unit, waiting in units.items() if unit.urgent})
-        found = [waiting.found for waiting in units.values()]
-        through = min([self._covered, *found, *self._state.refused.values()])
         body = dump_document(
-            listed_through=utc(through),
+            listed_through=self._listed_through(),
             scanned=utc(scanned),
             pending_units=len(units),
             oldest_incrementals={quote(place): utc(moment) for place, moment in oldest.items()},
@@ -5870,13 +5906,27 @@ class Daemon:
         key = f"{self._backup.node}.listings/heartbeat/{self._backup.clock()}.json"
         await self._workers.once("heartbeat", True, self._backup.store.put, key, Body(body))
 
+    def _listed_through(self) -> str:
+        """Return the UTC until which all that Cassandra wrote is listed; "" where nobody knows.
+
+        What a first scan finds was written long before. Until that is listed, it is what the last heartbeat said.
+        """
+        ledger, state = self._backup.ledger, self._state
+        if not state.absent:  # what was written to a data directory that is away, nobody has seen
+            self._covered = state.scanned
+        found = [waiting.found for waiting in self._backup.units.values()]
+        oldest = min([*found, *state.refused.values()], default=math.inf)
+        if self._covered and oldest > self._first_scan:
+            ledger.remember("through", utc(min(self._covered, oldest)))
+        return ledger.fact("through")
+
     async def _trim(self) -> None:
         """Let the ledger forget what no file has any more; end multipart uploads that nobody goes on with."""
         await self._backup.scanned.wait()
         await self._backup.connected.wait()
         store, ledger = self._backup.store, self._backup.ledger
         ledger.trim(time.time() - 35 * 86400)
-        now = self._backup.clock()
+        now, bucket = self._backup.clock(), ledger.bucket
         for directory, (life, marks) in ledger.listed().items():
             if not os.path.isdir(directory):
                 if not self._state.absent:  # else its disk may come back
@@ -5886,6 +5936,8 @@ class Daemon:
                 continue
             with contextlib.suppress(OSError):
                 there = await self._on_disk(_marks_there, directory)
+                if ledger.bucket != bucket:
+                    return  # it was made anew meanwhile, and of that nothing is listed
                 ledger.replace_listed(directory, life, now, marks & there)
         await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400)
 
@@ -9178,16 +9230,31 @@ class SnapshotOptions(BucketOptions):
     exclude_table: tuple[str, ...] = ()
 
 
+def _tables_with(options: SnapshotOptions, pattern: str) -> Iterator[tuple[str, str]]:
+    """Yield what there is of a pattern below tables that are to be stored: its path, and its keyspace/table-id."""
+    filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
+    for root in data_directories(options.paths):
+        for path in glob.iglob(f"{glob.escape(root)}/*/*/{pattern}"):
+            place = "/".join(path[len(root) :].strip("/").split("/")[:2])
+            if filters.wants_directory(place):
+                yield path, place
+
+
 def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
     """Return the path of each manifest.json that is on disk, and is to be stored. The tag may be a glob."""
-    filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
-    found = []
-    for root in data_directories(options.paths):
-        for path in glob.glob(f"{glob.escape(root)}/*/*/snapshots/{tag}/{MANIFEST}"):
-            keyspace, table = path.split("/")[-5:-3]
-            if filters.wants_directory(f"{keyspace}/{table}"):
-                found.append(path)
-    return found
+    return [path for path, _ in _tables_with(options, f"snapshots/{tag}/{MANIFEST}")]
+
+
+def check_taken(options: SnapshotOptions, tag: str) -> None:
+    """Refuse a tag that some tables lack: a `nodetool snapshot` that was broken off leaves it so. Raises Fault."""
+    taken = {place for _, place in _tables_with(options, f"snapshots/{tag}/{MANIFEST}")}
+    live = {place for _, place in _tables_with(options, "*-Data.db")}
+    if options.keyspaces:
+        live = {place for place in live if place.split("/")[0] in options.keyspaces}
+    bare = sorted(live - taken)
+    if taken and bare:
+        hint = f"it was broken off: nodetool clearsnapshot -t {tag}, and run this again"
+        raise Fault(tell(f"{len(bare)} tables have SSTables and no manifest.json of {tag}", bare), hint)
 
 
 def listing_of(bucket: Bucket, bad: frozenset[str], manifest: str) -> str:
@@ -9297,6 +9364,7 @@ def _store_tag(options: SnapshotOptions, tag: str) -> None:
     # A daemon that was started meanwhile has the lock, and the work.
     if code not in (DONE, BEHIND) and not _is_listed_by_daemon(options, tag):
         raise Fault(f"`cassbackup watch --once` ended with exit code {code}", "it said why")
+    check_taken(options, tag)
 
 
 def _agree_with_daemon(options: SnapshotOptions, bucket: Bucket) -> None:

@@ -508,6 +508,60 @@ def test_what_an_earlier_daemon_listed_is_not_done_before_the_bucket_is_asked_p8
     scene.assert_all_is_listed(node.history)
 
 
+@pytest.mark.slow
+def test_an_sstable_that_is_kept_for_its_number_is_stored_in_the_next_bucket_before_it_is_deleted_p1(
+    scene: Scene, node: Node
+) -> None:
+    """It is listed and pinned. In a bucket that is made anew it is neither, whatever we knew of it."""
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs, args=("--heartbeat", "1s", "--delete-uploaded-incrementals"))
+    scene.settled()
+    owner = json.loads(scene.bucket.get("node1.listings/owner.json"))
+    scene.bucket.empty()
+    scene.bucket.put("node1.listings/owner.json", json.dumps({**owner, "id": "another life"}).encode())
+    wait_for(lambda: "not the one that the ledger knows" in scene.daemon.log())
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    newer = users.flush()
+    wait_for(lambda: len(list(users.directories()[0].glob("backups/*-Data.db"))) == 1)
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert list(users.directories()[0].glob(f"backups/{newer.stem}-Data.db"))
+
+
+@pytest.mark.slow
+def test_no_heartbeat_says_more_than_it_knows_before_what_was_there_is_listed_p8(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    """What a first scan finds was written long before; also where the bucket was made anew."""
+    node.table("ks1", "users").flush()
+    scene.once(*node.data_dirs)
+    scene.bucket.empty()
+    between.on("PUT", r"node1/", s3_error(503, "SlowDown"), count=None)
+    scene.start(*node.data_dirs, args=("--heartbeat", "1s", "--reconcile", "1s"))
+
+    def told() -> list[str]:
+        beats = [key for key in scene.bucket.objects() if "/heartbeat/" in key]
+        return [json.loads(scene.bucket.get(key))["listed_through"] for key in sorted(beats)]
+
+    wait_for(lambda: len(told()) >= 3)
+    assert set(told()) == {""}
+    between.heal()
+    scene.settled()
+    wait_for(lambda: told()[-1] > "2026")
+
+
+def test_what_no_manifest_names_is_named_in_the_log_p2(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    node.snapshot("daily")
+    (folder,) = users.directories()
+    (folder / "snapshots" / "daily" / "nb-9-big-Data.db").write_bytes(b"left over")
+    done = scene.once(*node.data_dirs)
+    assert re.search("not in its manifest.json, not listed path=.*nb-9-big-Data.db", done.stderr)
+
+
 def test_once_stores_all_again_where_the_bucket_was_made_anew_p8(scene: Scene, node: Node) -> None:
     """What must be pinned for that is not pinned yet in the moment in which the bucket is known."""
     users = node.table("ks1", "users")

@@ -1090,6 +1090,8 @@ def test_a_fresh_scan_of_a_tag_tells_whether_anything_can_have_been_missed(tmp_p
     (two / "late").touch()
     assert desk.scan_tag(unit)
     assert (str(two), "late") in desk.units()[unit], "what the scan finds is pinned"
+    (two / "late").unlink()
+    assert not desk.scan_tag(unit), "somebody is clearing it: what else is gone, who knows?"
     shutil.rmtree(two)
     assert not desk.scan_tag(unit), "there was something, and there is no more"
     shutil.rmtree(one)

@@ -260,6 +260,20 @@ def test_the_default_tag_is_the_minute_and_earlier_ones_of_ours_are_cleared_when
     assert snapshots.on_disk() == {old}  # not listed: it stays
 
 
+def test_a_tag_that_nodetool_has_taken_of_some_tables_only_is_no_snapshot_of_all_p8(snapshots: Snapshots) -> None:
+    """It was broken off. The next run finds the tag there, and goes on with it."""
+    users, orders, _ = snapshots.node.tables
+    snapshots.node.snapshot("weekly", [users])
+    done = snapshots("-t", "weekly", check=1)
+    assert f"ks1/{orders.directory}" in done.stderr
+    assert "clearsnapshot -t weekly" in done.stderr
+    assert snapshots.on_disk() == {"weekly"}
+    assert snapshots.records("weekly") == []
+    snapshots.node.clear("weekly")
+    snapshots("-t", "weekly")
+    assert snapshots.listed("weekly") == snapshots.tables
+
+
 def test_a_tag_is_read_with_its_manifests_and_the_tables_that_lack_one(node: Node) -> None:
     users, posts, empty = (node.table("ks1", name) for name in ("users", "posts", "empty"))
     for table in (users, posts):
