@@ -6393,16 +6393,16 @@ def read_listing(store: Patient, node: str, info: ListingInfo) -> Listing[Known]
     return check_listing(node, info.key, body)
 
 
-def names_bad(store: Patient, node: str, bad: Collection[str], info: ListingInfo) -> bool:
-    """Tell whether a listing names what is marked bad. Where nothing is, none is read."""
+def names_bad(store: Patient, node: str, bad: Collection[str], infos: Iterable[ListingInfo]) -> bool:
+    """Tell whether listings of one unit, added up, name what is marked bad. Where nothing is, none is read."""
     if not bad:
         return False
     try:
-        listing = read_listing(store, node, info)
+        whole = add_up([read_listing(store, node, info) for info in infos])
     except (Corrupt, Missing) as fault:
         log.warning("cannot read listing error=%s", quote(str(fault)))
         return True
-    return any(entry.key in bad for entry in listing.files)
+    return whole is not None and any(entry.key in bad for entry in whole.files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6699,6 +6699,7 @@ def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
 _DIAGNOSTIC = re.compile(r"(RepairedDataMismatch|DuplicateRows)-\d{8}")
 _AUTOMATIC = re.compile(rf"(truncated|dropped|pre-scrub)-[0-9]+.*|[0-9]+-(compact|upgrade)-.*|{_DIAGNOSTIC.pattern}")
 _EMPTIED = re.compile("(?:truncated|dropped)-([0-9]{10,15})-.*")
+_VIEW_DROPPED = re.compile("([0-9]{13})-(.+)")
 # An absolute path whose parts are names: none is empty, "." or "..", or holds what no file system can spell.
 _PLAIN_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[^/\0\ud800-\udc7f\udd00-\udfff]{1,255})+")
 _SLACK_S: Final = 3600.0  # between Cassandra's clock as it writes a file, and as it says when a snapshot began
@@ -6711,11 +6712,16 @@ _NO_AGE: Final = (-1, 0, "")  # older than any
 def emptied_at(unit: Unit) -> float:
     """Return when the table was truncated or dropped, right after this snapshot, in seconds; 0.0 for other tags."""
     match = _EMPTIED.fullmatch(unit.tag)
-    if not match:
-        # Cassandra 3.11 calls the snapshot of a view that is dropped <ms>-<view>, without a word in front.
-        view = re.escape(table_id_of(unit.table)[0])
-        match = re.fullmatch(f"([0-9]{{10,15}})-{view}", unit.tag)
-    return int(match[1]) / 1000 if match else 0.0
+    if match:
+        return int(match[1]) / 1000
+    # Cassandra 3.11 calls the snapshot of a view that is dropped <ms>-<view>, without a word in front. Somebody may
+    # call one of his own like that, with a date.
+    view = _VIEW_DROPPED.fullmatch(unit.tag)
+    if not view or view[2] != table_id_of(unit.table)[0]:
+        return 0.0
+    dropped = int(view[1]) / 1000
+    is_then = not unit.life or abs(seconds_of(unit.life) - dropped) < _SLACK_S
+    return dropped if is_then else 0.0
 
 
 def is_automatic(unit: Unit) -> bool:
@@ -7367,6 +7373,24 @@ def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str]) ->
     return [info for info in recorded if is_chosen(info.unit, words, exclude)]
 
 
+def left_out(
+    earlier: Iterable[Sequence[Snapshot]], newest: Sequence[Snapshot], taken: Iterable[Sequence[Snapshot]]
+) -> Iterator[Snapshot]:
+    """Yield what an earlier snapshot of a tag has of tables that the newest lacks, unless they were dropped since.
+
+    A table is listed when it is stored: that of a large one may be under way yet.
+    """
+    here = {one.unit.place for one in newest}
+    emptied: dict[str, float] = {}
+    for one in itertools.chain(*taken):
+        place = one.unit.place
+        emptied[place] = max(emptied_at(one.unit), emptied.get(place, 0.0))
+    for one in itertools.chain(*earlier):
+        place = one.unit.place
+        if place not in here and emptied[place] < seconds_of(one.unit.life):
+            yield one
+
+
 def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iterable[ListingInfo] = ()) -> list[Chosen]:
     """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags.
 
@@ -7384,7 +7408,10 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
     if not groups:
         tags = {group[0].unit.tag for group in taken}
         raise Missing(f"no snapshot {word!r}", f"there are {some_of(sorted(tags))}")
-    newest = (exact or groups)[-1]
+    *earlier, newest = exact or groups
+    for one in left_out(earlier[-1:], newest, taken):
+        what = f"{one.unit.place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
+        reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
     tables = []
     for listing in spread(reader.read, [one.listings for one in newest], reader.threads):
         unit, base = listing.unit, base_on(listing)
@@ -7839,8 +7866,11 @@ def advice(plan: Plan, options: RestoreOptions) -> str:
             lines.append(f"in cassandra.yaml:\n{tokens}\n  auto_bootstrap: false")
             if node.dc:
                 lines.append(f"in the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
+        lines.append("after it: cassbackup snapshot; until then a restore would begin where this one did")
         return "\n".join(lines)
     lines = []
+    if options.import_:
+        lines.append("next: cassbackup snapshot; no backup has what was imported")
     for one in plan.tables:
         if one.sstables and not options.import_:
             staged = os.path.join(plan.where, *one.called)
@@ -8144,6 +8174,7 @@ class Candidate(NamedTuple):
 
 # Why a snapshot stays. From the oldest that stays for one of these on, every moment can be restored.
 _NEWEST = "it is the newest good snapshot of the table"
+_TELLS_EMPTIED = "an older snapshot reaches across it"
 _WINDOW: Final = frozenset({_NEWEST, "--keep-last", "--keep-within", "--keep-daily"})
 
 
@@ -8192,8 +8223,8 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
         elif not one.counts and now - one.when <= (options.keep_within or _AUTOMATIC_S):
             kept[one.unit] = "it is incomplete or Cassandra's own, and young"
         # That a table was emptied is told by the snapshot that Cassandra took before: without it, rows would be back.
-        elif emptied and emptied >= oldest:
-            kept[one.unit] = "an older snapshot reaches across it"
+        elif emptied and emptied >= oldest - _DAY_S:  # so far back a restore from the oldest may reach
+            kept[one.unit] = _TELLS_EMPTIED
     return kept
 
 
@@ -8206,6 +8237,11 @@ def kept_but_tag(
     if good and not options.force:
         newest = max(good, key=lambda one: one.taken)
         kept.setdefault(newest.unit, f"{_NEWEST}: only --force lets it go")
+        bases = [end_of(one.listing) for one in good if one.unit in kept]
+        for one in found:
+            emptied = emptied_at(one.unit)
+            if emptied and emptied >= min(bases) - _DAY_S:
+                kept.setdefault(one.unit, f"{_TELLS_EMPTIED}: only --force lets it go")
     return kept
 
 
@@ -8416,13 +8452,14 @@ class Pruning:
                 if entry.name.endswith((MANIFEST, "-Data.db")):
                     telling[entry.path] = entry
             newest = listings[-1]
+            whole = cast(Listing[Known], add_up(listings))  # what a restore of it would want
             yield Candidate(
                 unit=snapshot.unit,
                 snapshot=snapshot,
                 taken=seconds_of(newest.taken),
                 when=snapshot.newest.when,
                 counts=snapshot.complete and not is_automatic(snapshot.unit),
-                good=bad.isdisjoint(entry.key for entry in newest.files),
+                good=bad.isdisjoint(entry.key for entry in whole.files),
                 listing=replace(newest, files=tuple(telling.values())),
                 objects=named,
             )
@@ -8888,7 +8925,7 @@ class Past(NamedTuple):
     bases: list[tuple[float, float]]  # when each snapshot was listed, in order, and how far a restore came then
 
 
-def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[ListingInfo], bool]) -> Past:
+def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[Sequence[ListingInfo]], bool]) -> Past:
     first = min(seconds_of(info.unit.life or info.listed) for info in infos)
     gone = math.inf
     points: list[tuple[float, float]] = []
@@ -8896,10 +8933,12 @@ def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[ListingInfo], bool]
         emptied = emptied_at(snapshot.unit)
         if emptied and not snapshot.unit.tag.startswith("truncated-"):
             gone = emptied
-        elif snapshot.complete and not is_bad(snapshot.newest):
+        elif snapshot.complete and not is_bad(snapshot.listings):
             listed = min(info.when for info in snapshot.listings if info.complete)
             # After a truncate there is nothing older that could be missed.
             points.append((listed, emptied or seconds_of(snapshot.unit.life)))
+    if any(end > gone for _, end in points):
+        gone = math.inf  # it was brought back, with its old id
     bases = []
     reach = 0.0
     for listed, end in sorted(points):
@@ -9502,7 +9541,7 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
     snapshots = snapshots_of(found)
     bad = read_bad_keys(bucket.store, node.name)
     for one in snapshots:
-        if one.newest.key not in marks and names_bad(bucket.store, node.name, bad, one.newest):
+        if one.newest.key not in marks and names_bad(bucket.store, node.name, bad, one.listings):
             marks[one.newest.key] = "bad"
     groups = [_describe(group, marks) for group in group_snapshots(snapshots)]
     return {**asdict(node), "last": last, "snapshots": groups, "incrementals": covered}

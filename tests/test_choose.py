@@ -577,6 +577,8 @@ def test_from_the_drop_of_a_view_on_it_is_gone() -> None:
     story.snapshot(1 * DAY, nb(1, 0))
     story.snapshot(2 * DAY, nb(1, 0), tag=f"{int((BEGIN + 2 * DAY) * 1000)}-groups")
     assert story.names(3 * DAY) == ["nb-1-big"]
+    story.snapshot(3 * DAY, nb(1, 0), tag=f"{int((BEGIN + 1 * DAY) * 1000)}-users")
+    assert story.names(4 * DAY) == ["nb-1-big"], "nothing was dropped then"
     story.snapshot(4 * DAY, nb(1, 0), tag=f"{int((BEGIN + 4 * DAY) * 1000)}-users")
     assert story.names(5 * DAY) == []
 
@@ -645,6 +647,7 @@ def test_a_table_made_again_whose_flush_was_seen_late_is_the_living_one() -> Non
         ("1793491200123-upgrade-4.1.0-5.0.0", True, 0.0),
         ("1793491200123-users", True, 1793491200.123),  # of a view that was dropped, before 4.0
         ("1793491200123-groups", False, 0.0),
+        ("202601010000-users", False, 0.0),  # somebody's own, with a date
         ("dropped-the-ball", False, 0.0),
         ("1793491200123", False, 0.0),  # nodetool's own default
         ("daily", False, 0.0),
@@ -702,6 +705,25 @@ def test_a_tag_means_its_newest_life_unless_one_is_named() -> None:
     for word in ("dayly", "daily@2025"):
         with pytest.raises(Missing, match="daily, "):
             chosen(word)
+
+
+def test_a_table_that_the_newest_of_a_tag_lacks_is_named_unless_it_was_dropped_p6() -> None:
+    """It may be the largest: what is still on its way is not listed yet."""
+    story = Story()
+    for table in (FIRST, SECOND):
+        story.snapshot(1 * DAY, nb(1, 0), tag="daily", table=table)
+    story.snapshot(2 * DAY, nb(2, 0), tag="daily")
+    folders = list(table_folders(story.bucket, NODE))  # type: ignore[arg-type]
+    reader = story.reader
+    choose_tag(reader, folders, "daily")
+    assert [SECOND in what for what in reader.lacking] == [True]
+    reader.lacking.clear()
+    choose_tag(reader, folders, "daily@20261102")
+    choose_tag(reader, folders, "daily@20261103")
+    assert reader.lacking == [], "one that is named is what it is"
+    story.snapshot(1.5 * DAY, nb(1, 0), tag=tag_of("dropped", 1.5 * DAY), table=SECOND)
+    choose_tag(reader, folders, "daily")
+    assert reader.lacking == []
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ from cassbackup import (
 NODE = "node1"
 TABLE = "users-5a1c395ab8a511efa66dd5ba1d8d3a9f"
 BIG = ("CRC.db", "Data.db", "Digest.crc32", "Filter.db", "Index.db", "Statistics.db", "Summary.db", "TOC.txt")
+BTI = ("Data.db", "Filter.db", "Partitions.db", "Rows.db", "Statistics.db", "TOC.txt")
 T0 = 1_795_000_000  # some second of 2026
 LIFE = utc(T0)
 
@@ -210,7 +211,7 @@ def verdict(scene: Scene, tag: str = "daily", scanned: bool = False) -> tuple[li
 def test_a_snapshot_with_all_that_its_manifest_names_is_complete(scene: Scene, tag: str) -> None:
     scene.flush(f"snapshots/{tag}")
     scene.flush(f"snapshots/{tag}/.idx", "nb-7-big")
-    scene.flush(f"snapshots/{tag}", "da-3gxx_0abc_1defg2hijklmnopqrs-bti")
+    scene.flush(f"snapshots/{tag}", "da-3gxx_0abc_1defg2hijklmnopqrs-bti", BTI)
     scene.write(f"snapshots/{tag}", SCHEMA, b"CREATE TABLE")
     names = ("nb-1-big-Data.db", "da-3gxx_0abc_1defg2hijklmnopqrs-bti-Data.db", ".idx/nb-7-big-Data.db")
     scene.manifest(tag, *names)

@@ -166,10 +166,43 @@ def test_that_a_table_was_emptied_is_not_forgotten_while_an_older_snapshot_is_ke
     tag = f"truncated-{int((EPOCH + DAY) * 1000)}-users"
     table = Table(snapshot("a", EPOCH), snapshot(tag, EPOCH + DAY))
     assert table.kept_tags(EPOCH + 90 * DAY, keep_last=1) == ["a", tag]
-    table = Table(*table.listings.values(), snapshot("b", EPOCH + 2 * DAY))
+    table = Table(*table.listings.values(), snapshot("b", EPOCH + 3 * DAY))
     assert table.kept_tags(EPOCH + 90 * DAY, keep_last=1) == ["b"]
+    table = Table(snapshot(tag, EPOCH + DAY), snapshot("b", EPOCH + DAY + HOUR))
+    assert table.kept_tags(EPOCH + 90 * DAY, keep_last=1) == ["b", tag], "so far back a restore of b may reach"
     table = Table(snapshot("a", EPOCH), snapshot(tag, EPOCH + DAY), snapshot("c", EPOCH + 40 * DAY))
     assert table.kept_tags(EPOCH + 90 * DAY, keep_last=1, keep_monthly=9) == ["a", "c", tag], "a month's own, too"
+
+
+def test_what_tells_that_a_table_was_emptied_does_not_go_by_its_tag_alone_p7() -> None:
+    """It is as large as the table was, and without it a restore brings the truncated rows back."""
+    tag = f"truncated-{int((EPOCH + DAY) * 1000)}-users"
+    table = Table(snapshot("a", EPOCH), snapshot(tag, EPOCH + DAY))
+    assert table.kept_tags(EPOCH + 2 * DAY, tag=tag) == ["a", tag]
+    assert table.kept_tags(EPOCH + 2 * DAY, tag=tag, force=True) == ["a"]
+    table = Table(snapshot(tag, EPOCH + DAY), snapshot("b", EPOCH + 3 * DAY))
+    assert table.kept_tags(EPOCH + 4 * DAY, tag=tag) == ["b"], "no snapshot reaches back to it"
+
+
+def test_a_snapshot_of_which_only_a_part_could_be_stored_again_is_not_the_last_good_one_p7() -> None:
+    """Its complete listing names what is marked bad; a later one has the rest. A restore adds them up."""
+    shelf = Shelf()
+    names = [(f"nb-{number}-big-Data.db", EPOCH) for number in (1, 2)]
+    weekly = snapshot("weekly", EPOCH + DAY, names)
+    shelf.add(snapshot("daily", EPOCH, names), weekly)
+    first, second, *rest = weekly.files
+    shelf.now = EPOCH + DAY + HOUR
+    marks = [{"key": one.key, "found": "checksum", "at": utc(shelf.now)} for one in (first, second)]
+    shelf.put(f"{NODE}.listings/bad/{utc(shelf.now)}.json", cb.dump_document(keys=marks))
+    again = replace(first, key=f"{first.key}.again")
+    shelf.put(again.key, body_of(again.name, EPOCH))
+    part = replace(weekly, listed=utc(shelf.now), complete=False, files=(again, *rest), missing=(second.name,))
+    shelf.put(cb.listing_key(part), cb.dump_listing(part))
+    shelf.now = EPOCH + 3 * DAY
+    bucket = cb.Bucket(cb.Patient(Door(shelf), 1.0), 1)
+    assert "bad" in cb.list_(bucket, cb.ListOptions(node=NODE)).text
+    assert cb.prune(bucket, PruneOptions(node=NODE, keep_last=1, confirm=True)).code == cb.DONE
+    assert sorted(set(shelf.tags())) == ["daily", "weekly"]
 
 
 def test_snapshots_dated_by_a_clock_that_was_ahead_stay_and_take_no_place_of_those_taken_since_p7() -> None:
