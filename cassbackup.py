@@ -1111,6 +1111,17 @@ class FileStore(Store):
             return None
         return ObjectInfo(key, info.st_size, f"{info.st_mtime_ns:x}", info.st_mtime)
 
+    def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
+        """Tell whether a file has these bytes, and see to it that its name lasts: who linked it may have died since."""
+        if not super().holds(info, source, crc32):
+            return False
+        folder = self._path(info.key)
+        with self._faults():
+            while folder != self._root:
+                folder = os.path.dirname(folder)
+                self._sync_folder(folder)
+        return True
+
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         folder = prefix.rpartition("/")[0]
         for name in self._names(folder):
@@ -1328,6 +1339,8 @@ class Reply:
 
 # A head of which nobody could make anything else than we do.
 _HEAD: Final = re.compile(rb"HTTP/1\.1 (?!204|304)([2-5]\d\d) .*((?:\n[\w-]+:.*)+)\n\r\n")
+# What a server, or something between, may say before its reply (RFC 9110, 15.2). http.client knows 100 alone.
+_INTERIM: Final = re.compile(rb"HTTP/1\.1 1\d\d[^\n]*\n(?:[^\r\n]+\r\n)*\r\n")
 
 
 def _plain_reply(connection: socket.socket, seen: bytes) -> Reply | None:
@@ -1356,10 +1369,14 @@ def _plain_reply(connection: socket.socket, seen: bytes) -> Reply | None:
 def _reply(connection: socket.socket, method: str) -> Reply | http.client.HTTPResponse:
     """Read a reply up to its body. For its headers http.client would take seven times the CPU: half of a put."""
     seen = connection.recv(64 * KIB)
+    while interim := _INTERIM.match(seen):
+        seen = seen[interim.end() :] or connection.recv(64 * KIB)
     if plain := _plain_reply(connection, seen):
         return plain
     reply = http.client.HTTPResponse(cast(socket.socket, _Seen(seen, connection)), method=method)
     reply.begin()
+    if reply.status < 200:  # it came in pieces. What follows must not pass for the reply to the next request
+        raise http.client.HTTPException(f"an interim reply ({reply.status}) cannot be read")
     return reply
 
 
@@ -1381,7 +1398,7 @@ class Wire:
         if found and not proxy_bypass(self._host):
             proxy = urllib.parse.urlsplit(found if "://" in found else f"http://{found}")
             if not proxy.hostname:
-                raise ValueError(f"{found!r} has no host")
+                raise ValueError("a proxy without a host")
             self._proxy = (proxy.hostname, proxy.port)
             if proxy.username:
                 who = urllib.parse.unquote(f"{proxy.username}:{proxy.password}")
@@ -1421,11 +1438,24 @@ class Wire:
         return [b"".join(pieces)] if size < JOINED_BYTES else pieces
 
     def _exchange(self, *request: Any) -> tuple[socket.socket, Reply | http.client.HTTPResponse]:
-        if self._idle:
-            with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError, http.client.HTTPException):
+        kept = self._kept_connection()
+        if kept:
+            with contextlib.suppress(ConnectionError, ssl.SSLError, http.client.HTTPException):
                 # Servers close a kept connection between two requests: that says nothing, and we ask once more.
-                return self._send(self._idle.pop(), *request)
+                return self._send(kept, *request)
         return self._send(self._open(), *request)
+
+    def _kept_connection(self) -> socket.socket | None:
+        """Return a connection on which nothing has come since its last reply: that would not be the reply to us."""
+        with contextlib.suppress(IndexError):
+            while True:
+                connection = self._idle.pop()
+                poll = select.poll()
+                poll.register(connection, select.POLLIN)
+                if not poll.poll(0):
+                    return connection
+                connection.close()
+        return None
 
     def _open(self) -> socket.socket:
         host, port = self._host, self._port
@@ -1463,9 +1493,9 @@ def wire_to(origin: str, bundle: str) -> Wire:
     """Return the way to a server. Raises Usage where the environment names a proxy that is none."""
     try:
         return Wire(origin, bundle)
-    except ValueError as error:
+    except ValueError:  # it may show the proxy's password
         hint = "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: http://host:port"
-        raise Usage(f"the proxy that the environment names cannot be used ({error})", hint) from error
+        raise Usage("the proxy that the environment names cannot be used", hint) from None
 
 
 def _tag(text: str, name: str) -> str:
@@ -1544,6 +1574,10 @@ class _Remote(Store):
         if not there or there.size != info.size or there.crc32 not in ("", info.crc32):
             raise Conflict(f"{quote(key)} was taken by other content meanwhile")
         return replace(there, crc32=info.crc32)
+
+    def _mixed_up(self, key: str) -> Unreachable:
+        what = f"{self.url}: the reply to the put of {quote(key)} is of other bytes"
+        return Unreachable(what, "does a proxy or a gateway mix replies up?")
 
     def _put_small(self, key: str, source: Source) -> ObjectInfo:
         body = source.read(0, source.size)
@@ -1690,6 +1724,7 @@ class S3Store(_Remote):
         self._bucket = bucket
         self._checks: bool | None = None  # does the server check bodies by their CRC-32? The first put finds out
         self._lists_uploads = True
+        self._encrypts = True  # as --sse says, until a reply tells otherwise
         name = "x-amz-server-side-encryption"
         self._kept = {name: options.sse} if options.sse else {}
         if options.sse == "aws:kms":
@@ -1799,15 +1834,17 @@ class S3Store(_Remote):
 
     def _send(self, key: str, query: str, headers: Mapping[str, str], body: Piece, crc32: int) -> Mapping[str, str]:
         """PUT a body with what the server checks it by; return the headers of the reply."""
-        headers = dict(headers)
+        headers, ours = dict(headers), _base64_crc(crc32)
         if self._checks is not False:
-            headers["x-amz-checksum-crc32"] = _base64_crc(crc32)
+            headers["x-amz-checksum-crc32"] = ours
             headers["x-amz-sdk-checksum-algorithm"] = "CRC32"  # said once more, or a bucket with object lock refuses
         if self._checks is not True:
             headers["content-md5"] = _base64(_md5(body).digest())
         with self._ask("PUT", self._target(key) + query, headers, [body]) as reply:
             text = reply.read()
-        told: Mapping[str, str] = reply.headers
+            told: Mapping[str, str] = reply.headers
+            if told.get("x-amz-checksum-crc32", ours) != ours:
+                raise self._mixed_up(key)
         if reply.status != 200 or not told.get("etag"):
             raise self._refusal(key, reply, text)
         repeats = "x-amz-checksum-crc32" in told  # as a server does that has checked it
@@ -1818,6 +1855,8 @@ class S3Store(_Remote):
 
     def put(self, key: str, source: Source) -> ObjectInfo:
         """Put. A header that the server does not know is left out from then on."""
+        if not self._encrypts:
+            self._check_encryption("")
         try:
             return super().put(key, source)
         except _Unknown as fault:
@@ -1843,9 +1882,23 @@ class S3Store(_Remote):
         return ObjectInfo(key, len(body), etag, self.now(), hex32(crc32))
 
     def _check_encryption(self, done: str | None) -> None:
+        """Raise Denied, from then on for each put before anything is sent, where --sse was not done."""
         if self._options.sse and done != self._options.sse:
+            self._encrypts = False
+        if not self._encrypts:
             what = f"{self.url} takes --sse {self._options.sse} and does not do it"
             raise Denied(what, "leave --sse out, or use another server")
+
+    def _encryption_of(self, key: str) -> str | None:
+        """Return how an object is encrypted; "" where nobody asks."""
+        if not self._options.sse:
+            return ""
+        found: str | None = self._call("head_object", key).get("ServerSideEncryption")
+        return found
+
+    def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
+        """Tell whether an object has these bytes, encrypted as ours are."""
+        return super().holds(info, source, crc32) and self._encryption_of(info.key) == self._options.sse
 
     def _put_large(self, key: str, source: Source) -> ObjectInfo:
         """Send a file in parts, going on with what an earlier process has left. S3 takes at most 10,000 parts."""
@@ -1901,7 +1954,11 @@ class S3Store(_Remote):
         reply = self._call("create_multipart_upload", key, **more)
         if "UploadId" not in reply:
             raise self._no_answer("UploadId")
-        self._check_encryption(reply.get("ServerSideEncryption"))
+        try:
+            self._check_encryption(reply.get("ServerSideEncryption"))
+        except Denied:  # the next try must not go on with it
+            self._call("abort_multipart_upload", key, UploadId=reply["UploadId"])
+            raise
         return str(reply["UploadId"])
 
     def _send_parts(self, send: Callable[[int], _Part], starts: Iterable[int]) -> list[_Part]:
@@ -1952,6 +2009,8 @@ class S3Store(_Remote):
             raise Unreachable(f"{self.url}: the upload of {quote(key)} is gone", "it begins anew")
         if info.size != total or info.crc32 not in ("", hex32(crc32)):
             raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the server or the way to it is broken")
+        if self._encryption_of(key) != self._options.sse:  # the upload was begun before --sse was set
+            raise Conflict(f"{quote(key)} was uploaded without --sse", "it is stored anew, under another key")
         return replace(info, crc32=hex32(crc32))
 
     def _sum(self, crc32: int) -> dict[str, str]:
@@ -2159,6 +2218,8 @@ class GCSStore(_Remote):
         reply, told = self._send(key, "POST", target, headers, head, body, end)
         if "generation" not in told:
             raise self._refusal(key, reply, b"")
+        if told.get("crc32c", about["crc32c"]) != about["crc32c"]:
+            raise self._mixed_up(key)
         return ObjectInfo(key, len(body), str(told["generation"]), self.now(), crc32)
 
     def _put_large(self, key: str, source: Source) -> ObjectInfo:
@@ -4105,7 +4166,8 @@ def check_digest(store: Store, data: Pinned, digest: Pinned, stored: Known, mome
     # Scrub can leave a stale digest behind (SSTableRewriter), so the caller warns, and lists it all the same.
     if crc32_of(pieces(PinnedSource(data))) != crc32:
         return None
-    return send_one(store, data, f"{stored.key}@{moment}", moment)
+    again = send_one(store, data, f"{stored.key}@{moment}", moment)
+    return again if again.crc32 == crc32 else None
 
 
 # ======================================================================================================
@@ -5200,11 +5262,15 @@ class Backup:
         batches = _batches_of(unsent)
         # Sixteen senders share the batches: enough to keep every worker busy, few enough for little memory.
         await asyncio.gather(*(self._send_batches(work, batches) for _ in range(16)))
+        await self._check_digests(work)
         for error in work.failed.values():
             if isinstance(error, Changed):
                 raise error  # judged without this file, a unit could pass for complete
             if isinstance(error, Unreachable) and not self._options.once:
                 raise error  # an outage is no reason to list a unit without this file
+
+    async def _check_digests(self, work: Round) -> None:
+        """Hold each Data.db that was sent against its Digest.crc32. Before a round ends: the next knows of none."""
         args = (self.store, work.pins, dict(work.files), self.clock())
         for path, entry in (await self._workers.run("put", work.unit.urgent, _check_digests, *args)).items():
             if isinstance(entry, Stored):
@@ -8798,6 +8864,8 @@ def _check_bucket(options: DoctorOptions) -> str:
             problems.append(f"{right}: {fault.what}")
             cures[fault.hint] = True
     if problems:
+        with contextlib.suppress(Fault):  # what was refused after it had arrived would pass for good the next time
+            store.delete([key])
         raise Fault("; ".join(problems), "; ".join(cures))
     kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
     ahead = abs(time.time() - store.now())

@@ -777,6 +777,10 @@ REPLIES = {
     "cut in its head": [b"HTTP/1.1 200 OK\r\nContent-Le", b"ngth: 5\r\n\r\nabcde"],
     "no space, any case": [b"HTTP/1.1 200 OK\r\ncoNTent-length:5\r\n\r\nabcde"],
     "two lengths": [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 3\r\n\r\nabcde"],
+    "after an early hint": [b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", b"HTTP/1.1 200 OK\r\n"
+                            b"Content-Length: 5\r\n\r\nabcde"],
+    "with an early hint": [b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\n"
+                           b"Content-Length: 5\r\n\r\nabcde"],
     "more than told": [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabcdefgh"],
     "folded": [b"HTTP/1.1 200 OK\r\nX: y\r\n Content-Length: 3\r\nContent-Length: 5\r\n\r\nabcde"],
     "bare line ends": [b"HTTP/1.1 200 OK\nContent-Length: 5\n\nabcde"],
@@ -789,6 +793,41 @@ REPLIES = {
     "long": [b"HTTP/1.1 200 OK\r\n" + b"X: %b\r\n" % bytes(60000).replace(b"\0", b"x") * 3
              + b"Content-Length: 5\r\n\r\nabcde"],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_p1_a_reply_that_is_not_to_this_put_stores_nothing(moto: Bucket, opened: Opener, late: bool) -> None:
+    """One that comes unasked is lying on a kept connection, or names other bytes than were sent."""
+    ok = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nx-amz-checksum-crc32: %b\r\nContent-Length: 0\r\n\r\n'
+    listener, peers = socket.create_server(("127.0.0.1", 0)), list[socket.socket]()
+
+    def answer(peer: socket.socket) -> None:
+        sums = []
+        with contextlib.suppress(OSError, IndexError):
+            while True:
+                head = peer.recv(65536)
+                sums.append(re.findall(rb"x-amz-checksum-crc32: (\S+)", head)[0])
+                peer.sendall(ok % sums[0])
+                if late and len(sums) == 1:
+                    time.sleep(0.05)
+                    peer.sendall(ok % sums[0])
+
+    def accept() -> None:
+        while True:
+            peers.append(listener.accept()[0])
+            threading.Thread(target=answer, args=(peers[-1],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    store = opened(moto, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    store._refuses = True  # type: ignore[attr-defined]
+    put(store, KEY, b"one")
+    time.sleep(0.2)  # until what is not asked for has come
+    if late:
+        put(store, KEY, b"another")
+        assert len(peers) == 2, "over a connection on which nothing lies"
+        return
+    with pytest.raises(Unreachable, match="other bytes"):
+        put(store, KEY, b"another")
 
 
 @pytest.mark.parametrize("shape", REPLIES)
@@ -1300,8 +1339,17 @@ def test_a_refused_option_is_not_taken_for_a_header(faulty: FaultProxy, moto: Bu
 
 @pytest.mark.parametrize("size", [20, LARGE])
 def test_an_option_that_is_accepted_and_not_done_is_named(rclone: Bucket, opened: Opener, size: int) -> None:
-    with pytest.raises(Denied, match="--sse AES256"):
-        put(opened(rclone, sse="AES256"), KEY, noise(size))
+    store = opened(rclone, sse="AES256")
+    for _ in range(2):  # not even when what was refused is there already, or begun
+        with pytest.raises(Denied, match="--sse AES256"):
+            put(store, KEY, noise(size))
+
+
+def test_an_object_that_is_not_encrypted_as_ours_are_is_not_ours(moto: Bucket, opened: Opener) -> None:
+    body = noise(20)
+    info = put(opened(moto), KEY, body)
+    assert opened(moto).holds(info, Body(body), info.crc32)
+    assert not opened(moto, sse="aws:kms").holds(info, Body(body), info.crc32)
 
 
 def test_a_server_that_overwrites_is_found_out_and_said_once(

@@ -302,7 +302,8 @@ def test_no_heartbeat_speaks_of_what_was_not_scanned_yet_p8(tmp_path: Path, shim
             json.loads(body) for key, body in bucket.objects().items() if "/heartbeat/" in key and key not in known
         ]
     assert beats != []
-    assert [beat for beat in beats if beat["listed_through"] < began] == []
+    assert [beat for beat in beats if beat["scanned"] < began] == []
+    assert max(beat["listed_through"] for beat in beats) > began
 
 
 # ------------------------------------------------------------------------------------------------------------
