@@ -256,7 +256,8 @@ def test_h_cassandra_restarts_beside_full_pin_directories_and_clears_its_own_sna
     node.nodetool("snapshot", "-t", "daily")
     node.nodetool("clearsnapshot", "-t", "daily")
     node.nodetool("snapshot", "-t", "weekly", "ks")
-    scene.daemon.wait_until(lambda: scene.page()["quiet"])
+    taken = time.time()
+    scene.daemon.wait_until(lambda: scene.page()["scanned"] > taken)
     held = {area: set(pins(area)) for area in (beside, inside)}
     for names in held.values():
         assert {name.rpartition("-")[2] for name in names} >= {"Data.db~", "TOC.txt~"}
