@@ -1067,14 +1067,20 @@ class FileStore(Store):
                 self._check_there()  # what is made at an empty mount point would pass for the disk
                 os.makedirs(folder, exist_ok=True)
                 os.link(temporary, path)
-                while folder != self._root:
-                    folder = os.path.dirname(folder)
-                    folders.add(folder)
+                folders = self._folders_to(path)
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV):
                     hint = "this file system has no hard links, which file:// needs"
                     raise Denied(f"{self.url}: {error}", hint) from error
                 raise
+        return folders
+
+    def _folders_to(self, path: str) -> set[str]:
+        """Return the directories that a name hangs on, the root too."""
+        folders = set[str]()
+        while path != self._root:
+            path = os.path.dirname(path)
+            folders.add(path)
         return folders
 
     def _sync_folder(self, folder: str) -> None:
@@ -1115,10 +1121,8 @@ class FileStore(Store):
         """Tell whether a file has these bytes, and see to it that its name lasts: who linked it may have died since."""
         if not super().holds(info, source, crc32):
             return False
-        folder = self._path(info.key)
         with self._faults():
-            while folder != self._root:
-                folder = os.path.dirname(folder)
+            for folder in self._folders_to(self._path(info.key)):
                 self._sync_folder(folder)
         return True
 
@@ -1856,7 +1860,7 @@ class S3Store(_Remote):
     def put(self, key: str, source: Source) -> ObjectInfo:
         """Put. A header that the server does not know is left out from then on."""
         if not self._encrypts:
-            self._check_encryption("")
+            raise self._not_encrypted()
         try:
             return super().put(key, source)
         except _Unknown as fault:
@@ -1881,13 +1885,15 @@ class S3Store(_Remote):
         etag = told["etag"].strip('"')
         return ObjectInfo(key, len(body), etag, self.now(), hex32(crc32))
 
+    def _not_encrypted(self) -> Denied:
+        what = f"{self.url} takes --sse {self._options.sse} and does not do it"
+        return Denied(what, "leave --sse out, or use another server")
+
     def _check_encryption(self, done: str | None) -> None:
-        """Raise Denied, from then on for each put before anything is sent, where --sse was not done."""
+        """Raise Denied where --sse was not done. Then nothing more is sent: at the next try it would be there."""
         if self._options.sse and done != self._options.sse:
             self._encrypts = False
-        if not self._encrypts:
-            what = f"{self.url} takes --sse {self._options.sse} and does not do it"
-            raise Denied(what, "leave --sse out, or use another server")
+            raise self._not_encrypted()
 
     def _encryption_of(self, key: str) -> str | None:
         """Return how an object is encrypted; "" where nobody asks."""
@@ -1914,8 +1920,7 @@ class S3Store(_Remote):
         try:
             return self._complete(key, upload, self._send_parts(send, range(0, source.size, step)))
         except (Changed, Conflict):  # nobody will go on with it
-            with contextlib.suppress(Fault):
-                self._call("abort_multipart_upload", key, UploadId=upload)
+            self._abort(key, upload)
             raise
         except Missing as fault:
             raise Unreachable(fault.what, "the upload is gone, and begins anew") from fault
@@ -1956,10 +1961,14 @@ class S3Store(_Remote):
             raise self._no_answer("UploadId")
         try:
             self._check_encryption(reply.get("ServerSideEncryption"))
-        except Denied:  # the next try must not go on with it
-            self._call("abort_multipart_upload", key, UploadId=reply["UploadId"])
+        except Denied:  # a later process must not go on with it
+            self._abort(key, reply["UploadId"])
             raise
         return str(reply["UploadId"])
+
+    def _abort(self, key: str, upload: str) -> None:
+        with contextlib.suppress(Fault):
+            self._call("abort_multipart_upload", key, UploadId=upload)
 
     def _send_parts(self, send: Callable[[int], _Part], starts: Iterable[int]) -> list[_Part]:
         """Send all parts, some at once. After a fault no further part is begun."""
@@ -5668,12 +5677,12 @@ def _oldest_of(units: Mapping[Unit, Waiting]) -> dict[str, float]:
     return oldest
 
 
-def _oldest_data(disks: Sequence[PinDirectory], places: Iterable[str]) -> dict[str, float]:
+def _oldest_data(roots: Sequence[str], places: Iterable[str]) -> dict[str, float]:
     """Return when the oldest Data.db of each table was written, seconds since 1970; none where there is none."""
     oldest: dict[str, float] = {}
     for place in places:
-        for disk in disks:
-            with contextlib.suppress(OSError), os.scandir(os.path.join(disk.root, place)) as entries:
+        for root in roots:
+            with contextlib.suppress(OSError), os.scandir(os.path.join(root, place)) as entries:
                 for entry in entries:
                     if entry.name.endswith("-Data.db"):
                         written = entry.stat(follow_symlinks=False).st_mtime
@@ -5681,19 +5690,17 @@ def _oldest_data(disks: Sequence[PinDirectory], places: Iterable[str]) -> dict[s
     return oldest
 
 
-def _read_tag(
-    disks: Sequence[PinDirectory], tables: Iterable[str], tag: str
-) -> tuple[dict[str, Fingerprint], list[str]]:
+def read_tag(roots: Sequence[str], tables: Iterable[str], tag: str) -> tuple[dict[str, Fingerprint], list[str]]:
     """Return what there is of a tag: its manifest.json, by directory; and the tables that have SSTables, but none."""
     manifests: dict[str, Fingerprint] = {}
     bare = []
     for table in tables:
         before = len(manifests)
-        for disk in disks:
-            directory = os.path.join(disk.root, table, "snapshots", tag)
+        for root in roots:
+            directory = os.path.join(root, table, "snapshots", tag)
             with contextlib.suppress(OSError):
                 manifests[directory] = Fingerprint.of(os.lstat(os.path.join(directory, MANIFEST)))
-        if len(manifests) == before and _oldest_data(disks, [table]):
+        if len(manifests) == before and _oldest_data(roots, [table]):
             bare.append(table)
     return manifests, bare
 
@@ -5713,6 +5720,7 @@ class Daemon:
 
     def __init__(self, options: WatchOptions, environ: Mapping[str, str], disks: Sequence[PinDirectory]) -> None:
         self._options, self._environ, self._disks = options, environ, disks
+        self._roots = [disk.root for disk in disks]
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[object] = asyncio.Queue()
         # Of a disk that is not there yet the pin directory is not known.
@@ -6015,7 +6023,7 @@ class Daemon:
         await self._backup.scanned.wait()
         places = sorted(self._state.tables)
         began = time.monotonic()
-        self._oldest = await self._on_disk(_oldest_data, self._disks, places)
+        self._oldest = await self._on_disk(_oldest_data, self._roots, places)
         # Thousands of tables take a tenth of a second: a thousandth of a core. What is asked of it is a day old.
         await asyncio.sleep(min(300.0, 1000 * (time.monotonic() - began)))
 
@@ -6121,7 +6129,7 @@ class Daemon:
         tables = sorted(state.tables)
         if keyspaces:
             tables = [place for place in tables if place.split("/")[0] in keyspaces]
-        manifests, bare = await self._on_disk(_read_tag, self._disks, tables, tag)
+        manifests, bare = await self._on_disk(read_tag, self._roots, tables, tag)
         until = time.monotonic() + 4.0
         while True:
             waiting = list(bare)
@@ -7440,9 +7448,9 @@ def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str]) ->
 
 
 def left_out(
-    earlier: Iterable[Sequence[Snapshot]], newest: Sequence[Snapshot], taken: Iterable[Sequence[Snapshot]]
+    before: Sequence[Snapshot], newest: Sequence[Snapshot], taken: Iterable[Sequence[Snapshot]]
 ) -> Iterator[Snapshot]:
-    """Yield what an earlier snapshot of a tag has of tables that the newest lacks, unless they were dropped since.
+    """Yield what the snapshot before has of tables that the newest of a tag lacks, unless they were dropped since.
 
     A table is listed when it is stored: that of a large one may be under way yet.
     """
@@ -7451,7 +7459,7 @@ def left_out(
     for one in itertools.chain(*taken):
         place = one.unit.place
         emptied[place] = max(emptied_at(one.unit), emptied.get(place, 0.0))
-    for one in itertools.chain(*earlier):
+    for one in before:
         place = one.unit.place
         if place not in here and emptied[place] < seconds_of(one.unit.life):
             yield one
@@ -7475,7 +7483,8 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
         tags = {group[0].unit.tag for group in taken}
         raise Missing(f"no snapshot {word!r}", f"there are {some_of(sorted(tags))}")
     *earlier, newest = exact or groups
-    for one in left_out(earlier[-1:], newest, taken):
+    before = earlier[-1] if earlier else []
+    for one in left_out(before, newest, taken):
         what = f"{one.unit.place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
         reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
     tables = []
@@ -8265,6 +8274,15 @@ def _kept_by_options(ranked: Sequence[Candidate], options: PruneOptions, now: fl
     return kept
 
 
+def tells_emptied(unit: Unit, oldest: float) -> bool:
+    """Tell whether a restore from the oldest kept snapshot needs this one of Cassandra's, or rows would be back.
+
+    That a table was truncated or dropped is told by nothing else. And a restore reaches back before its snapshot.
+    """
+    emptied = emptied_at(unit)
+    return emptied > 0 and emptied >= oldest - _DAY_S
+
+
 def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float) -> dict[Unit, str]:
     """Return which snapshots of a table stay, and why; what is not among them goes.
 
@@ -8283,13 +8301,11 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
             kept.setdefault(unit, why)
     oldest = min(end_of(one.listing) for one in ranked if one.unit in kept)
     for one in found:
-        emptied = emptied_at(one.unit)
         if one not in dated:
             kept[one.unit] = "it is dated after today"
         elif not one.counts and now - one.when <= (options.keep_within or _AUTOMATIC_S):
             kept[one.unit] = "it is incomplete or Cassandra's own, and young"
-        # That a table was emptied is told by the snapshot that Cassandra took before: without it, rows would be back.
-        elif emptied and emptied >= oldest - _DAY_S:  # so far back a restore from the oldest may reach
+        elif tells_emptied(one.unit, oldest):
             kept[one.unit] = _TELLS_EMPTIED
     return kept
 
@@ -8303,10 +8319,9 @@ def kept_but_tag(
     if good and not options.force:
         newest = max(good, key=lambda one: one.taken)
         kept.setdefault(newest.unit, f"{_NEWEST}: only --force lets it go")
-        bases = [end_of(one.listing) for one in good if one.unit in kept]
+        oldest = min(end_of(one.listing) for one in found if one.counts and one.unit in kept)
         for one in found:
-            emptied = emptied_at(one.unit)
-            if emptied and emptied >= min(bases) - _DAY_S:
+            if tells_emptied(one.unit, oldest):
                 kept.setdefault(one.unit, f"{_TELLS_EMPTIED}: only --force lets it go")
     return kept
 
@@ -8511,14 +8526,13 @@ class Pruning:
         snapshots = snapshots_of(infos)
         objects: dict[str, tuple[str, int]] = {}  # what many snapshots name is in memory once
         for snapshot, listings in zip(snapshots, spread(read, snapshots, self._threads), strict=True):
-            named, telling = [], {}
+            named = []
             for entry in itertools.chain(*(listing.files for listing in listings)):
                 pair = (entry.key, entry.size)
                 named.append(objects.setdefault(entry.key, pair))
-                if entry.name.endswith((MANIFEST, "-Data.db")):
-                    telling[entry.path] = entry
             newest = listings[-1]
             whole = cast(Listing[Known], add_up(listings))  # what a restore of it would want
+            telling = [entry for entry in whole.files if entry.name.endswith((MANIFEST, "-Data.db"))]
             yield Candidate(
                 unit=snapshot.unit,
                 snapshot=snapshot,
@@ -8526,7 +8540,7 @@ class Pruning:
                 when=snapshot.newest.when,
                 counts=snapshot.complete and not is_automatic(snapshot.unit),
                 good=bad.isdisjoint(entry.key for entry in whole.files),
-                listing=replace(newest, files=tuple(telling.values())),
+                listing=replace(newest, files=tuple(telling)),
                 objects=named,
             )
 
@@ -9337,29 +9351,35 @@ class SnapshotOptions(BucketOptions):
     exclude_table: tuple[str, ...] = ()
 
 
-def _tables_with(options: SnapshotOptions, pattern: str) -> Iterator[tuple[str, str]]:
-    """Yield what there is of a pattern below tables that are to be stored: its path, and its keyspace/table-id."""
+def wanted_tables(options: SnapshotOptions, roots: Iterable[str]) -> list[str]:
+    """Return the tables that are to be stored, as keyspace/table-id."""
     filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
-    for root in data_directories(options.paths):
-        for path in glob.iglob(f"{glob.escape(root)}/*/*/{pattern}"):
-            place = "/".join(path[len(root) :].strip("/").split("/")[:2])
-            if filters.wants_directory(place):
-                yield path, place
+    there = set[str]()
+    for root in roots:
+        for path in glob.iglob(f"{glob.escape(root)}/*/*-*/"):
+            keyspace, table = path.split("/")[-3:-1]
+            there.add(f"{keyspace}/{table}")
+    return sorted(filter(filters.wants_directory, there))
 
 
 def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
     """Return the path of each manifest.json that is on disk, and is to be stored. The tag may be a glob."""
-    return [path for path, _ in _tables_with(options, f"snapshots/{tag}/{MANIFEST}")]
+    roots = data_directories(options.paths)
+    found = []
+    for place in wanted_tables(options, roots):
+        for root in roots:
+            found += glob.glob(f"{glob.escape(f'{root}/{place}')}/snapshots/{tag}/{MANIFEST}")
+    return found
 
 
 def check_taken(options: SnapshotOptions, tag: str) -> None:
     """Refuse a tag that some tables lack: a `nodetool snapshot` that was broken off leaves it so. Raises Fault."""
-    taken = {place for _, place in _tables_with(options, f"snapshots/{tag}/{MANIFEST}")}
-    live = {place for _, place in _tables_with(options, "*-Data.db")}
+    roots = data_directories(options.paths)
+    tables = wanted_tables(options, roots)
     if options.keyspaces:
-        live = {place for place in live if place.split("/")[0] in options.keyspaces}
-    bare = sorted(live - taken)
-    if taken and bare:
+        tables = [place for place in tables if place.split("/")[0] in options.keyspaces]
+    manifests, bare = read_tag(roots, tables, tag)
+    if manifests and bare:
         hint = f"it was broken off: nodetool clearsnapshot -t {tag}, and run this again"
         raise Fault(tell(f"{len(bare)} tables have SSTables and no manifest.json of {tag}", bare), hint)
 

@@ -25,7 +25,7 @@ from servers import Bucket, FileBucket
 from tree import Node
 
 import cassbackup
-from cassbackup import Fingerprint, PinDirectory, _read_tag, describe_schema
+from cassbackup import Fingerprint, describe_schema, read_tag
 
 pytestmark = pytest.mark.slow
 
@@ -279,8 +279,8 @@ def test_a_tag_is_read_with_its_manifests_and_the_tables_that_lack_one(node: Nod
     for table in (users, posts):
         table.flush()
     node.snapshot("daily", [users, empty])
-    disks = [PinDirectory(str(root)) for root in node.data_dirs]
-    manifests, bare = _read_tag(disks, [f"ks1/{table.directory}" for table in node.tables], "daily")
+    roots = [str(root) for root in node.data_dirs]
+    manifests, bare = read_tag(roots, [f"ks1/{table.directory}" for table in node.tables], "daily")
     folder = users.directories()[0] / "snapshots" / "daily"
     assert manifests[str(folder)] == Fingerprint.of((folder / "manifest.json").stat())
     assert len(manifests) == 2
