@@ -577,7 +577,7 @@ def test_from_the_drop_of_a_view_on_it_is_gone() -> None:
     story.snapshot(1 * DAY, nb(1, 0))
     story.snapshot(2 * DAY, nb(1, 0), tag=f"{int((BEGIN + 2 * DAY) * 1000)}-groups")
     assert story.names(3 * DAY) == ["nb-1-big"]
-    story.snapshot(3 * DAY, nb(1, 0), tag=f"{int((BEGIN + 1 * DAY) * 1000)}-users")
+    story.snapshot(3 * DAY, nb(1, 0), tag=f"{int((BEGIN + 2.5 * DAY) * 1000)}-users")
     assert story.names(4 * DAY) == ["nb-1-big"], "nothing was dropped then"
     story.snapshot(4 * DAY, nb(1, 0), tag=f"{int((BEGIN + 4 * DAY) * 1000)}-users")
     assert story.names(5 * DAY) == []

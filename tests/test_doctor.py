@@ -251,6 +251,13 @@ def test_one_question_without_an_answer_hides_no_other(
     assert "rights" in found["cure"]
 
 
+def test_what_is_refused_after_it_has_arrived_is_refused_the_next_time_too(in_s3: Doctor, faulty: FaultProxy) -> None:
+    in_s3.bucket.put("node1.doctor", b"arrived")
+    faulty.on("GET", "list-type", s3_error(403, "AccessDenied"), count=None)
+    assert in_s3()["bucket"]["result"] == "bad"
+    assert list(in_s3.bucket.keys()) == []
+
+
 def test_no_right_to_delete_is_good_and_the_probe_does_not_pile_up(in_s3: Doctor, faulty: FaultProxy) -> None:
     faulty.on("POST", "delete", s3_error(403, "AccessDenied"), count=None)
     faulty.on("DELETE", "node1.doctor", s3_error(403, "AccessDenied"), count=None)

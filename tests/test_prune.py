@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,12 +185,11 @@ def test_what_tells_that_a_table_was_emptied_does_not_go_by_its_tag_alone_p7() -
     assert table.kept_tags(EPOCH + 4 * DAY, tag=tag) == ["b"], "no snapshot reaches back to it"
 
 
-def test_a_snapshot_of_which_only_a_part_could_be_stored_again_is_not_the_last_good_one_p7() -> None:
+def test_a_snapshot_of_which_only_a_part_could_be_stored_again_is_not_the_last_good_one_p7(tmp_path: Path) -> None:
     """Its complete listing names what is marked bad; a later one has the rest. A restore adds them up."""
     shelf = Shelf()
-    names = [(f"nb-{number}-big-Data.db", EPOCH) for number in (1, 2)]
-    weekly = snapshot("weekly", EPOCH + DAY, names)
-    shelf.add(snapshot("daily", EPOCH, names), weekly)
+    weekly = snapshot("weekly", EPOCH + DAY, [(f"nb-{number}-big-Data.db", EPOCH) for number in (2, 3)])
+    shelf.add(snapshot("daily", EPOCH, [("nb-1-big-Data.db", EPOCH)]), weekly)
     first, second, *rest = weekly.files
     shelf.now = EPOCH + DAY + HOUR
     marks = [{"key": one.key, "found": "checksum", "at": utc(shelf.now)} for one in (first, second)]
@@ -200,7 +200,10 @@ def test_a_snapshot_of_which_only_a_part_could_be_stored_again_is_not_the_last_g
     shelf.put(cb.listing_key(part), cb.dump_listing(part))
     shelf.now = EPOCH + 3 * DAY
     bucket = cb.Bucket(cb.Patient(Door(shelf), 1.0), 1)
-    assert "bad" in cb.list_(bucket, cb.ListOptions(node=NODE)).text
+    (page,) = cb.list_(bucket, cb.ListOptions(node=NODE)).document["nodes"]
+    assert [("bad" in one["state"], one["tag"]) for one in page["snapshots"]] == [(False, "daily"), (True, "weekly")]
+    (lost,) = cb.report(bucket, cb.ReportOptions(node=NODE, out=str(tmp_path / "page"))).document["tables"]
+    assert lost["loss_s"] == pytest.approx(3 * DAY, abs=90), "since the daily one"
     assert cb.prune(bucket, PruneOptions(node=NODE, keep_last=1, confirm=True)).code == cb.DONE
     assert sorted(set(shelf.tags())) == ["daily", "weekly"]
 

@@ -185,6 +185,8 @@ def test_a_table_that_was_truncated_has_nothing_older_to_lose_and_a_dropped_one_
     past.snapshot(HOUR, place=logs, tag=f"dropped-{emptied}-logs")
     assert (past.loss(place=logs), past.loss(2 * HOUR, logs)) == (-1, about(2 * DAY - 2 * HOUR))
     assert past.loss(3 * DAY, logs) == -1  # it was not there yet
+    past.snapshot(HOUR / 2, place=logs)
+    assert past.loss(place=logs) == about(HOUR / 2), "it was brought back, with its old id"
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"version": 2}', b'{"version": 2, "oldest_incrementals": {"a": 5}}'])

@@ -1238,7 +1238,9 @@ def test_an_import_asks_first_and_then_hands_over_each_table(
     daily: Shelf, into: Path, nodetool: Callable[..., Any]
 ) -> None:
     tool, calls = nodetool()
-    assert daily.restore(tag="daily", into=into, import_=True, nodetool=f"{tool} -u me").code == DONE
+    answer = daily.restore(tag="daily", into=into, import_=True, nodetool=f"{tool} -u me")
+    assert answer.code == DONE
+    assert "next: cassbackup snapshot" in answer.text, "no backup has what is back"
     assert calls()[:2] == ["version", "tablestats ks1.groups ks1.users"]
     assert sorted(calls()[2:]) == [f"import ks1 {name} {into}/ks1/{name}" for name in ("groups", "users")]
     assert tree(into) == {}  # nor what an import does not take

@@ -548,11 +548,15 @@ def test_an_endpoint_without_a_scheme_is_wrong_usage(url: str) -> None:
         open_store(url, StoreOptions(endpoint_url="minio:9000"))
 
 
-@pytest.mark.parametrize("proxy", ["http://[x", "proxy:port", "http://"])
+@pytest.mark.parametrize(
+    "proxy", ["http://[x", "proxy:port", "http://", "http://me:s3/cret@proxy:1", "http://:s3/cret@"]
+)
 def test_a_proxy_that_is_none_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
     monkeypatch.setenv("HTTPS_PROXY", proxy)
-    with pytest.raises(Usage, match="HTTPS_PROXY"):
+    with pytest.raises(Usage, match="HTTPS_PROXY") as told:
         open_store("s3://bucket", StoreOptions(region="eu-west-1"))
+    assert "s3" not in str(told.value).replace("s3://", "")
+    assert told.value.__cause__ is None
 
 
 def test_a_key_without_its_secret_is_named(moto: Bucket, opened: Opener) -> None:
@@ -793,6 +797,36 @@ REPLIES = {
     "long": [b"HTTP/1.1 200 OK\r\n" + b"X: %b\r\n" % bytes(60000).replace(b"\0", b"x") * 3
              + b"Content-Length: 5\r\n\r\nabcde"],
 }  # fmt: skip
+
+
+def test_p1_a_reply_of_gcs_that_names_other_bytes_stores_nothing(gcs: Bucket, opened: Opener) -> None:
+    body = json.dumps({"generation": "1", "crc32c": "AAAAAA=="}).encode()
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    store = opened(gcs, serve(reply), fresh=True)
+    store._refuses = True  # type: ignore[attr-defined]
+    with pytest.raises(Unreachable, match="other bytes"):
+        put(store, KEY, b"ours")
+
+
+def test_a_name_that_another_process_linked_is_made_durable_before_it_counts_p1(
+    tmp_bucket: FileBucket, local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one may have died before it was."""
+    info = put(local, KEY, b"bytes")
+    synced = []
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert local.holds(info, Body(b"bytes"), info.crc32)
+    root = tmp_bucket.target.removeprefix("file://")
+    folder = os.path.dirname(f"{root}/{KEY}")
+    assert {root, folder, os.path.dirname(folder)} <= set(synced)
+    synced.clear()
+    assert not local.holds(info, Body(b"other"), crc(b"other"))
 
 
 @pytest.mark.parametrize("late", [True, False])
@@ -1339,10 +1373,20 @@ def test_a_refused_option_is_not_taken_for_a_header(faulty: FaultProxy, moto: Bu
 
 @pytest.mark.parametrize("size", [20, LARGE])
 def test_an_option_that_is_accepted_and_not_done_is_named(rclone: Bucket, opened: Opener, size: int) -> None:
-    store = opened(rclone, sse="AES256")
+    store = opened(rclone, sse="AES256", fresh=True)
     for _ in range(2):  # not even when what was refused is there already, or begun
         with pytest.raises(Denied, match="--sse AES256"):
             put(store, KEY, noise(size))
+    assert opened(rclone).abandon_uploads(time.time() + 999) == 0
+
+
+def test_an_upload_that_was_begun_without_sse_does_not_count(moto: Bucket, faulty: FaultProxy, opened: Opener) -> None:
+    refuse_part(faulty, 3)
+    with pytest.raises(Denied):
+        put(opened(moto, faulty.url, fresh=True), KEY, noise(LARGE))
+    faulty.heal()
+    with pytest.raises(Conflict, match="without --sse"):
+        put(opened(moto, faulty.url, fresh=True, sse="aws:kms"), KEY, noise(LARGE))
 
 
 def test_an_object_that_is_not_encrypted_as_ours_are_is_not_ours(moto: Bucket, opened: Opener) -> None:

@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,21 @@ def test_a_file_that_goes_on_contradicting_its_digest_is_told_to_the_caller(benc
     found, _ = held_against(bench, b"12345")
     assert found is None
     assert bench.objects() == {"n/data": b"bytes"}
+
+
+def test_a_file_that_is_read_wrongly_a_second_time_is_told_to_the_caller(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is failing gives now these bytes, now those."""
+    put = bench.store.put_all
+
+    def put_all(items: Sequence[tuple[str, Any]]) -> list[Any]:
+        return [replace(found, crc32="00000000") for found in put(items)]
+
+    data, digest = bench.pin("nb-1-big-Data.db", b"bytes"), b"%d" % zlib.crc32(b"bytes")
+    stored = send_one(bench.store, bench.pin("as-it-was-read", b"bitez"), "n/data", MOMENT)
+    monkeypatch.setattr(bench.store, "put_all", put_all)
+    assert check_digest(bench.store, data, bench.pin("nb-1-big-Digest.crc32", digest), stored, MOMENT) is None
 
 
 def test_a_file_that_was_read_wrongly_is_stored_again_under_another_key(bench: Bench) -> None:
