@@ -28,15 +28,17 @@ make_node() {
     usermod --home /var/lib/cassandra cassandra 2>/dev/null || true
 }
 
-# storm TAG: a snapshot of a hundred SSTables
+# storm TAG: a snapshot of a hundred SSTables: 402 files
 storm() {
     setpriv --reuid cassandra --regid cassandra --clear-groups sh -eu <<SH
 mkdir -p $table/snapshots
 cd $table
 names=
 for n in \$(seq 100); do
-    head -c 2000 /dev/urandom >nb-$1\$n-big-Data.db
-    printf 'Data.db\nTOC.txt\n' >nb-$1\$n-big-TOC.txt
+    for component in Data.db Index.db Statistics.db; do
+        head -c 2000 /dev/urandom >nb-$1\$n-big-\$component
+    done
+    printf 'Data.db\nIndex.db\nStatistics.db\nTOC.txt\n' >nb-$1\$n-big-TOC.txt
     names="\$names,\"nb-$1\$n-big-Data.db\""
 done
 mkdir snapshots/$1
@@ -47,7 +49,7 @@ SH
 }
 
 is_stored() { # is_stored TAG: its listing says complete
-    find "$bucket" -path "*.listings/ks1/users-*/snapshots/$1/*-complete-202-*" | grep -q .
+    find "$bucket" -path "*.listings/ks1/users-*/snapshots/$1/*-complete-402-*" | grep -q .
 }
 
 pins() { # pins [TAG]: how many files wait, wherever
