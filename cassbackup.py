@@ -2924,11 +2924,11 @@ def lock_file(path: str) -> int:
 def mark_of(name: str, fingerprint: Fingerprint) -> int:
     """Return 64 bits that stand for a listed file: what is done is remembered without its name.
 
-    TOC.txt and schema.cql count by their inode alone: when an index is built Cassandra appends to TOC.txt, and so to
-    every snapshot's link to it.
+    TOC.txt counts by its inode alone: when an index is built Cassandra appends to it, and so to every snapshot's link
+    to it.
     """
     inode, size, mtime_ns = fingerprint
-    if name.endswith("TOC.txt") or name == SCHEMA:
+    if name.endswith("TOC.txt"):
         size = mtime_ns = 0
     text = f"{name}\0{inode:x}.{size:x}.{mtime_ns:x}"
     told = text.encode("utf-8", "surrogateescape")
@@ -3594,8 +3594,8 @@ class Pinner(threading.Thread):
         if self._absent.pop(disk.root, None):
             log.warning("data directory is there path=%s", quote(disk.root))
         if disk not in self._opened:
+            self._recover(disk)  # where that fails, it is tried again
             self._opened.add(disk)
-            self._recover(disk)
         return True
 
     def _recover(self, disk: PinDirectory) -> None:
@@ -3661,10 +3661,10 @@ class Pinner(threading.Thread):
         self._report_if_late()
         if self._places.get(place.path) is not place:
             return
+        place.mtime_ns = 0  # until this scan has ended well; where the disk is away, until it is back
         if place.relative and place.disk.root in self._absent:
             return
         began = time.monotonic()
-        place.mtime_ns = 0
         try:
             # The data directory itself may be reached through a link.
             fd = os.open(place.path, _OPEN_DIRECTORY if place.relative else _OPEN_DIRECTORY & ~os.O_NOFOLLOW)
@@ -3986,6 +3986,10 @@ class Pinner(threading.Thread):
         if not homes:
             self._pins.pop(life, None)
         place = self._places.get(disk.source(relative))
+        if place and place.pinned and not any((disk, relative) in some for some in self._pins.values()):
+            log.error("somebody removed pins, what is still there is pinned again path=%s", quote(place.path))
+            place.pinned = {}
+            self._dirty[place] = None
         if place and place.life == life:
             self._release(place)
             if not place.is_tag:
@@ -3996,11 +4000,12 @@ class Pinner(threading.Thread):
         """Unlink pins whose bytes nobody else holds; return which names are lost by that."""
         folder = disk.directory(relative, life)
         pins = {name: f"{folder}/{_short(name, '~')}" for name in names}
-        alone = []
+        alone: dict[str, os.stat_result] = {}
         for name, pin in pins.items():
             with contextlib.suppress(FileNotFoundError):
-                if os.lstat(pin).st_nlink == 1:
-                    alone.append(name)
+                info = os.lstat(pin)
+                if info.st_nlink == 1:
+                    alone[name] = info
         if alone:
             names = {*disk.lost(relative, life), *alone}
             try:
@@ -4008,15 +4013,17 @@ class Pinner(threading.Thread):
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                # The names need room themselves, so the largest goes first. The log has it in any case.
-                os.unlink(pins[max(alone, key=lambda name: os.lstat(pins[name]).st_size)])
+                # The names need room themselves, so the largest goes first; here, should that not be enough.
+                largest = max(alone, key=lambda name: alone[name].st_size)
+                log.error("given up to make room for its name path=%s", quote(f"{disk.source(relative)}/{largest}"))
+                os.unlink(pins[largest])
                 disk.write_lost(relative, life, names)
-        for name in alone:
+        for name, info in alone.items():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(pins[name])
             place = self._place_of(disk.source(relative), life)
-            if place:
-                place.pinned.pop(name, None)
+            if place and place.pinned.get(name) == info.st_ino:
+                del place.pinned[name]
                 self._dirty[place] = None
             self._pin_between()
         return tuple(alone)
@@ -4219,18 +4226,25 @@ def sstable_at(path: FilePath) -> str:
 
 
 def _needed(sstable: str) -> tuple[str, ...]:
-    return NEEDED_COMPONENTS.get(sstable.rpartition("-")[2], NEEDED_COMPONENTS["big"])
+    kind = sstable.rpartition("-")[2]
+    if kind.isdigit():  # ks-t-ka-12: before Cassandra 2.2 no name told the format
+        kind = "big"
+    return NEEDED_COMPONENTS.get(kind, ("Data.db",))  # of another format its TOC.txt tells
+
+
+def _has_checksums(sstable: str, names: Collection[str]) -> bool:
+    """Tell whether the component is there that holds a Data.db's checksums: of a compressed table, or of another."""
+    return f"{sstable}-CompressionInfo.db" in names or f"{sstable}-CRC.db" in names
 
 
 def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) -> list[str]:
-    """Return what an SSTable lacks: components that its own TOC.txt names, or TOC.txt and what must be there anyway."""
+    """Return what an SSTable lacks: of what its own TOC.txt names, and of what must be there anyway."""
+    words = {"TOC.txt", *_needed(sstable)}
     toc = f"{sstable}-TOC.txt"
-    if toc in names:
-        words = read(names[toc]).decode("utf-8", "replace").split()
-    else:
-        words = ["TOC.txt", *_needed(sstable)]
-        if f"{sstable}-CRC.db" not in names:  # a table that is not compressed has it instead
-            words.append("CompressionInfo.db")
+    told = read(names[toc]).decode("utf-8", "replace").split() if toc in names else []
+    words.update(told)
+    if not told and not _has_checksums(sstable, names):  # a power cut may leave a TOC.txt empty
+        words.add("CompressionInfo.db")
     missing = []
     for word in words:
         name = f"{sstable}-{word}"
@@ -4261,7 +4275,7 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
 
     Cassandra writes manifest.json after the last link of a table, and it names every Data.db (TableSnapshot,
     SnapshotManifest). `scanned`: a scan of all data directories, begun after it was final, missed nothing. Else, when
-    the tag is cleared already, each TOC.txt must be fulfilled.
+    the tag is cleared already, each TOC.txt must be fulfilled; and wherever an SSTable is not what it must be.
     """
     ephemeral = any(name == EPHEMERAL for _, name in files)
     named: set[str] = set()
@@ -4289,7 +4303,7 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
         sstable = name.removesuffix("-Data.db")
         # Whatever a scan said: a clear that was broken off may have left but a part of an SSTable.
         missing.update({f"{sstable}-{word}" for word in _needed(sstable)} - names.keys())
-        if not scanned:
+        if not scanned or not _has_checksums(sstable, names):
             lacks = _unfulfilled(sstable, names, read)
             if not lacks_toc_alone(lacks):
                 missing.update(lacks)
@@ -5019,6 +5033,7 @@ class Backup:
         waiting.files = len(work.pins)
         waiting.size = sum(pin.size for pin in work.pins.values())
         if not work.pins and not work.lost:
+            await self.ask(self._pinner.let_go, unit, {}, (), ())  # it may think that there are pins
             return None
         if unit.kind == "snapshot":
             return await self._back_up_snapshot(work)

@@ -22,7 +22,7 @@ import oracle
 import pytest
 from conftest import Daemon, Run
 from faultproxy import BlackHole, Call, Delay, FaultProxy, assert_written_once, s3_error
-from scene import Scene, area_of, assert_no_pin_is_left, wait_for
+from scene import Scene, area_of, assert_no_pin_is_left, pins, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
 
@@ -550,6 +550,46 @@ def test_no_heartbeat_says_more_than_it_knows_before_what_was_there_is_listed_p8
     between.heal()
     scene.settled()
     wait_for(lambda: told()[-1] > "2026")
+
+
+def test_a_schema_that_was_not_all_written_when_it_was_stored_is_stored_again_p1(scene: Scene, node: Node) -> None:
+    """Cassandra opens schema.cql and writes it line by line, and may stand still in between."""
+    node.table("ks1", "users").flush()
+    node.snapshot("daily")
+    (schema,) = node.root.glob("data/*/*/snapshots/daily/schema.cql")
+    text = schema.read_text()
+    schema.write_text("")
+    scene.start(*node.data_dirs)
+    scene.settled()
+
+    def sizes() -> set[int]:
+        files = [entry for found in scene.listings("snapshot") for entry in found.entries]
+        return {entry.size for entry in files if entry.path.endswith("schema.cql")}
+
+    assert sizes() == {0}
+    schema.write_text(text)
+    wait_for(lambda: sizes() == {0, len(text)})
+    scene.settled()
+    assert {found.state for found in scene.listings("snapshot")} == {"complete"}
+    assert len({found.of for found in scene.listings("snapshot")}) == 1
+    assert_no_pin_is_left(area_of(node))
+
+
+def test_what_lost_its_pins_while_the_store_was_away_is_not_done_before_it_is_listed_p8(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs)
+    scene.settled()
+    between.down()
+    users.flush()
+    scene.until_found(len(list(node.history.files())))
+    for pin in pins(area_of(node)):
+        os.unlink(pin)  # somebody needed room
+    between.up()
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
 
 
 def test_what_no_manifest_names_is_named_in_the_log_p2(scene: Scene, node: Node) -> None:

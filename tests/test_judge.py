@@ -253,14 +253,16 @@ def test_a_data_file_that_the_manifest_names_must_be_there(scene: Scene, scanned
     assert verdict(scene, scanned=scanned)[0] == [".idx/nb-1-big-Data.db", "nb-2-big-Data.db"]
 
 
-@pytest.mark.parametrize("component", BIG)
+@pytest.mark.parametrize("component", [*BIG, "CompressionInfo.db"])
 def test_once_the_tag_is_cleared_the_toc_decides(scene: Scene, component: str) -> None:
     """Every component counts then but for optional ones; a scan that missed nothing needs what Cassandra needs."""
-    scene.flush("snapshots/daily", components=[name for name in BIG if name != component], toc=[*BIG, "SAI+aa+Meta.db"])
+    big = [name for name in BIG if name != "CRC.db"] + ["CompressionInfo.db"]
+    scene.flush("snapshots/daily", components=[name for name in big if name != component], toc=[*big, "SAI+aa+Meta.db"])
     scene.manifest("daily", "nb-1-big-Data.db")
     optional = component in ("CRC.db", "Digest.crc32", "Filter.db", "Summary.db")
     assert verdict(scene)[0] == ([] if optional or component == "TOC.txt" else [f"nb-1-big-{component}"])
-    is_needed = component in ("Data.db", "Index.db", "Statistics.db")  # a clear that was broken off leaves a part
+    # A clear that was broken off leaves a part.
+    is_needed = component in ("Data.db", "Index.db", "Statistics.db", "CompressionInfo.db")
     assert verdict(scene, scanned=True)[0] == ([f"nb-1-big-{component}"] if is_needed else [])
 
 
@@ -308,7 +310,16 @@ def test_each_sstable_of_backups_is_judged_by_itself(scene: Scene) -> None:
     assert lacking(scene) == {
         "nb-10-big": ["nb-10-big-Statistics.db"],
         "nb-2-big": [f"nb-2-big-{one}" for one in ("CompressionInfo.db", "Statistics.db", "TOC.txt")],
-        ".idx/nb-1-big": [".idx/nb-1-big-Data.db"],
+        ".idx/nb-1-big": [f".idx/nb-1-big-{one}" for one in ("Data.db", "Index.db", "Statistics.db")],
+    }
+
+
+@pytest.mark.parametrize("toc", [b"", b"\n"])
+def test_a_toc_that_a_power_cut_left_empty_makes_nothing_whole(scene: Scene, toc: bytes) -> None:
+    scene.flush("backups", "nb-1-big", ["Data.db"])
+    scene.write("backups", "nb-1-big-TOC.txt", toc)
+    assert lacking(scene) == {
+        "nb-1-big": [f"nb-1-big-{one}" for one in ("CompressionInfo.db", "Index.db", "Statistics.db")]
     }
 
 
@@ -321,7 +332,8 @@ def test_each_sstable_of_backups_is_judged_by_itself(scene: Scene) -> None:
         ("nb-1-big", "Data.db CRC.db", "Index.db Statistics.db"),
         ("da-1-bti", "Data.db Partitions.db Rows.db Statistics.db CompressionInfo.db", ""),
         ("da-1-bti", "Data.db Partitions.db Statistics.db CompressionInfo.db", "Rows.db"),
-        ("xx-1-new", "Data.db Statistics.db CompressionInfo.db", "Index.db"),
+        ("ks-t-ka-1", "Data.db Statistics.db CompressionInfo.db", "Index.db"),
+        ("xx-1-new", "Data.db CompressionInfo.db", ""),
     ],
 )
 def test_an_sstable_that_was_streamed_without_a_toc_needs_what_cassandra_could_not_open_it_without(

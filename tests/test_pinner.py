@@ -1217,6 +1217,64 @@ def test_a_data_directory_that_is_mounted_late_is_taken_up_when_it_comes(
     assert desk.state.absent == {}
 
 
+def test_what_is_forgotten_while_its_disk_is_away_is_pinned_when_it_is_back(
+    node: Node, users: Table, tmp_path: Path, start: Start
+) -> None:
+    """The bucket was made anew meanwhile. Nothing on the disk has another mtime than before."""
+    node.snapshot("daily")
+    data = node.data_dirs[0]
+    for folder, _, _ in os.walk(data):
+        os.utime(folder, (1e9, 1e9))
+    desk = start(data)
+    desk.let_all_go()
+    data.rename(tmp_path / "away")
+    assert desk.scan().state.absent
+    desk.ask(desk.pinner.forget)
+    (tmp_path / "away").rename(data)
+    desk.scan().assert_pinned(node.history)
+
+
+def test_what_an_earlier_process_left_is_taken_up_though_the_disk_fails_once(
+    node: Node, users: Table, tmp_path: Path, start: Start
+) -> None:
+    data, relative, life = node.data_dirs[0], f"ks1/{'u' * 300}-{'a' * 32}/backups", cassbackup.utc(1e9)
+    desk = start(data)
+    pins = Path(desk.disks[0].path, f"#0123~{life}")
+    desk.end()
+    pins.mkdir()
+    (pins / "nb-1-big-Data.db~").write_bytes(b"pinned")
+    data.rename(tmp_path / "unmounted")
+    data.mkdir()
+    desk = start(data)
+    data.rmdir()
+    (tmp_path / "unmounted").rename(data)
+    desk.scan()  # where this pin is from cannot be read
+    (pins / "#0123.name").write_text(cassbackup.quote(relative, slash="%2F"))
+    desk.scan()
+    assert life in {news.unit.life for news in desk.said(Touched)}
+
+
+@pytest.mark.parametrize("rest", [0, 3])
+def test_what_lost_its_pin_behind_our_back_is_pinned_again(
+    node: Node, users: Table, start: Start, caplog: pytest.LogCaptureFixture, rest: int
+) -> None:
+    node.snapshot("daily")
+    desk = start(*node.data_dirs)
+    listed = desk.let_all_go()
+    assert "somebody removed pins" not in caplog.text
+    desk.ask(desk.pinner.forget)
+    units = desk.units()
+    gone = set()
+    for pins in units.values():
+        for path in sorted(pins)[rest:]:
+            os.unlink(pins[path].pin)  # somebody needed room
+            gone.add("/".join(path))
+    for unit in units:
+        assert desk.let_go(unit) == 0
+    assert caplog.text.count("somebody removed pins") == len(listed)
+    assert desk.scan().copies().keys() >= gone
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Return a function that mounts a tmpfs."""
