@@ -5316,8 +5316,9 @@ class Backup:
         found = work.waiting.remembered.get((pin.path, pin.fingerprint))
         if not found:
             return False
-        # What may grow may have kept its mtime: these few bytes are always sent.
-        if (self._options.full or _may_grow(pin.name)) and self.ledger.now() >= found.good_until:
+        # What Cassandra writes in place may have kept its mtime: these few bytes are always sent. TOC.txt only grows.
+        is_written = pin.name in (MANIFEST, SCHEMA)
+        if (self._options.full or is_written) and self.ledger.now() >= found.good_until:
             return False
         work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
         self.counts["reused"] += 1

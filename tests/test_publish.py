@@ -186,6 +186,18 @@ def test_a_repairs_own_snapshots_are_skipped_and_counted(scene: Scene, node: Nod
     assert_no_pin_is_left(area_of(node))
 
 
+def test_a_second_snapshot_of_the_same_sstables_sends_only_what_is_its_own(scene: Scene, node: Node) -> None:
+    node.table("ks1", "users", indexes=["by_name"]).flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("before")
+    scene.settled()
+    before = set(scene.file_keys())
+    node.snapshot("after")
+    scene.settled()
+    scene.assert_all_is_listed(node.history)
+    assert sorted(os.path.basename(key) for key in set(scene.file_keys()) - before) == ["manifest.json", "schema.cql"]
+
+
 @pytest.mark.slow
 def test_toc_that_grows_in_place_is_stored_again_and_listed_as_it_is(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
