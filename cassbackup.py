@@ -4342,6 +4342,14 @@ def read_documents(store: Store, folder: str) -> Iterator[tuple[ObjectInfo, dict
             yield info, load_document(info.key, read_object(store, info.key))
 
 
+def check_owner(owner: Mapping[str, Any], machine: str, what: str) -> None:
+    """Raise Usage if a node's name in the bucket is of another machine. `owner` is its owner.json, {} if it has none."""
+    theirs = owner.get("machine_id")
+    if owner and theirs != machine:
+        hint = "give this node another --name; or --adopt, if it is the same node on a new machine"
+        raise Usage(f"{what} belongs to another machine ({theirs})", hint)
+
+
 def pending_keys(node: str, key: str, document: Mapping[str, Any]) -> frozenset[str]:
     """Return the keys that one of prune's pending-delete files names. Raises Corrupt."""
     keys = document.get("keys")
@@ -5918,11 +5926,9 @@ class Daemon:
         owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
         fresh = f"{random.getrandbits(64):016x}"
         bucket = str(owner.get("id") or fresh)
-        theirs = owner.get("machine_id")
-        if owner and theirs != machine and not self._options.adopt:
-            what = f"{backup.node} in {backup.store.url} belongs to another machine ({theirs})"
-            raise Usage(what, "give this node another --name; or --adopt, if it is the same node on a new machine")
-        if theirs != machine:
+        if not self._options.adopt:
+            check_owner(owner, machine, f"{backup.node} in {backup.store.url}")
+        if owner.get("machine_id") != machine:
             key = f"{folder}/owner.json"
             if owner:
                 key = f"{folder}/owner.{backup.clock()}.json"
@@ -6814,6 +6820,11 @@ def emptied_at(unit: Unit) -> float:
     return dropped if is_then else 0.0
 
 
+def is_partial(unit: Unit) -> bool:
+    """Tell whether Cassandra took a snapshot of some token ranges only, to look into a mismatch."""
+    return _DIAGNOSTIC.fullmatch(unit.tag) is not None
+
+
 def is_automatic(unit: Unit) -> bool:
     """Tell whether Cassandra took a snapshot by itself (ColumnFamilyStore, Keyspace.getTimestampedSnapshotName)."""
     return emptied_at(unit) > 0 or _AUTOMATIC.fullmatch(unit.tag) is not None
@@ -6956,7 +6967,7 @@ def base_on(listing: Listing[Known], created: float = 0.0) -> Base:
 
 def _may_be_base(snapshot: Snapshot, before: float) -> bool:
     unit = snapshot.unit
-    if emptied_at(unit) or _DIAGNOSTIC.fullmatch(unit.tag):
+    if emptied_at(unit) or is_partial(unit):
         return False
     return snapshot.complete and seconds_of(unit.life) - _SLACK_S <= before
 
@@ -8046,7 +8057,7 @@ class VerifyOptions(NodeChoice):
 class Finding(NamedTuple):
     """What is wrong with an object or a listing."""
 
-    found: str  # good, absent, size, checksum or archived; of a listing unreadable, or gone
+    found: str  # good, absent, size, checksum, failed, denied or archived; of a listing unreadable, or gone
     what: str  # the same in words
 
 
@@ -8094,6 +8105,7 @@ class Verification:
         self._marked = read_bad_keys(self._store, node)
         self._is_meant = meaning_of(self._store, node, options.tag)
         self._findings: list[dict[str, Any]] = []  # what is bad, archived, or good though it is marked bad
+        self._incomplete: list[str] = []  # what of --tag is not listed complete
         self._listings = self._objects = self._size = 0
 
     def run(self) -> dict[str, Any]:
@@ -8118,6 +8130,7 @@ class Verification:
             "bytes": self._size,
             "bad": [one for one in self._findings if one["found"] not in ("good", "archived")],
             "needs_thaw": [one["key"] for one in self._findings if one["found"] == "archived"],
+            "incomplete": self._incomplete,
             "marked": self._mark() if self._options.repair else "",
         }
 
@@ -8131,7 +8144,9 @@ class Verification:
         infos = [info for info in infos if is_selected(info.unit, self._options.table)]
         snapshots = snapshots_of(infos)
         if tag:
-            return [info for one in snapshots if self._is_meant(one) for info in one.listings]
+            meant = [one for one in snapshots if self._is_meant(one)]
+            self._incomplete += [label(one.unit) for one in meant if not one.complete]
+            return [info for one in meant for info in one.listings]
         if not self._options.latest:
             return infos
         lives = [one.unit.life for one in snapshots if one.complete and not is_automatic(one.unit)]
@@ -8144,12 +8159,32 @@ class Verification:
         except (Corrupt, Missing) as fault:
             return fault
 
+    def _check(self, there: Mapping[str, ObjectInfo], entry: Known) -> Finding:
+        # What is marked bad was read whole: only another such reading may say that it is good.
+        deep = self._options.deep or entry.key in self._marked
+        try:
+            return check_object(self._store, deep, there, entry)
+        except Denied as fault:  # its key of KMS, say: we could read the listing
+            return Finding("denied", f"may not be read: {fault.what}")
+        except Unreachable as fault:
+            any(self._store.list(f"{self._node}.listings/owner"))  # raises where all of the store is away
+            return Finding("failed", f"cannot be read: {fault.what}")
+
+    def _is_recorded(self, info: ListingInfo) -> bool:
+        return info.key in {one.key for one in recorded_listings(self._store, self._node)}
+
+    def _is_pruned(self, finding: Finding, users: Sequence[ListingInfo]) -> bool:
+        """Tell whether prune has let an object go since its listings were read."""
+        return finding.found == "absent" and not any(self._store.head(info.key) for info in users)
+
     def _check_table(self, infos: Sequence[ListingInfo]) -> None:
         selected = self._select(infos)
         self._listings += len(selected)
         # Two listings that tell different things of one key cannot both be right, so each is checked.
         named: dict[tuple[str, int, str], tuple[Known, list[ListingInfo]]] = {}
         for info, listing in zip(selected, spread(self._read, selected, self._threads), strict=True):
+            if isinstance(listing, Missing) and not self._is_recorded(info):
+                continue  # prune has let it go since
             if isinstance(listing, Fault):
                 self._note(info.key, Finding("unreadable", listing.what), [info], False)
                 continue
@@ -8160,9 +8195,10 @@ class Verification:
         entries = [entry for entry, _ in named.values()]
         there = find_objects(self._store, [entry.key for entry in entries], self._threads)
         newest = max((one.newest.listed for one in snapshots_of(infos) if one.complete), default="")
-        check = functools.partial(check_object, self._store, self._options.deep, there)
-        findings = spread(check, entries, self._threads)
+        findings = spread(functools.partial(self._check, there), entries, self._threads)
         for (entry, users), finding in zip(named.values(), findings, strict=True):
+            if self._is_pruned(finding, users):
+                continue
             self._objects += 1
             self._size += entry.size
             if finding != _GOOD or entry.key in self._marked:
@@ -8172,12 +8208,18 @@ class Verification:
     def _mark(self) -> str:
         """Write down what is bad, so that the daemon stores it again; return the key of that document.
 
-        It is written even where nothing is bad: it tells when the node was verified.
+        It is written even where nothing is bad: it tells when the node was verified, if all of it was.
         """
         at = utc(self._store.now())
-        telling = ("good", "absent", "size", "checksum")
-        of_objects = [one for one in self._findings if one["found"] in telling]
-        marks = [{"key": one["key"], "found": one["found"], "at": at} for one in of_objects]
+        # Of two listings that tell different things of one key, one may find it good: it stays marked.
+        bad = {one["key"] for one in self._findings if one["found"] != "good"}
+        marks = []
+        for one in self._findings:
+            is_lifted = one["found"] == "good" and one["key"] not in bad
+            if is_lifted or one["found"] in ("absent", "size", "checksum", "failed"):
+                marks.append({"key": one["key"], "found": one["found"], "at": at})
+        if not marks and (self._options.tag or self._options.table):
+            return ""
         return put_dated(self._store, f"{self._node}.listings/bad", {"keys": marks})
 
 
@@ -8190,6 +8232,7 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
             line += "; the node has it no longer"
         lines.append(line)
     lines += [f"needs thaw: {key}" for key in node["needs_thaw"]]
+    lines += [f"listed incomplete: {unit}" for unit in node["incomplete"]]
     how = "read whole" if deep else "by size and checksum"
     size = size_text(node["bytes"])
     bad = len(node["bad"])
@@ -8201,22 +8244,28 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
 
 
 def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
-    """Compare the bucket with its listings. Exit 1: something is bad; 3: something must be thawed first."""
+    """Compare the bucket with its listings.
+
+    Exit 1: something is bad; 3: something must be thawed first, or is not there: what of --tag is incomplete, a node
+    that has nothing of this.
+    """
     if options.tag and options.latest:
         raise Usage("you passed --tag and --latest", "pass one of them")
     chosen = choose_nodes(bucket, options)
     check_tables(bucket.store, [node.name for node in chosen], options.table)
-    pages = [Verification(bucket, node.name, options).run() for node in chosen]
-    nodes = [page for page in pages if page]
+    pages = {node.name: Verification(bucket, node.name, options).run() for node in chosen}
+    nodes = [page for page in pages.values() if page]
+    empty = [name for name, page in pages.items() if not page]
     if not nodes:
         raise Missing("no listing matches", "`cassbackup list` shows what there is")
-    code = DONE
-    if any(node["needs_thaw"] for node in nodes):
+    code = BEHIND if empty else DONE
+    if any(node["needs_thaw"] or node["incomplete"] for node in nodes):
         code = BEHIND
     if any(node["bad"] for node in nodes):
         code = FAILED
-    text = "\n".join(_verify_text(node, options.deep) for node in nodes)
-    return Answer(code, {"schema": 1, "bucket": bucket.store.url, "nodes": nodes}, text)
+    lines = [_verify_text(node, options.deep) for node in nodes]
+    lines += [f"{name}: no listing matches" for name in empty]
+    return Answer(code, {"schema": 1, "bucket": bucket.store.url, "nodes": nodes, "empty": empty}, "\n".join(lines))
 
 
 # ======================================================================================================
@@ -8897,6 +8946,9 @@ def _check_bucket(options: DoctorOptions) -> str:
         with contextlib.suppress(Fault):  # what was refused after it had arrived would pass for good the next time
             store.delete([key])
         raise Fault("; ".join(problems), "; ".join(cures))
+    if machine_id():
+        owner = newest_document(store, f"{bucket.here}.listings/owner.")
+        check_owner(owner, machine_id(), f"{bucket.here} in {store.url}")
     kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
     ahead = abs(time.time() - store.now())
     if ahead > 60:
@@ -8915,7 +8967,8 @@ def _check_incrementals(options: DoctorOptions) -> str:
 
 def _check_timers(_: DoctorOptions) -> str:
     for timer in ("cassbackup-snapshot.timer", "cassbackup-prune.timer"):
-        if subprocess.run(["systemctl", "is-enabled", timer], check=False, capture_output=True).returncode:
+        asked = ["systemctl", "is-enabled", timer]
+        if subprocess.run(asked, check=False, capture_output=True, timeout=10.0).returncode:
             raise Fault(f"{timer} is not enabled", f"systemctl enable --now {timer}, or run that by a cron of yours")
     return "snapshots and prune are enabled"
 
@@ -9021,20 +9074,22 @@ class Past(NamedTuple):
     first: float  # when it was first heard of
     gone: float  # when it was dropped
     bases: list[tuple[float, float]]  # when each snapshot was listed, in order, and how far a restore came then
+    spoilt: list[float]  # when incrementals were listed of which something is missing, lost or bad
 
 
 def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[Sequence[ListingInfo]], bool]) -> Past:
-    first = min(seconds_of(info.unit.life or info.listed) for info in infos)
+    # A clock that was ahead may have named a life of tomorrow.
+    first = min(min(info.when, seconds_of(info.unit.life or info.listed)) for info in infos)
     gone = math.inf
     points: list[tuple[float, float]] = []
     for snapshot in snapshots_of(infos):
         emptied = emptied_at(snapshot.unit)
         if emptied and not snapshot.unit.tag.startswith("truncated-"):
             gone = emptied
-        elif snapshot.complete and not is_bad(snapshot.listings):
+        elif snapshot.complete and not is_partial(snapshot.unit) and not is_bad(snapshot.listings):
             listed = min(info.when for info in snapshot.listings if info.complete)
             # After a truncate there is nothing older that could be missed.
-            points.append((listed, emptied or seconds_of(snapshot.unit.life)))
+            points.append((listed, min(listed, emptied or seconds_of(snapshot.unit.life))))
     if any(end > gone for _, end in points):
         gone = math.inf  # it was brought back, with its old id
     bases = []
@@ -9042,17 +9097,27 @@ def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[Sequence[ListingInf
     for listed, end in sorted(points):
         reach = max(reach, end)
         bases.append((listed, reach))
-    return Past(first, gone, bases)
+    spoilt = []
+    for info in infos:
+        # Those before the newest snapshot are not read: there may be hundreds of thousands.
+        is_old = info.when <= reach
+        if info.unit.kind == "incremental" and (not info.complete or not is_old and is_bad([info])):
+            spoilt.append(info.when)
+    return Past(first, gone, bases, spoilt)
 
 
-def _read_waiting(store: Patient, key: str) -> dict[str, float]:
-    """Return which tables had incrementals that were not listed yet, and when the oldest had been found."""
+def _read_waiting(store: Patient, key: str) -> dict[str, float] | None:
+    """Return which tables had incrementals that were not listed yet, and when the oldest had been found.
+
+    None where a heartbeat does not tell that.
+    """
     waiting = {}
     try:
         for place, found in load_document(key, read_object(store, key))["oldest_incrementals"].items():
             waiting[unquote(place)] = seconds_of(found)
-    except (Fault, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (Corrupt, Missing, Usage, LookupError, TypeError, ValueError, AttributeError) as error:
         log.warning("skipped key=%s error=%s", quote(key), quote(str(error)))
+        return None
     return waiting
 
 
@@ -9086,12 +9151,14 @@ class History:
         # That the daemon lived, a heartbeat's key tells. What waited then is read of some, the last one among them.
         every = 1 + len(beats) // _COLUMNS
         newest_first = sorted(beats, reverse=True)
-        self._beats = sorted(newest_first[::every])
-        keys = [beats[moment] for moment in self._beats]
-        self._waiting = list(spread(functools.partial(_read_waiting, bucket.store), keys, bucket.threads))
+        chosen = sorted(newest_first[::every])
+        read = functools.partial(_read_waiting, bucket.store)
+        told_of = zip(chosen, spread(read, [beats[moment] for moment in chosen], bucket.threads), strict=True)
+        self._waiting = {moment: waiting for moment, waiting in told_of if waiting is not None}
+        self._beats = list(self._waiting)
         self.first = min(signs, default=now)
         if not self.tables and not words:
-            self.tables["(nothing is listed yet)"] = Past(self.first, math.inf, [])
+            self.tables["(nothing is listed yet)"] = Past(self.first, math.inf, [], [])
         self._silences = _gaps(signs, now, _BEAT_GAP_S)
         self._holes = [(0.0, now)]  # where incremental backups were off
         if flushes:
@@ -9108,17 +9175,18 @@ class History:
         if not known:
             return math.inf
         base = past.bases[known - 1][1]
-        since = at
+        # Until the next snapshot: whether a later listing completed these SSTables, its key does not tell.
+        since = min((moment for moment in past.spoilt if base < moment <= at), default=at)
         for begin, end in self._silences:
             if begin < at <= end:
-                since = begin
+                since = min(since, begin)
         for begin, end in self._holes:
             if begin < at and base < end:
                 since = min(since, begin)
         if self._beats:
             # The next heartbeat tells what was waiting; after the last one, that does.
             following = min(bisect.bisect_left(self._beats, at), len(self._beats) - 1)
-            since = min(since, self._waiting[following].get(place, at))
+            since = min(since, self._waiting[self._beats[following]].get(place, at))
         return max(0.0, at - max(base, since))
 
     def losses(self, place: str, begin: float, now: float) -> list[float]:
@@ -9209,7 +9277,7 @@ def _write_page(out: str, page: str) -> None:
 def report(bucket: Bucket, options: ReportOptions) -> Answer:
     """Draw how much would have been lost at each moment. Exit 0 whatever that is: `status` is there to alarm."""
     now = bucket.store.now()
-    begin = now - max(1, options.days) * 86400.0
+    begin = now - options.days * 86400.0
     histories = {}
     names = [node.name for node in choose_nodes(bucket, replace(options, all_nodes=True))]
     check_tables(bucket.store, names, options.table)

@@ -18,6 +18,8 @@ from scene import Scene, area_of
 from servers import Bucket, FakeMetadata, FileBucket
 from tree import Node
 
+from cassbackup import dump_document, machine_id
+
 Proxied = Callable[[Bucket], FaultProxy]
 Found = dict[str, dict[str, str]]
 NAMES = ["user", "data", "link", "inotify", "settings", "cloud", "bucket", "incrementals", "timers", "metrics"]
@@ -265,6 +267,15 @@ def test_no_right_to_delete_is_good_and_the_probe_does_not_pile_up(in_s3: Doctor
         found = in_s3()["bucket"]
         assert (found["result"], "may not delete, which is good for a daemon" in found["detail"]) == ("ok", True)
     assert list(in_s3.bucket.keys()) == ["node1.doctor"]
+
+
+@pytest.mark.skipif(not machine_id(), reason="this machine has no machine-id")
+def test_a_name_that_belongs_to_another_machine_is_bad_before_the_daemon_refuses_it(doctor: Doctor) -> None:
+    """A cloned disk, or a replaced machine."""
+    doctor.bucket.put("node1.listings/owner.json", dump_document(id="1", machine_id="other"))
+    found = doctor()["bucket"]
+    assert (found["result"], "--adopt" in found["cure"]) == ("bad", True)
+    assert "belongs to another machine (other)" in found["detail"]
 
 
 def test_a_bucket_that_does_not_exist_and_one_that_does_not_answer_are_told(in_s3: Doctor) -> None:

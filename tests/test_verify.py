@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faultproxy import s3_error
 from servers import Bucket, FileBucket, S3Bucket
 from shelf import DAY, EPOCH, HOUR, NODE, TABLE, Door, Shelf, batch, body_of, snapshot
 
@@ -49,7 +50,8 @@ class Bench:
         """Return what is bad by its key."""
         answer = self.verify(**options)
         (node,) = answer.document["nodes"]
-        assert answer.code == (cb.FAILED if node["bad"] else cb.BEHIND if node["needs_thaw"] else cb.DONE)
+        is_behind = node["needs_thaw"] or node["incomplete"] or answer.document["empty"]
+        assert answer.code == (cb.FAILED if node["bad"] else cb.BEHIND if is_behind else cb.DONE)
         return {one["key"]: one for one in node["bad"]}
 
     def flip(self, key: str) -> None:
@@ -230,6 +232,63 @@ def test_where_nothing_is_meant_nothing_is_said_to_be_good(bench: Bench, options
         bench.verify(**options)
 
 
+def test_a_node_of_which_nothing_is_left_and_a_tag_that_is_incomplete_are_not_passed_over(bench: Bench) -> None:
+    bench.add(*snapshots("monday"))
+    bench.bucket.put("node2.listings/owner.json", cb.dump_document(id="1", machine_id="2"))
+    answer = bench.verify(node="", all_nodes=True)
+    assert (answer.code, answer.document["empty"]) == (cb.BEHIND, ["node2"])
+    assert answer.text.endswith("\nnode2: no listing matches")
+    (tuesday,) = snapshots("tuesday")
+    bench.add(replace(tuesday, complete=False, missing=("nb-3-big-Data.db",)))
+    assert bench.verify().code == cb.DONE
+    answer = bench.verify(tag="tuesday")
+    assert answer.code == cb.BEHIND
+    assert f"listed incomplete: ks/{TABLE}/snapshot/tuesday/" in answer.text
+
+
+def test_an_object_that_cannot_be_read_hides_no_other(moto: S3Bucket, proxy: Any, monkeypatch: Any) -> None:
+    (monday,) = snapshots("monday")
+    opened(moto, monkeypatch).add(monday)
+    denied, failing, absent = (entry.key for entry in monday.files[:3])
+    moto.delete(absent)
+    between = proxy(moto)
+    between.on("GET", denied, s3_error(403, "AccessDenied"), count=None)
+    between.on("GET", failing, s3_error(500, "InternalError"), count=None)
+    for name, value in moto.through(between.url).items():
+        monkeypatch.setenv(name, value)
+    bench = Bench(moto, cb.open_store(moto.target, cb.StoreOptions()))
+    bad = bench.bad(deep=True, repair=True)
+    assert {key: one["found"] for key, one in bad.items()} == {denied: "denied", failing: "failed", absent: "absent"}
+    assert cb.read_bad_keys(bench.store, NODE) == {failing, absent}
+    between.down()
+    with pytest.raises(cb.Unreachable):
+        bench.verify(deep=True)
+
+
+class Pruned(cb.Patient):
+    """A store from which prune deletes a listing, and all that it names, when the first GET of something comes."""
+
+    def __init__(self, bench: Bench, victims: list[str], at: str) -> None:
+        super().__init__(bench.store, 5.0)
+        self.bench, self.victims, self.at = bench, victims, at
+
+    def get(self, key: str, *args: Any) -> Any:
+        if key.startswith(self.at):
+            while self.victims:
+                self.bench.bucket.delete(self.victims.pop())
+        return super().get(key, *args)
+
+
+@pytest.mark.parametrize("at", ["node1.listings/ks/", "node1/"])
+def test_what_prune_lets_go_meanwhile_is_not_bad(bench: Bench, at: str) -> None:
+    old, new = snapshots("monday")[0], snapshots("tuesday", table=OTHER)[0]
+    bench.add(new)
+    victims = [*bench.add(old), *(entry.key for entry in old.files)]
+    store = Pruned(bench, victims, at)
+    answer = cb.verify(cb.Bucket(store, 1), VerifyOptions(node=NODE, deep=True))
+    assert (answer.code, store.victims) == (cb.DONE, [])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Listings
 
@@ -350,6 +409,38 @@ def test_what_is_bad_is_marked_only_if_asked_for_and_a_later_run_lifts_the_mark(
     assert cb.read_bad_keys(bench.store, NODE) == set(keys[:2])
     bench.verify(tag="tuesday", repair=True)
     assert (keys[2], "good") not in bench.marks()  # it is told once
+
+
+def test_what_a_whole_reading_found_bad_only_a_whole_reading_finds_good(bench: Bench) -> None:
+    """The weekly timer compares sizes and checksums; bytes that rot on a disk change neither."""
+    (monday,) = snapshots("monday")
+    bench.add(monday)
+    key = monday.files[0].key
+    path = Path(bench.bucket.target.removeprefix("file://")) / key
+    info, body = path.stat(), bench.bucket.get(key)
+    for content in (body[::-1], body):
+        path.write_bytes(content)
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+        bench.verify(deep=content != body, repair=True)
+        for _ in range(2):
+            assert bench.verify(repair=True).code == (cb.FAILED if content != body else cb.DONE)
+        assert cb.read_bad_keys(bench.store, NODE) == ({key} if content != body else set())
+
+
+def test_a_key_that_is_listed_with_different_contents_stays_marked(bench: Bench) -> None:
+    (monday,) = snapshots("monday")
+    one, other, *rest = monday.files
+    bench.add(monday)
+    bench.add(replace(monday, listed=utc(EPOCH + 1), files=(one, replace(other, key=one.key, etag="other"), *rest)))
+    for _ in range(2):
+        assert bench.verify(repair=True).code == cb.FAILED
+        assert cb.read_bad_keys(bench.store, NODE) == {one.key}
+
+
+def test_who_looks_at_a_part_does_not_say_that_the_node_was_verified(bench: Bench) -> None:
+    bench.add(*snapshots("monday"))
+    assert bench.verify(tag="monday", repair=True).document["nodes"][0]["marked"] == ""
+    assert cb.view_bucket(bench.store, NODE, None).verified == 0
 
 
 def test_a_repair_that_finds_nothing_still_says_when_it_looked(bench: Bench) -> None:
