@@ -4343,7 +4343,7 @@ def read_documents(store: Store, folder: str) -> Iterator[tuple[ObjectInfo, dict
 
 
 def check_owner(owner: Mapping[str, Any], machine: str, what: str) -> None:
-    """Raise Usage if a node's name in the bucket is of another machine. `owner` is its owner.json, {} if it has none."""
+    """Raise Usage if a node's name in the bucket is of another machine. `owner` is its owner.json, {}, if any."""
     theirs = owner.get("machine_id")
     if owner and theirs != machine:
         hint = "give this node another --name; or --adopt, if it is the same node on a new machine"
@@ -5578,6 +5578,10 @@ class Metrics:
 
     def serve(self, listen: str) -> None:
         """Answer at [HOST]:PORT. Raises OSError where that is taken."""
+        import wsgiref.simple_server
+
+        # Who connects and says nothing would keep a thread and a descriptor for ever, until there is none for a pin.
+        wsgiref.simple_server.WSGIRequestHandler.timeout = 5.0
         host, _, port = listen.rpartition(":")
         self._client.start_http_server(int(port), host.strip("[]") or "127.0.0.1", self._registry)
 
@@ -6073,12 +6077,13 @@ class Daemon:
         if not options.metrics_listen and not options.metrics_textfile:
             return
         try:
-            metrics = self._metrics or Metrics(self._status_from_thread)
+            if not self._metrics:
+                metrics = Metrics(self._status_from_thread)
+                if options.metrics_listen:
+                    metrics.serve(options.metrics_listen)
+                self._metrics = metrics
             if options.metrics_textfile:
-                await self._on_disk(metrics.write, options.metrics_textfile)
-            if options.metrics_listen and not self._metrics:
-                metrics.serve(options.metrics_listen)
-            self._metrics = metrics
+                await self._on_disk(self._metrics.write, options.metrics_textfile)
         except ImportError as error:
             hint = "apt install python3-prometheus-client, or pip install prometheus-client"
             raise Fault(f"prometheus_client cannot be imported ({error})", hint) from None
@@ -6123,7 +6128,8 @@ class Daemon:
             line = await asyncio.wait_for(reader.readline(), 5.0)
             peer = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             reply = await self._reply(json.loads(line), struct.unpack("3i", peer)[1])
-        except (Fault, OSError, ValueError, TypeError, AttributeError, KeyError, asyncio.TimeoutError) as error:
+        except Exception as error:  # anybody may ask anything; and as we end, the ledger is closed
+            log.debug("a request was not answered", exc_info=True)
             reply = {"error": repr(error)}
             if isinstance(error, Fault):
                 reply = {"error": error.what, "hint": error.hint, "denied": isinstance(error, Denied)}
@@ -9099,9 +9105,13 @@ def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[Sequence[ListingInf
         bases.append((listed, reach))
     spoilt = []
     for info in infos:
+        if info.unit.kind != "incremental":
+            continue
         # Those before the newest snapshot are not read: there may be hundreds of thousands.
-        is_old = info.when <= reach
-        if info.unit.kind == "incremental" and (not info.complete or not is_old and is_bad([info])):
+        is_spoilt = not info.complete
+        if info.when > reach:
+            is_spoilt = is_spoilt or is_bad([info])
+        if is_spoilt:
             spoilt.append(info.when)
     return Past(first, gone, bases, spoilt)
 
@@ -9324,6 +9334,7 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
 # Commands
 # ======================================================================================================
 
+_LEFT_OUT: Final = "do filters leave it out, or are --paths others?"
 _OWN_TAG: Final = "cassbackup-"  # of a snapshot for which nobody chose a tag
 
 
@@ -9488,7 +9499,7 @@ def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     work = functools.partial(listing_of, bucket, bad)
     found = dict(zip(manifests, spread(work, manifests, bucket.threads), strict=True))
     if not found:
-        raise Fault("no manifest.json of the snapshot is on disk", "did somebody clear it, or are --paths others?")
+        raise Fault("no manifest.json of the snapshot is on disk", f"did somebody clear it, or {_LEFT_OUT}")
     left = [path for path, key in found.items() if not key]
     if left:
         hint = "if the rest was marked bad just now: take another snapshot in a minute"
@@ -9560,7 +9571,8 @@ def _is_listed_by_daemon(options: SnapshotOptions, tag: str) -> bool:
             return True
         waiting = reply["waiting"]
         if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
-            raise Fault(tell(f"{len(waiting)} tables are not listed complete", waiting), reply["last_error"])
+            what = tell(f"{len(waiting)} tables are not listed complete", waiting)
+            raise Fault(what, reply["last_error"] or _LEFT_OUT)
         at_work = [one for one in waiting if any(place in one for place in status["oldest"])]
         is_idle = status["quiet"] and not at_work
         time.sleep(0.2)
@@ -9623,8 +9635,8 @@ def snapshot(options: SnapshotOptions) -> Answer:
     nodetool = Nodetool(options.nodetool)
     minute = utc(time.time())[:13]
     tag = options.tag or f"{_OWN_TAG}{minute}Z"
-    if not re.fullmatch(r"[\w.-]{1,200}", tag) or tag in (".", ".."):
-        raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, - _ and .")
+    if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,199}", tag) or tag in (".", ".."):
+        raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, _ and ., and - within")
     bucket = open_bucket(options)
     _agree_with_daemon(options, bucket)
     _clear_earlier(bucket, options, nodetool)
@@ -10134,6 +10146,8 @@ def parse(name: str, words: Sequence[str]) -> dict[str, Any]:
             raise Usage(f"{name} has no option {word}", hint)
         raise Usage(f"{name} does not take {word!r}", f"{hint}; put globs in quotes, or the shell replaces them")
     for word in getattr(found, "paths", ()) if name == "watch" else ():
+        if word in COMMANDS:
+            raise Usage(f"{word} is a command", f"write it first: cassbackup {word} ...")
         if "/" not in word:  # a misspelt command must not start a daemon
             near = " or ".join(difflib.get_close_matches(word, COMMANDS, 2)) or "--help"
             raise Usage(f"there is no command {word!r}", f"try `cassbackup {near}`; a path contains a /, as ./{word}")
@@ -10281,7 +10295,7 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
     given: dict[str, tuple[Any, str]] = {}  # by variable: what, and where
     for variable, option in VARIABLES.items():
         for place, settings in (("file", file), ("environment", environ)):
-            if settings.get(variable):
+            if variable in settings:  # one that is empty overrules, too: it means the default
                 given[variable] = settings[variable], place
         if option.key in flags:
             words = flags[option.key]
@@ -10296,6 +10310,8 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
             text, place = option.default, "default"  # what the settings keep is for the timer's prune
         if option.key in flags:
             text, place = flags[option.key], "flag"
+            if text == "" and (not option.twin or option.key in ("bucket", "into", "config")):
+                raise Usage(f"{option.flags.split()[0]} is empty", "is a variable of the shell not set?")
         values[option.key] = option.read(text, place)
     for variable in file.keys() - VARIABLES.keys():  # AWS_*, GOOGLE_*, *_PROXY: for the SDKs
         environ.setdefault(variable, file[variable])
@@ -10380,6 +10396,9 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program, by default with the words of this process; return its exit code."""
+    for name in ("stdout", "stderr"):
+        if not getattr(sys, name):  # whoever started us closed it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
         cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")  # a terminal may not spell UTF-8
     try:

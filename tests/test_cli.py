@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,10 @@ def complaint(done: tuple[int, str, str], code: int = 2) -> str:
         ("statsu", "there is no command 'statsu'\n  try `cassbackup status`; a path contains a /, as ./statsu"),
         ("data", "a path contains a /, as ./data"),
         ("status extra", "status does not take 'extra'"),
+        ("-vb file:///b list", "list is a command\n  write it first: cassbackup list ..."),
+        ("prune --keep-last 3 --cluster=", "--cluster is empty\n  is a variable of the shell not set?"),
+        ("list --bucket=", "--bucket is empty"),
+        ("restore --latest --into=", "--into is empty"),
         ("restore --latest --table LICENSE Makefile", "put globs in quotes"),
         ("watch /x --bucket", "--bucket/-b: expected one argument"),
         ("list --bucket s3//b", "write s3://bucket[/prefix], gs://bucket[/prefix], file:///directory, or"),
@@ -365,6 +370,11 @@ def test_a_flag_beats_the_environment_that_the_file_and_that_the_default(
     assert options.store.max_bandwidth == 50 << 20
     assert (os.environ["AWS_X"], os.environ["AWS_Y"]) == ("1", "env")
     assert settled(monkeypatch, cli, "--keyspace", "x").keyspace == ("x",)
+    # `snapshot --prefix ""` may start a process, which gets its flags by the environment.
+    file.write_text("BUCKET_NAME=s3://from-file\nCASSBACKUP_PREFIX=from-file\n")
+    assert settled(monkeypatch, cli, "--config", file).prefix == "from-file"
+    os.environ["CASSBACKUP_PREFIX"] = ""
+    assert settled(monkeypatch, cli, "--config", file).prefix == ""
 
 
 def test_a_settings_file_that_is_named_must_be_there(cli: Any) -> None:
@@ -595,6 +605,17 @@ def test_no_error_of_the_machine_is_a_traceback(
     code, told, said = cli("list")
     assert (code, told) == ({OSError: 1, BrokenPipeError: 141, KeyboardInterrupt: 130}[type(raised)], "")
     assert said == ("cassbackup: [Errno 28] No space left on device\n" if type(raised) is OSError else "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_whoever_starts_us_has_closed_is_no_reason_to_fail(
+    scene: Scene, node: Node, script: Path, home: Path, closed: str
+) -> None:
+    node.table("ks1", "users").flush()
+    scene.once(*node.data_dirs)
+    words = [sys.executable, str(script), "list", "--bucket", scene.bucket.target]
+    line = f"{shlex.join(words)} {closed}"
+    assert subprocess.run(["sh", "-c", line], env={"HOME": str(home)}, check=False).returncode == 0
 
 
 def test_a_reader_that_has_enough_is_told_nothing(scene: Scene, script: Path, home: Path) -> None:

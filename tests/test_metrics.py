@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -202,12 +203,24 @@ def test_a_port_that_is_taken_is_red_and_tried_again_and_files_are_stored_meanwh
         assert read(reply.read().decode())["cassbackup_failing", ""] == 0
 
 
+def test_who_connects_and_says_nothing_is_not_waited_for(scene: Scene, node: Node) -> None:
+    """Each would keep a thread and a descriptor, until there is none left for a pin."""
+    node.table("ks1", "users").flush()
+    scraped = Scraped(scene, node)
+    place = urllib.parse.urlsplit(scraped.url)
+    with socket.create_connection((str(place.hostname), int(place.port or 0))) as silent:
+        silent.settimeout(60)
+        assert silent.recv(1) == b""
+    assert scraped()
+
+
 def test_a_textfile_that_cannot_be_written_for_a_while_is_red_and_written_later_p8(scene: Scene, node: Node) -> None:
     folder = scene.at / "textfiles"
     path = folder / "cassbackup.prom"
     node.table("ks1", "users").flush()
-    scene.start(*node.data_dirs, args=("--metrics-textfile", path))
+    scraped = Scraped(scene, node, "--metrics-textfile", path)
     scene.daemon.wait_until(lambda: str(folder) in errors(scene))
+    assert scraped()["cassbackup_failing", ""] == 1, "who scrapes is told, though nobody can write that file"
     scene.settled()
     folder.mkdir()
     scene.daemon.wait_until(path.exists)
