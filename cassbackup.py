@@ -3120,6 +3120,8 @@ class PinDirectory:
         said = "; ".join(each)
         user = user_name(os.geteuid())
         text = f"user {user} cannot link files of {quote(self.root)} into pins ({said})"
+        if any(error.errno == errno.EROFS for error in problems.values()):
+            text += "; under systemd each disk needs its ReadWritePaths=: systemctl edit cassbackup"
         if all(error.errno in _NO_LINK for error in problems.values()):
             raise Usage(text, f"run as {owner}, who owns the data, with the pins on the same mount: --pin-dir")
         return text
@@ -3986,7 +3988,8 @@ class Pinner(threading.Thread):
         if not homes:
             self._pins.pop(life, None)
         place = self._places.get(disk.source(relative))
-        if place and place.pinned and not any((disk, relative) in some for some in self._pins.values()):
+        is_pinned = any((disk, relative) in some for some in self._pins.values())
+        if place and place.pinned and not is_pinned and os.path.exists(f"{disk.path}/id"):  # else its disk is away
             log.error("somebody removed pins, what is still there is pinned again path=%s", quote(place.path))
             place.pinned = {}
             self._dirty[place] = None
@@ -5540,6 +5543,8 @@ def tell_manager(environ: Mapping[str, str], line: str) -> None:
 # Metric behind cassbackup_, where the status has it, and what it is. Counters end in _total.
 _METRICS: Final = (
     ("written_timestamp_seconds", "now", "When these numbers were taken."),
+    ("started_timestamp_seconds", "started", "When the daemon was started."),
+    ("last_scan_timestamp_seconds", "scanned", "When the last scan of everything began that has ended; 0: none has."),
     ("lag_seconds", "lag_s", "Seconds since the oldest file was found that is not listed; 0: all is listed."),
     ("pending_units", "pending units", "Snapshots of tables, and incrementals of tables, that are not listed."),
     ("pending_files", "pending files", "Files in them."),
@@ -5555,11 +5560,13 @@ _METRICS: Final = (
     ("listings_total", "counts listings", "Listings written."),
     ("incomplete_listings_total", "counts incomplete", "Listings of what will not become complete."),
     ("lost_files_total", "counts lost", "Files that were pinned and had to be given up before they were stored."),
+    ("lost_tables", "lost", "Tables of which files were lost, until a snapshot taken since is complete."),
     ("vanished_files_total", "counts vanished", "Files that were gone before they were pinned."),
     ("refused_total", "counts refused", "Times that a directory could not be scanned, or a file not linked."),
     ("digest_mismatches_total", "counts digest_mismatch", "Data.db files that are not what their Digest.crc32 says."),
     ("data_directories_absent", "absent", "Data directories that are gone, empty, or on another disk than before."),
     ("filters_unmatched", "unmatched", "Filters that match no keyspace, table or tag."),
+    ("settings_wrong", "problems", "Settings that are misspelt or cannot be read, and so count for nothing."),
     ("refused_directories", "refused", "Directories of which nothing can be stored; see the log."),
     ("bad_objects", "bad_objects", "Objects that `verify --repair` found bad, and that are not stored again."),
     ("last_verify_timestamp_seconds", "last_verify", "When `verify --repair` last wrote down what it found; 0: never."),
@@ -6246,10 +6253,11 @@ class Daemon:
         return failures
 
 
-def _open_state(path: str) -> None:
+def _open_state(path: str, user: int) -> None:
+    """Make and try the state directory of a daemon that is, or becomes, this user. Raises Usage."""
     try:
         os.makedirs(path, 0o755, exist_ok=True)
-        if os.path.islink(path) or os.stat(path).st_uid not in (0, os.geteuid()):
+        if os.path.islink(path) or os.stat(path).st_uid not in (0, user):
             raise Usage(f"state directory {quote(path)} is a link, or another user's", "pass --state-dir")
         write_file(os.path.join(path, ".probe"), b"", durable=False)
         os.unlink(os.path.join(path, ".probe"))
@@ -6259,23 +6267,27 @@ def _open_state(path: str) -> None:
         raise Usage(f"state directory {quote(path)} cannot be written ({error.strerror})", "pass --state-dir") from None
 
 
-def _become_owner(path: str, state_dir: str) -> None:
-    """Become the owner of the data directory if we are root: link(2) asks for that (fs.protected_hardlinks)."""
+def _user_for(path: str) -> tuple[int, int]:
+    """Return whom we must be for a data directory: link(2) asks for its owner (fs.protected_hardlinks)."""
     if os.geteuid() != 0:
-        return
+        return os.geteuid(), os.getegid()
     try:
         info = os.stat(path)
     except OSError as error:
         raise Fault(f"{quote(path)}: {error.strerror}", "mount it; root cannot know yet whose data it is") from None
-    if info.st_uid == 0:
+    return info.st_uid, info.st_gid
+
+
+def _become(user: int, group: int, state_dir: str) -> None:
+    if user == os.geteuid():
         return
-    os.chown(state_dir, info.st_uid, info.st_gid)
+    os.chown(state_dir, user, group)
     try:
-        os.initgroups(pwd.getpwuid(info.st_uid).pw_name, info.st_gid)
+        os.initgroups(pwd.getpwuid(user).pw_name, group)
     except KeyError:  # a user without a name, as in a container
         os.setgroups([])
-    os.setgid(info.st_gid)
-    os.setuid(info.st_uid)
+    os.setgid(group)
+    os.setuid(user)
 
 
 def _open_disks(options: WatchOptions) -> list[PinDirectory]:
@@ -6286,8 +6298,9 @@ def _open_disks(options: WatchOptions) -> list[PinDirectory]:
             if f"{options.bucket}/".startswith(f"file://{path}/"):
                 hint = "choose a directory that is no part of Cassandra's data"
                 raise Usage(f"the bucket {options.bucket} is inside a data directory", hint)
-        _open_state(options.state_dir)
-        _become_owner(directories[0], options.state_dir)
+        user, group = _user_for(directories[0])
+        _open_state(options.state_dir, user)
+        _become(user, group, options.state_dir)
         lock_file(os.path.join(options.state_dir, "lock"))
         disks = [PinDirectory(path, options.pin_dir) for path in directories]
         for disk in disks:
@@ -8151,7 +8164,7 @@ class Verification:
         snapshots = snapshots_of(infos)
         if tag:
             meant = [one for one in snapshots if self._is_meant(one)]
-            self._incomplete += [label(one.unit) for one in meant if not one.complete]
+            self._incomplete += [label(one.unit) for one in meant[-1:] if not one.complete]
             return [info for one in meant for info in one.listings]
         if not self._options.latest:
             return infos
@@ -8170,11 +8183,12 @@ class Verification:
         deep = self._options.deep or entry.key in self._marked
         try:
             return check_object(self._store, deep, there, entry)
-        except Denied as fault:  # its key of KMS, say: we could read the listing
-            return Finding("denied", f"may not be read: {fault.what}")
-        except Unreachable as fault:
-            any(self._store.list(f"{self._node}.listings/owner"))  # raises where all of the store is away
-            return Finding("failed", f"cannot be read: {fault.what}")
+        except Throttled:
+            raise
+        except (Denied, Unreachable) as fault:
+            any(self._store.list(f"{self._node}.listings/owner"))  # raises where all of the store is away, or denied
+            found = "denied" if isinstance(fault, Denied) else "failed"
+            return Finding(found, f"cannot be read: {fault.what}")
 
     def _is_recorded(self, info: ListingInfo) -> bool:
         return info.key in {one.key for one in recorded_listings(self._store, self._node)}
@@ -8214,7 +8228,8 @@ class Verification:
     def _mark(self) -> str:
         """Write down what is bad, so that the daemon stores it again; return the key of that document.
 
-        It is written even where nothing is bad: it tells when the node was verified, if all of it was.
+        It is written even where nothing is bad: it tells when the node was verified. Who looks at a tag or at some
+        tables does not say that.
         """
         at = utc(self._store.now())
         # Of two listings that tell different things of one key, one may find it good: it stays marked.
@@ -8952,10 +8967,10 @@ def _check_bucket(options: DoctorOptions) -> str:
         with contextlib.suppress(Fault):  # what was refused after it had arrived would pass for good the next time
             store.delete([key])
         raise Fault("; ".join(problems), "; ".join(cures))
+    kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
     if machine_id():
         owner = newest_document(store, f"{bucket.here}.listings/owner.")
         check_owner(owner, machine_id(), f"{bucket.here} in {store.url}")
-    kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
     ahead = abs(time.time() - store.now())
     if ahead > 60:
         raise Fault(
@@ -9109,7 +9124,7 @@ def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[Sequence[ListingInf
             continue
         # Those before the newest snapshot are not read: there may be hundreds of thousands.
         is_spoilt = not info.complete
-        if info.when > reach:
+        if bases and info.when > reach:
             is_spoilt = is_spoilt or is_bad([info])
         if is_spoilt:
             spoilt.append(info.when)

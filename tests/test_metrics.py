@@ -322,6 +322,10 @@ HEALTHY = {  # thirty hours, a value every three minutes
     "up": "1+0x600",
     "cassbackup_build_info": "1+0x600",
     "cassbackup_written_timestamp_seconds": "0+180x600",
+    "cassbackup_started_timestamp_seconds": "1+0x600",
+    "cassbackup_last_scan_timestamp_seconds": "0+180x600",
+    "cassbackup_settings_wrong": "0+0x600",
+    "cassbackup_lost_tables": "0+0x600",
     "cassbackup_lag_seconds": "100+0x600",
     TAKEN: "0+180x600",
     "cassbackup_failing": "0+0x600",
@@ -341,6 +345,8 @@ SICK = [
     ("CassbackupAbsent", {"up": "0+0x600"}),
     ("CassbackupAbsent", {"cassbackup_written_timestamp_seconds": "0+180x580 104400+0x20"}),
     ("CassbackupAbsent", {"cassbackup_build_info": "1+0x400"}),
+    ("CassbackupAbsent", {"cassbackup_started_timestamp_seconds": "0+180x600"}),  # each of them lives for minutes
+    ("", {"cassbackup_started_timestamp_seconds": "1+0x590 106200+0x10"}),
     ("CassbackupBehind", {"cassbackup_lag_seconds": "0+3x600"}),
     ("CassbackupNoRecentSnapshot", {TAKEN: "1+0x600"}),
     ("CassbackupNeverSnapshotted", {TAKEN: "0+0x600"}),
@@ -350,12 +356,15 @@ SICK = [
     ("CassbackupProtectsLess", {"cassbackup_data_directories_absent": "1+0x600"}),
     ("CassbackupProtectsLess", {"cassbackup_filters_unmatched": "2+0x600"}),
     ("CassbackupProtectsLess", {"cassbackup_refused_directories": "1+0x600"}),
+    ("CassbackupProtectsLess", {"cassbackup_settings_wrong": "1+0x600"}),
+    ("CassbackupProtectsLess", {"cassbackup_last_scan_timestamp_seconds": "0+180x550 99000+0x50"}),
     ("CassbackupPinsFilling", {"cassbackup_pinned_alone_bytes": "60+0x600"}),
     ("CassbackupBadObjects", {"cassbackup_bad_objects": "0+0x598 1+0x2"}),
     ("CassbackupVerifyOverdue", {"cassbackup_last_verify_timestamp_seconds": "-900000+0x600"}),
     ("CassbackupDigestMismatch", {"cassbackup_digest_mismatches_total": "3+0x580 4+0x20"}),
     ("CassbackupFilesLost", {"cassbackup_lost_files_total": "3+0x580 4+0x20"}),
     ("CassbackupFilesLost", {"cassbackup_vanished_files_total": "3+0x580 4+0x20"}),
+    ("CassbackupFilesLost", {"cassbackup_lost_tables": "1+0x600"}),
     ("", {"cassbackup_lost_files_total": "3+0x60 4+0x540"}),  # more than a day ago
 ]
 
