@@ -308,6 +308,7 @@ class ObjectInfo:
     modified: float  # seconds since 1970, by the store's clock
     crc32: str = ""  # eight hex digits; "" where the store cannot tell
     archived: str = ""  # the storage class, where nothing can be read before a thaw (S3 RestoreObject)
+    encryption: str = ""  # as S3's HEAD tells it, in the words of --sse
 
 
 @dataclass(frozen=True, slots=True)
@@ -1086,7 +1087,7 @@ class FileStore(Store):
     def _sync_folder(self, folder: str) -> None:
         if not self._syncs_folders:
             return
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(folder, os.O_DIRECTORY)
         try:
             os.fsync(fd)
         except OSError as error:
@@ -1895,16 +1896,9 @@ class S3Store(_Remote):
             self._encrypts = False
             raise self._not_encrypted()
 
-    def _encryption_of(self, key: str) -> str | None:
-        """Return how an object is encrypted; "" where nobody asks."""
-        if not self._options.sse:
-            return ""
-        found: str | None = self._call("head_object", key).get("ServerSideEncryption")
-        return found
-
     def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
         """Tell whether an object has these bytes, encrypted as ours are."""
-        return super().holds(info, source, crc32) and self._encryption_of(info.key) == self._options.sse
+        return super().holds(info, source, crc32) and self._options.sse in ("", info.encryption)
 
     def _put_large(self, key: str, source: Source) -> ObjectInfo:
         """Send a file in parts, going on with what an earlier process has left. S3 takes at most 10,000 parts."""
@@ -2018,7 +2012,7 @@ class S3Store(_Remote):
             raise Unreachable(f"{self.url}: the upload of {quote(key)} is gone", "it begins anew")
         if info.size != total or info.crc32 not in ("", hex32(crc32)):
             raise Corrupt(f"{quote(key)} did not arrive as it was sent", "the server or the way to it is broken")
-        if self._encryption_of(key) != self._options.sse:  # the upload was begun before --sse was set
+        if self._options.sse not in ("", info.encryption):  # the upload was begun before --sse was set
             raise Conflict(f"{quote(key)} was uploaded without --sse", "it is stored anew, under another key")
         return replace(info, crc32=hex32(crc32))
 
@@ -2049,7 +2043,7 @@ class S3Store(_Remote):
         if not re.fullmatch("GLACIER|(DEEP_)?ARCHIVE(_ACCESS)?", archived):
             archived = ""
         etag = told.get("ETag", "").strip('"')
-        return ObjectInfo(key, told["Size"], etag, modified, crc32, archived)
+        return ObjectInfo(key, told["Size"], etag, modified, crc32, archived, told.get("ServerSideEncryption", ""))
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         more = {"StartAfter": self._prefix + after} if after else {}
@@ -2541,14 +2535,28 @@ def load_identity(path: str) -> Identity | None:
         return None
 
 
+def write_file(path: str, body: bytes, durable: bool = True) -> None:
+    """Write a small file so that it is there as a whole or not at all; if `durable`, after a power cut too."""
+    # The directory may be another user's: O_NOFOLLOW, so that no link has us overwrite what it points to.
+    how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with open(os.open(f"{path}.tmp", how, 0o644), "wb") as file:
+        os.fchmod(file.fileno(), 0o644)  # whatever the umask is
+        file.write(body)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+    os.rename(f"{path}.tmp", path)
+    if durable:
+        directory = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
 def save_identity(path: str, identity: Identity) -> None:
     """Remember it, or fail and leave what was there. Raises OSError."""
-    with open(path + "~", "wb") as file:
-        values = {one.name: getattr(identity, one.name) for one in fields(identity)}
-        file.write(dump_document(**values))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + "~", path)
+    write_file(path, dump_document(**asdict(identity)))
 
 
 # ======================================================================================================
@@ -2650,6 +2658,11 @@ def data_directories(paths: Sequence[str] = ()) -> list[str]:
         if any(path.startswith(other.rstrip("/") + "/") for other in found):
             raise Usage(f"{quote(path)} is inside another data directory", "name only the outer one")
     return found
+
+
+def tables_in(root: str) -> Iterator[str]:
+    """Yield the tables of a data directory, as keyspace/table-id."""
+    return ("/".join(path.split("/")[-3:-1]) for path in glob.iglob(f"{glob.escape(root)}/*/*-*/"))
 
 
 # ======================================================================================================
@@ -2872,7 +2885,7 @@ class Ledger:
 # Pinner
 # ======================================================================================================
 
-_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_DIRECTORY: Final = os.O_DIRECTORY | os.O_NOFOLLOW
 # link(2): not from here, not by you, not at all; and a directory in which you may make nothing.
 _NO_LINK: Final = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES)
 _EVENT: Final = struct.Struct("iIII")  # struct inotify_event: wd, mask, cookie, length of the name; inotify(7)
@@ -2886,30 +2899,9 @@ _UNWATCHED_S: Final = 2.0  # how often directories are scanned that inotify has 
 _STATE_S: Final = 5.0  # how often the pinner gives a sign of life
 
 
-def write_file(path: str, body: bytes, durable: bool = True, mode: int = 0o644) -> None:
-    """Write a small file so that it is there as a whole or not at all; if `durable`, after a power cut too."""
-    # The directory may be another user's: O_NOFOLLOW, so that no link has us overwrite what it points to.
-    how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(f"{path}.tmp", how, mode), "wb") as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask is
-        file.write(body)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    os.rename(f"{path}.tmp", path)
-    if durable:
-        how = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        directory = os.open(os.path.dirname(path) or ".", how)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
 def lock_file(path: str) -> int:
     """Take a lock and write our pid into its file; it goes with the process. Raises Busy with the holder's pid."""
-    how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(path, how, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2934,6 +2926,14 @@ def mark_of(name: str, fingerprint: Fingerprint) -> int:
     told = text.encode("utf-8", "surrogateescape")
     digest = hashlib.blake2b(told, digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def mark_there(entry: os.DirEntry[str]) -> int:
+    """Return the mark of a file that a scan has found; 0, of no file, where it has vanished since."""
+    try:
+        return mark_of(entry.name, Fingerprint.of(entry.stat(follow_symlinks=False)))
+    except FileNotFoundError:
+        return 0
 
 
 def _any_glob(name: str, patterns: Iterable[str]) -> bool:
@@ -3045,11 +3045,6 @@ def _prove_link(root: str, path: str) -> None:
             problem = error
     if problem:
         raise problem
-
-
-def has_tables(root: str) -> bool:
-    """Tell whether a directory has keyspaces with tables below it."""
-    return any(glob.iglob(f"{glob.escape(root)}/*/*-*/"))
 
 
 class PinDirectory:
@@ -3214,13 +3209,6 @@ class PinDirectory:
                     fingerprint = Fingerprint.of(info)
                     files[source, name] = Pinned(source, name, entry.path, self.id, fingerprint, *who)
         return Pins(files, tuple((source, name) for name in self.lost(relative, life)))
-
-    def pins(self, relative: str, life: str) -> set[str]:
-        """Return the paths of the pins of a source directory as they are now."""
-        path = self.directory(relative, life)
-        with contextlib.suppress(FileNotFoundError):
-            return {f"{path}/{name}" for name in os.listdir(path) if name.endswith("~")}
-        return set()
 
     def lost(self, relative: str, life: str) -> list[str]:
         """Return the names of what was given up of a source directory."""
@@ -3586,7 +3574,7 @@ class Pinner(threading.Thread):
         had_tables = any(place.is_table for place in ours)
         if why == _EMPTY and self._filters.include and not had_tables:
             return False  # archived commit logs go as soon as they are stored
-        if not why and not self._filters.include and not had_tables and not has_tables(disk.root):
+        if not why and not self._filters.include and not had_tables and not any(tables_in(disk.root)):
             why = "it has no tables: name the directory above the keyspaces"  # as Cassandra's own always has
         if why:
             if disk.root not in self._absent:
@@ -3743,20 +3731,13 @@ class Pinner(threading.Thread):
                     self._skip(f"{place.path}/{entry.name}")
                 elif is_archive and not self._filters.wants_file(f"{place.path}/{entry.name}"):
                     continue
-                elif listed and (mark := self._mark(entry)) in listed:
+                elif listed and (mark := mark_there(entry)) in listed:
                     seen.add(mark)
                 else:
                     found.append(entry)
                     replaced = replaced or inode is not None
         unchanged = still_pinned == len(pinned) and len(seen) == len(listed)
         return _Sorted(found, folders, seen, replaced, unchanged)
-
-    @staticmethod
-    def _mark(entry: os.DirEntry[str]) -> int:
-        try:
-            return mark_of(entry.name, Fingerprint.of(entry.stat(follow_symlinks=False)))
-        except FileNotFoundError:  # found, and vanished before it is pinned
-            return 0
 
     # Which life
 
@@ -4280,20 +4261,12 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
     SnapshotManifest). `scanned`: a scan of all data directories, begun after it was final, missed nothing. Else, when
     the tag is cleared already, each TOC.txt must be fulfilled; and wherever an SSTable is not what it must be.
     """
-    ephemeral = any(name == EPHEMERAL for _, name in files)
-    named: set[str] = set()
-    is_final = False
-    for path in files:
-        if path[1] != MANIFEST:
-            continue
-        manifest = _read_manifest(read(path))
-        if manifest is None:
-            return Verdict([MANIFEST], frozenset(), ephemeral)
-        is_final = True
-        named.update(manifest["files"])
-        ephemeral = ephemeral or manifest.get("ephemeral") is True
-    if not is_final:
+    told = [_read_manifest(read(path)) for path in files if path[1] == MANIFEST]
+    manifests = [one for one in told if one is not None]
+    ephemeral = any(name == EPHEMERAL for _, name in files) or any(one.get("ephemeral") is True for one in manifests)
+    if not manifests or len(manifests) < len(told):
         return Verdict([MANIFEST], frozenset(), ephemeral)
+    named: set[str] = {name for one in manifests for name in one["files"]}
     names = {}
     for path in files:
         directory, name = path
@@ -4896,10 +4869,6 @@ def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str, settl
     return Pins(files, tuple(lost))
 
 
-def _pin_paths(directories: Iterable[tuple[PinDirectory, str]], life: str) -> set[str]:
-    return set().union(*(disk.pins(relative, life) for disk, relative in directories))
-
-
 def _beside(folders: Mapping[str, str], sstables: Collection[str]) -> list[Pinned]:
     """Return the files of these SSTables that Cassandra's own directories have, as what a pin of theirs would be.
 
@@ -5074,8 +5043,9 @@ class Backup:
         files = {entry.path: entry for entry in before.listing.files} | work.files
         has_manifest = any(name == MANIFEST for _, name in files)
         scanned = has_manifest and await self.ask(self._pinner.scan_tag, unit)
-        there = await self._workers.once("pins", False, _pin_paths, list(work.waiting.directories), unit.life)
-        if there != {pin.pin for pin in work.pins.values()}:
+        seen = {pin.pin: pin for pin in work.pins.values()}
+        there = await self._workers.once("pins", False, _read_pins, list(work.waiting.directories), unit.life, seen)
+        if there.files.keys() != work.pins.keys():
             return QUIET_S  # more has come while this was sent
         verdict = await self._judge(work, files, judge_snapshot, scanned)
         self._check_bucket(work)
@@ -5182,10 +5152,7 @@ class Backup:
 
     async def _add_earlier(self, work: Round, sstables: Collection[str]) -> None:
         """Add to a round what is stored already of these SSTables: the listing that completes one repeats it."""
-        folders = {}
-        for sstable in sstables:
-            folder = os.path.dirname(sstable)
-            folders[folder] = work.waiting.disk_of(folder)
+        folders = {folder: work.waiting.disk_of(folder) for folder in map(os.path.dirname, sstables)}
         beside = await self._workers.once("pins", True, _beside, folders, sstables)
         remembered = self.ledger.lookup(work.unit.place, beside)
         for pin in beside:
@@ -5521,9 +5488,7 @@ def overdraft(disk: PinDirectory, held: int, max_pinned: float, min_free: float)
     It is what exceeds --max-pinned; or what --min-free lacks, but only if our pins are more than a tenth of what is
     free: to give up a few pins would not help a disk that others have filled.
     """
-    info = os.statvfs(disk.path)
-    size = info.f_blocks * info.f_frsize
-    free = info.f_bavail * info.f_frsize
+    size, _, free = shutil.disk_usage(disk.path)
     over = held - int(max_pinned * size)
     if held > free / 10:
         over = max(over, int(min_free * size) - free)
@@ -5648,7 +5613,7 @@ class Metrics:
 @contextlib.contextmanager
 def _socket_of(state_dir: str) -> Iterator[str]:
     """Give the path of a daemon's socket, short enough: it ends at 107 bytes (unix(7)), a state directory need not."""
-    fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY)
     try:
         folder = state_dir if len(os.fsencode(state_dir)) <= 90 else f"/proc/self/fd/{fd}"
         yield f"{folder}/socket"
@@ -5659,7 +5624,7 @@ def _socket_of(state_dir: str) -> Iterator[str]:
 def _holder(state_dir: str) -> str:
     """Return the pid of the daemon that holds a state directory, "" where there is none."""
     try:
-        fd = os.open(os.path.join(state_dir, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(os.path.join(state_dir, "lock"), os.O_RDONLY)
     except OSError:
         return ""
     try:
@@ -5742,12 +5707,8 @@ def read_tag(roots: Sequence[str], tables: Iterable[str], tag: str) -> tuple[dic
 
 def _marks_there(directory: str) -> set[int]:
     """Return the marks of the files that a directory has."""
-    there = set()
     with os.scandir(directory) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                there.add(mark_of(entry.name, Fingerprint.of(entry.stat(follow_symlinks=False))))
-    return there
+        return set(map(mark_there, entries))
 
 
 class Daemon:
@@ -5776,8 +5737,7 @@ class Daemon:
         self._code = DONE
         self._held = 0
         self._began = time.time()
-        self._speeds: deque[tuple[float, int]] = deque(maxlen=7)
-        self._speeds.append((time.monotonic(), 0))
+        self._speeds = deque([(time.monotonic(), 0)], maxlen=7)
         self._metrics: Metrics | None = None
         self._oldest: dict[str, float] = {}
 
@@ -5799,7 +5759,6 @@ class Daemon:
             (self._options.heartbeat, self._heartbeat),
             (86400.0, self._trim),
             (60.0, self._show_metrics),
-            (10.0, self._measure),
             (10.0, self._find_oldest),
         ):
             work.append(self._repeat(seconds, task))
@@ -5978,6 +5937,7 @@ class Daemon:
     async def _keep_limits(self) -> None:
         """Give pins up, the oldest first, where they alone hold more of a disk than they may."""
         began = time.monotonic()
+        self._speeds.append((began, self._backup.sent["bytes"]))
         directories: dict[PinDirectory, list[tuple[Unit, str]]] = {}
         for unit in sorted(self._backup.units, key=lambda unit: unit.life):
             for disk, relative in self._backup.units[unit].directories:
@@ -6047,10 +6007,6 @@ class Daemon:
                     return  # it was made anew meanwhile, and of that nothing is listed
                 ledger.replace_listed(directory, life, now, marks & there)
         await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400)
-
-    async def _measure(self) -> None:
-        await self._backup.scanned.wait()
-        self._speeds.append((time.monotonic(), self._backup.sent["bytes"]))
 
     async def _find_oldest(self) -> None:
         await self._backup.scanned.wait()
@@ -6870,11 +6826,6 @@ def origin_of(unit: Unit, entry: Known) -> tuple[str, str]:
     return home, f"{below[1:]}/"
 
 
-def written_at(entry: Known) -> float:
-    """Return when a file was last written, in seconds since 1970."""
-    return entry.fingerprint.mtime_ns / 1e9
-
-
 @dataclass(frozen=True, slots=True)
 class SSTable:
     """An SSTable as one listing knows it."""
@@ -6897,7 +6848,7 @@ class SSTable:
     def written(self) -> float:
         """Return when it was flushed or imported, in seconds: an import writes Statistics.db (SSTableImporter)."""
         telling = [entry for entry in self.files if entry.name.endswith(("-Data.db", "-Statistics.db"))]
-        return max(map(written_at, telling or self.files))
+        return max(entry.fingerprint.written for entry in telling or self.files)
 
     @property
     def age(self) -> Age:
@@ -6967,7 +6918,7 @@ class Base:
 
 def end_of(listing: Listing[Known]) -> float:
     """Return when a snapshot was complete, in seconds: the last change of manifest.json, else when its life began."""
-    ends = [written_at(entry) for entry in listing.files if entry.name == MANIFEST]
+    ends = [entry.fingerprint.written for entry in listing.files if entry.name == MANIFEST]
     return max(ends, default=seconds_of(listing.unit.life))
 
 
@@ -7070,10 +7021,7 @@ class Chosen:
 
 def schema_in(listing: Listing[Known]) -> Known | None:
     """Return the schema.cql of a snapshot; each of several data directories may have the same one."""
-    for entry in listing.files:
-        if entry.name == SCHEMA:
-            return entry
-    return None
+    return next((entry for entry in listing.files if entry.name == SCHEMA), None)
 
 
 def _lacks(listing: Listing[Known], before: float) -> Iterator[str]:
@@ -7089,7 +7037,7 @@ def _lacks(listing: Listing[Known], before: float) -> Iterator[str]:
             yield f"{len(listing.lost)} files of backups/ were lost before they were stored: {names}"
     for entry in listing.files:
         is_odd = entry.name.endswith("-Data.db") and not sstable_of(entry.name)
-        if is_odd and written_at(entry) <= before:
+        if is_odd and entry.fingerprint.written <= before:
             yield f"skipping {quote(entry.name)}: not an SSTable name"
 
 
@@ -7169,7 +7117,6 @@ def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
 
 _RANGE_BYTES: Final = 64 * MIB  # what one thread fetches of a large file at a time
 _OLD_S: Final = 10 * 86400.0  # the default of gc_grace_seconds: tombstones older than that may be gone
-_HERE: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -7206,11 +7153,6 @@ class Placed(NamedTuple):
     path: str  # below the root
 
     @property
-    def size(self) -> int:
-        """Return the file's bytes."""
-        return self.entry.size
-
-    @property
     def whole_path(self) -> str:
         """Return the file's absolute path."""
         return os.path.join(self.root, self.path)
@@ -7232,7 +7174,7 @@ def _owner_ids(user: str, group: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def open_folder(placed: Placed) -> Iterator[int]:
     """Open a file's directory, and make what is not there; nothing below the root may be a symbolic link."""
-    fd = os.open(placed.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(placed.root, os.O_DIRECTORY)
     owner = _owner_ids(placed.entry.user, placed.entry.group)
     try:
         for part in placed.path.split("/")[:-1]:
@@ -7241,7 +7183,7 @@ def open_folder(placed: Placed) -> Iterator[int]:
                 if os.geteuid() == 0:
                     os.chown(part, *owner, dir_fd=fd, follow_symlinks=False)
                 os.fsync(fd)
-            below = os.open(part, _HERE, dir_fd=fd)
+            below = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
             os.close(fd)
             fd = below
         yield fd
@@ -7253,8 +7195,7 @@ def _is_restored(name: str, entry: Known, folder: int) -> bool:
     """Tell whether a file is there already. Raises Conflict if it is another one, which is never overwritten."""
     try:
         # O_NONBLOCK: it may be a fifo, to which nobody ever writes.
-        how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(name, how, dir_fd=folder)
+        fd = os.open(name, os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     except FileNotFoundError:
         return False
     try:
@@ -7305,8 +7246,7 @@ def _fetch(store: Patient, entry: Known, fd: int, threads: int) -> None:
 def _arrive(store: Patient, entry: Known, folder: int, name: str, threads: int) -> None:
     """Fetch a file under another name; it gets its own by link(2), which never overwrites. Raises Corrupt, OSError."""
     temporary = f".cassbackup-{hash_name(name)}"
-    how = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(temporary, how, 0o600, dir_fd=folder)
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
     try:
         _fetch(store, entry, fd, threads)
         os.link(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -7333,14 +7273,14 @@ def receive(store: Patient, threads: int, placed: Placed) -> str:
 
 def receive_all(bucket: Bucket, files: Sequence[Placed]) -> dict[str, str]:
     """Restore files, large ones one after the other with all threads; return what went wrong, by path."""
-    large = [one for one in files if one.size > _RANGE_BYTES]
-    small = [one for one in files if one.size <= _RANGE_BYTES]
+    large = [one for one in files if one.entry.size > _RANGE_BYTES]
+    small = [one for one in files if one.entry.size <= _RANGE_BYTES]
     of_large = map(functools.partial(receive, bucket.store, bucket.threads), large)
     of_small = spread(functools.partial(receive, bucket.store, 1), small, bucket.threads)
     wrong: dict[str, str] = {}
     done, said = 0, time.monotonic()
     for placed, why in zip(large + small, itertools.chain(of_large, of_small), strict=True):
-        done += placed.size
+        done += placed.entry.size
         if why:
             path = placed.whole_path
             wrong[path] = why
@@ -7606,7 +7546,7 @@ class Plan:
     @property
     def size(self) -> int:
         """Return the bytes to fetch."""
-        return sum(one.size for one in self.files)
+        return sum(one.entry.size for one in self.files)
 
     def refusal(self, incomplete: bool) -> str:
         """Say why nothing is restored; "" where nothing speaks against it."""
@@ -7737,7 +7677,7 @@ def notes_on(reader: Reader, tables: Sequence[Chosen], moment: float) -> Iterato
 
 def find_lacking(bucket: Bucket, placed: Sequence[Placed]) -> tuple[list[str], list[str]]:
     """Return the keys that are not there with the listed size, and those that must be thawed first."""
-    sizes = {one.entry.key: one.size for one in placed}
+    sizes = {one.entry.key: one.entry.size for one in placed}
     found = find_objects(bucket.store, sizes, bucket.threads)
     absent, archived = [], []
     for key, size in sizes.items():
@@ -7826,7 +7766,7 @@ def make_target(into: str) -> None:
 
 def check_target(top: str, placed: Sequence[Placed]) -> None:
     """Refuse a directory that holds anything but what an earlier run of this restore left. Raises Usage."""
-    planned = {one.whole_path: one.size for one in placed}
+    planned = {one.whole_path: one.entry.size for one in placed}
     for folder, folders, names in os.walk(top):
         names += [name for name in folders if os.path.islink(os.path.join(folder, name))]
         if folder == top:
@@ -7848,7 +7788,7 @@ def check_space(placed: Sequence[Placed]) -> None:
     coming: dict[str, list[int]] = {}
     for one in placed:
         if not os.path.lexists(one.whole_path):
-            coming.setdefault(one.root, []).append(one.size)
+            coming.setdefault(one.root, []).append(one.entry.size)
     for root, sizes in coming.items():
         count, size = len(sizes), sum(sizes)
         disk = os.statvfs(root)
@@ -7863,7 +7803,7 @@ def receive_safely(bucket: Bucket, tops: Iterable[str], files: Sequence[Placed])
     """Restore files below directories that hold nothing else; against another restore their roots are locked."""
     with contextlib.ExitStack() as stack:
         for root in sorted({one.root for one in files}):
-            fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(root, os.O_DIRECTORY)
             stack.callback(os.close, fd)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -8046,13 +7986,11 @@ def restore(bucket: Bucket, options: RestoreOptions) -> Answer:
     else:
         wrong = restore_staged(bucket, plan, options)
     document["failed"] = wrong
+    files, size = len(plan.files), size_text(plan.size)
     if wrong:
-        left, files = len(wrong), len(plan.files)
-        failed = f"{left} of {files} files were not restored: run it again"
+        failed = f"{len(wrong)} of {files} files were not restored: run it again"
         hint = "where that does not help, `cassbackup verify --deep --repair` marks what is bad, and then --incomplete"
         return Answer(FAILED, document, f"{failed}; {hint} leaves it out")
-    files = len(plan.files)
-    size = size_text(plan.size)
     done = f"restored {node.name} as of {plan.moment}: {files} files, {size}"
     return Answer(code, document, f"{done}\n{advice(plan, options)}".rstrip())
 
@@ -8840,9 +8778,7 @@ class DoctorOptions(BucketOptions):
     pin_dir: str = ""
     nodetool: str = "nodetool"
     metrics_listen: str = ""
-    keyspace: tuple[str, ...] = ()
-    exclude_keyspace: tuple[str, ...] = ()
-    exclude_table: tuple[str, ...] = ()
+    filters: Filters = field(default_factory=Filters)
     problems: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()  # settings that are no defaults, and where each stands
 
@@ -8872,21 +8808,18 @@ def _check_data(options: DoctorOptions) -> str:
     names = set[str]()
     count = 0
     for root in data_directories(options.paths):
-        found = glob.glob(f"{glob.escape(root)}/*/*-*/")
-        tables = [path.rstrip("/") for path in found]
+        tables = list(tables_in(root))
         if not tables:
             where = f"{root}/data" if "data" in os.listdir(root) else "the directory above the keyspaces"
             raise Fault(f"{quote(root)} has no tables", f"name {where}")
         count += len(tables)
-        for path in tables:
-            keyspace = os.path.dirname(path)
-            for one in (keyspace, path):
+        for place in tables:
+            keyspace, table = place.split("/")
+            for one in (f"{root}/{keyspace}", f"{root}/{place}"):
                 if os.path.islink(one):
                     raise Fault(f"{quote(one)} is a link, and links are not followed", "name its target as a PATH, too")
-            name, table = os.path.basename(keyspace), os.path.basename(path)
-            names |= {name, f"{name}.{table_id_of(table)[0]}"}
-    filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
-    unmatched = ", ".join(filters.unmatched(names))
+            names |= {keyspace, f"{keyspace}.{table_id_of(table)[0]}"}
+    unmatched = ", ".join(options.filters.unmatched(names))
     if unmatched:
         raise Fault(f"no table fits {unmatched}", "one name or glob for each option; in a file, blanks between")
     return f"{count} tables"
@@ -8968,14 +8901,14 @@ def _check_bucket(options: DoctorOptions) -> str:
             store.delete([key])
         raise Fault("; ".join(problems), "; ".join(cures))
     kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
-    if machine_id():
-        owner = newest_document(store, f"{bucket.here}.listings/owner.")
-        check_owner(owner, machine_id(), f"{bucket.here} in {store.url}")
     ahead = abs(time.time() - store.now())
     if ahead > 60:
         raise Fault(
             f"this clock is {ahead:.0f} s from the store's", "have chrony set it: S3 refuses what is 15 min off"
         )
+    if machine_id():
+        owner = newest_document(store, f"{bucket.here}.listings/owner.")
+        check_owner(owner, machine_id(), f"{bucket.here} in {store.url}")
     return f"{store.url}: put, head, get, list; {kept}"
 
 
@@ -9456,20 +9389,13 @@ class SnapshotOptions(BucketOptions):
     ttl: float = 0.0  # seconds
     nodetool: str = "nodetool"
     cqlsh: str = "cqlsh"
-    keyspace: tuple[str, ...] = ()  # filters: what they leave out is not waited for
-    exclude_keyspace: tuple[str, ...] = ()
-    exclude_table: tuple[str, ...] = ()
+    filters: Filters = field(default_factory=Filters)  # what they leave out is not waited for
 
 
 def wanted_tables(options: SnapshotOptions, roots: Iterable[str]) -> list[str]:
     """Return the tables that are to be stored, as keyspace/table-id."""
-    filters = Filters(options.keyspace, options.exclude_keyspace, options.exclude_table)
-    there = set[str]()
-    for root in roots:
-        for path in glob.iglob(f"{glob.escape(root)}/*/*-*/"):
-            keyspace, table = path.split("/")[-3:-1]
-            there.add(f"{keyspace}/{table}")
-    return sorted(filter(filters.wants_directory, there))
+    there = {place for root in roots for place in tables_in(root)}
+    return sorted(filter(options.filters.wants_directory, there))
 
 
 def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
@@ -10397,7 +10323,7 @@ def run(argv: Sequence[str], environ: MutableMapping[str, str]) -> int:
         log.warning("every user of this machine can read keys on a command line hint=use the environment or a role")
     if name != "status":
         use_key_files(values["bucket"], environ)
-    values |= {"store": fill(StoreOptions, values), "environ": environ}
+    values |= {"store": fill(StoreOptions, values), "filters": fill(Filters, values), "environ": environ}
     options: Any = fill(command.fields, values)
     if name == "watch":
         return int(command.run(options, environ))

@@ -26,7 +26,6 @@ LAZY = {"boto3", "botocore", "google", "pyinotify", "prometheus_client", "reques
 # These work on a machine that has nothing but the bucket.
 BUCKET_ROOMS, NODE_ROOMS = {"Catalog", "Choose", "Restore", "Verify", "Prune", "Report"}, {"Ledger", "Pinner"}
 # To write a file whole has nothing to do with watching; it merely stands where it is first needed.
-ANYBODYS = {"write_file"}
 LOCKS = {"threading.Lock", "threading.RLock", "threading.Condition", "threading.Semaphore"}
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
 CONTAINERS = {"dict", "list", "set", "bytearray", "defaultdict", "Counter", "deque", "Queue", "Event", "Lock"}
@@ -122,7 +121,7 @@ def names_read(node: ast.AST) -> list[str]:
 
 def commands_on_the_bucket_that_need_the_node(house: House) -> list[str]:
     rooms = {one: house.room(one) for one in house.tree.body}
-    theirs = {name for one, room in rooms.items() if room in NODE_ROOMS for name in house.names(one)[0]} - ANYBODYS
+    theirs = {name for one, room in rooms.items() if room in NODE_ROOMS for name in house.names(one)[0]}
     ours = [one for one, room in rooms.items() if room in BUCKET_ROOMS or getattr(one, "name", "") == "list_"]
     return [at(one, f"names {name}") for one in ours for name in sorted(house.names(one)[1] & theirs)]
 
