@@ -844,8 +844,8 @@ class Store(Protocol):
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
         """Delete objects; return why for each that stayed. An absent one is no error."""
 
-    def abandon_uploads(self, before: float) -> int:
-        """End the uploads in parts that began before a moment of the store's time; return how many."""
+    def abandon_uploads(self, before: float, below: str = "") -> int:
+        """End uploads in parts that began before a moment of the store's time, of keys below this; return how many."""
         return 0
 
     def now(self) -> float:
@@ -927,7 +927,16 @@ class Patient(Store):
         self._store, self._patience_s = store, patience_s
 
     def put(self, key: str, source: Source) -> ObjectInfo:
-        return insist(lambda: self._store.put(key, source), self._patience_s)
+        try:
+            return insist(lambda: self._store.put(key, source), self._patience_s)
+        except Conflict:
+            info = self.head(key)
+            if not info or info.size != source.size or not self.holds(info, source, crc32_of(pieces(source))):
+                raise
+            return info  # an earlier try of ours came through, and its reply was lost
+
+    def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
+        return insist(lambda: self._store.holds(info, source, crc32), self._patience_s)
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         waits = pauses(self._patience_s)
@@ -1166,7 +1175,7 @@ class FileStore(Store):
                 why[key] = fault.what
         return why
 
-    def abandon_uploads(self, before: float) -> int:
+    def abandon_uploads(self, before: float, below: str = "") -> int:
         """Delete temporary files to which nobody has written since: other nodes may use the same directory."""
         old: list[str] = []
         with contextlib.suppress(Missing), self._faults(), os.scandir(self._unfinished) as entries:
@@ -1393,18 +1402,19 @@ class Wire:
 
         address, proxies = urllib.parse.urlsplit(origin), getproxies()
         self._origin = origin
-        self._host, self._port = str(address.hostname), address.port
+        # http.client would look for a port in an address of IPv6.
+        self._host, self._port = str(address.hostname), address.port or (443 if address.scheme == "https" else 80)
         self._common = {"host": address.netloc.rpartition("@")[2], "accept-encoding": "identity"}
         self._context = tls_context(bundle) if address.scheme == "https" else None
         self._idle = deque[socket.socket]()  # the last used is taken first, so few are kept
-        self._proxy: tuple[str, int | None] | None = None
+        self._proxy: tuple[str, int] | None = None
         self._to_proxy: Headers = {}
         found = proxies.get(address.scheme, proxies.get("all"))
-        if found and not proxy_bypass(self._host):
+        if found and not proxy_bypass(self._common["host"]):  # NO_PROXY may name the port
             proxy = urllib.parse.urlsplit(found if "://" in found else f"http://{found}")
             if not proxy.hostname:
                 raise ValueError("a proxy without a host")
-            self._proxy = (proxy.hostname, proxy.port)
+            self._proxy = (proxy.hostname, proxy.port or 80)
             if proxy.username:
                 who = urllib.parse.unquote(f"{proxy.username}:{proxy.password}")
                 self._to_proxy["proxy-authorization"] = "Basic " + _base64(who.encode())
@@ -1713,6 +1723,9 @@ def sign(method: str, target: str, headers: Headers, who: Any, region: str) -> N
     headers["authorization"] = f"{credential}, SignedHeaders={signed}, Signature={signature}"
 
 
+_CREDENTIALS: Final = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
+
+
 class _Part(NamedTuple):
     """What S3 has taken of a large file."""
 
@@ -1918,6 +1931,10 @@ class S3Store(_Remote):
             raise
         except Missing as fault:
             raise Unreachable(fault.what, "the upload is gone, and begins anew") from fault
+        except Denied as fault:
+            if re.search("InvalidPart|EntityTooSmall", fault.what):  # nobody can ever complete it
+                self._abort(key, upload)
+            raise
 
     def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, Any]]:
         """Return the newest upload of this key whose parts are as long as ours would be, and its parts by number."""
@@ -1925,7 +1942,10 @@ class S3Store(_Remote):
             if upload["Key"] != self._prefix + key:  # it only begins like ours
                 continue
             which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
-            held = {part["PartNumber"]: part for part in self._paged("list_parts", "Parts", key, **which)}
+            try:
+                held = {part["PartNumber"]: part for part in self._paged("list_parts", "Parts", key, **which)}
+            except Missing:  # it has ended, and is listed all the same
+                continue
             ours = {number: min(step, size - (number - 1) * step) for number in held}
             if all(part["Size"] == ours[number] for number, part in held.items()):
                 return upload["UploadId"], held
@@ -2101,8 +2121,9 @@ class S3Store(_Remote):
                 why[key] = fault.what
         return why
 
-    def abandon_uploads(self, before: float) -> int:
-        old = [one for one in self._uploads("") if one["Initiated"].timestamp() < before]
+    def abandon_uploads(self, before: float, below: str = "") -> int:
+        # Without a prefix the bucket may have uploads of others.
+        old = [one for one in self._uploads(below) if one["Initiated"].timestamp() < before]
         for upload in old:
             with contextlib.suppress(Missing):
                 key = upload["Key"].removeprefix(self._prefix)
@@ -2125,21 +2146,24 @@ class S3Store(_Remote):
         try:
             yield
         except aws.ClientError as error:
-            told = error.response["Error"]
-            status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+            # A 200 may carry an error (CompleteMultipartUpload); botocore reads it since 2023.
+            told = error.response.get("Error", {})
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if told else 500
             where = told.get("Region") or told.get("Endpoint") or ""
             message = f"{told.get('Message', '')} {where}".strip()
             raise self._fault(key, status, str(told.get("Code", "")), message, is_object) from error
         except (aws.HTTPClientError, aws.ConnectionError) as error:
             raise unanswered(self.url, error) from error
+        except (aws.CredentialRetrievalError, aws.MetadataRetrievalError) as error:
+            # Where there were credentials before, whoever gives them is away for a while.
+            raise unanswered(self.url, error, "" if self._date[0] else _CREDENTIALS) from error
         except ValueError as error:  # botocore reads sizes and times in it
             what = f"{self.url}: an answer cannot be read ({error})"
             raise Unreachable(
                 what, "is this the right kind of server? Is there a proxy or a portal between?"
             ) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
-            cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
-            raise unanswered(self.url, error, cure) from error
+            raise unanswered(self.url, error, _CREDENTIALS) from error
 
 
 # ---- gs://
@@ -2328,6 +2352,8 @@ class GCSStore(_Remote):
             raise unanswered(self.url, error) from error
         except GoogleAuthError as error:
             cure = "set GOOGLE_APPLICATION_CREDENTIALS, or give the instance a service account"
+            if getattr(error, "retryable", False):  # whoever gives tokens is away for a while
+                cure = ""
             raise unanswered(self.url, error, cure) from error
 
 
@@ -2422,6 +2448,10 @@ def detect_cloud(environ: Mapping[str, str], dmi: str = DMI_VENDOR, limit_s: flo
     vendor = None
     with contextlib.suppress(OSError), open(dmi, errors="replace") as file:
         vendor = file.read().strip()
+    if vendor == "Xen":  # of AWS are the older instances, as I3 and D2: their BIOS is 4.11.amazon
+        with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(dmi), "bios_version")) as file:
+            if "amazon" in file.read():
+                vendor = "Amazon EC2"
     answers = queue.SimpleQueue[Cloud | None]()
     asked: list[str] = []
 
@@ -6006,7 +6036,8 @@ class Daemon:
                 if ledger.bucket != bucket:
                     return  # it was made anew meanwhile, and of that nothing is listed
                 ledger.replace_listed(directory, life, now, marks & there)
-        await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400)
+        ours = f"{self._backup.node}/"
+        await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400, ours)
 
     async def _find_oldest(self) -> None:
         await self._backup.scanned.wait()

@@ -74,6 +74,17 @@ def test_off_cloud_is_what_dmi_says(dmi: Callable[[str], str], vendor: str) -> N
     assert time.monotonic() - began < 1  # nobody is asked
 
 
+def test_an_older_instance_of_aws_says_so_by_its_bios(
+    dmi: Callable[[str], str], metadata: Metadata, tmp_path: Path
+) -> None:
+    """Of I3 and D2, among others, Xen is the maker."""
+    (tmp_path / "bios_version").write_text("4.11.amazon\n")
+    with pytest.raises(Unreachable, match="this is Amazon EC2"):
+        detect_cloud(metadata("none").environ, dmi("Xen"))
+    (tmp_path / "bios_version").write_text("4.14\n")
+    assert detect_cloud({}, dmi("Xen")) is None
+
+
 @pytest.mark.parametrize("vendor", ["Amazon EC2", "Google"])
 def test_on_a_cloud_silence_is_no_answer(dmi: Callable[[str], str], metadata: Metadata, vendor: str) -> None:
     nowhere = f"127.0.0.1:{free_port()}"

@@ -923,6 +923,15 @@ def test_the_way_leads_through_a_proxy(
     assert bucket.objects() == {KEY: BODY}
 
 
+def test_no_proxy_may_name_a_port(moto: Bucket, opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody listens
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, moto.url.removeprefix("http://"))
+    store = opened(moto, fresh=True)
+    put(store, KEY)
+    assert read(store, KEY) == BODY
+
+
 def test_tls_leads_through_a_tunnel(
     moto: Bucket, secured: Secured, authority: Authority, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1028,8 +1037,36 @@ def test_parts_of_a_file_of_another_size_are_left_alone(moto: Bucket, faulty: Fa
     assert moto.get(KEY) == noise(PART_BYTES + 9)[: PART_BYTES + 8]
 
 
+def test_an_upload_that_is_listed_though_it_has_ended_is_passed_over(
+    moto: Bucket, faulty: FaultProxy, opened: Opener
+) -> None:
+    """As MinIO does for a while, and Ceph."""
+    store = opened(moto, faulty.url)
+    refuse_part(faulty, 2)
+    with pytest.raises(Denied):
+        put(store, KEY, noise(LARGE))
+    faulty.heal()
+    faulty.on("GET", "uploadId=", s3_error(404, "NoSuchUpload"), count=None)
+    put(store, KEY, noise(LARGE))
+    assert moto.get(KEY) == noise(LARGE)
+
+
+@pytest.mark.parametrize("code", ["InvalidPart", "EntityTooSmall"])
+def test_an_upload_that_can_never_be_completed_begins_anew(
+    moto: S3Bucket, faulty: FaultProxy, opened: Opener, code: str
+) -> None:
+    store = opened(moto, faulty.url)
+    faulty.on("POST", "uploadId=", s3_error(400, code))
+    with pytest.raises(Denied):
+        put(store, KEY, noise(LARGE))
+    assert "Uploads" not in moto.client.list_multipart_uploads(Bucket=moto.bucket)
+    put(store, KEY, noise(LARGE))
+    assert moto.get(KEY) == noise(LARGE)
+
+
 def test_uploads_are_abandoned_by_their_age(weak: Store, moto: S3Bucket) -> None:
     moto.client.create_multipart_upload(Bucket=moto.bucket, Key=KEY)
+    assert weak.abandon_uploads(time.time() + 999, "node10/") == 0  # it is not that node's
     assert weak.abandon_uploads(1.0) == 0
     assert weak.abandon_uploads(time.time() + 999) == 1
     assert weak.abandon_uploads(time.time() + 999) == 0
@@ -1055,19 +1092,20 @@ def test_p3_an_upload_that_ends_at_a_taken_key_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["moto", "rclone"])
-def test_a_lost_reply_to_the_end_of_an_upload_is_a_success(
-    kind: str, request: pytest.FixtureRequest, proxy: Proxied, opened: Opener, naps: list[float]
+@pytest.mark.parametrize("size", [20, LARGE])
+def test_a_lost_reply_to_a_put_of_a_command_is_a_success(
+    kind: str, size: int, request: pytest.FixtureRequest, proxy: Proxied, opened: Opener, naps: list[float]
 ) -> None:
-    """The second try finds the key taken, and its caller that it is by the same bytes."""
-    bucket, body = request.getfixturevalue(kind), noise(LARGE)
+    """The second try finds the key taken, by the same bytes."""
+    bucket, body = request.getfixturevalue(kind), noise(size)
     faulty = proxy(bucket)
     store = Patient(opened(bucket, faulty.url), 20.0)
-    faulty.on("POST", "uploadId=", LOST_ACK)
-    with contextlib.suppress(Conflict):
-        put(store, KEY, body)
-    found = store.head(KEY)
-    assert found is not None
-    assert (found.size, found.crc32 or crc(body)) == (len(body), crc(body))
+    put(store, "first")  # which looks what the server knows
+    faulty.on("POST" if size == LARGE else "PUT", "uploadId=" if size == LARGE else "backups", LOST_ACK)
+    assert put(store, KEY, body).size == len(body)
+    bucket.delete("first")
+    with pytest.raises(Conflict):
+        put(store, KEY, body[::-1])
     assert bucket.objects() == {KEY: body}
     assert_written_once(faulty.trace)
 
