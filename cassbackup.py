@@ -6826,6 +6826,11 @@ def emptied_at(unit: Unit) -> float:
     return dropped if is_then else 0.0
 
 
+def is_drop(unit: Unit) -> bool:
+    """Tell whether Cassandra took a snapshot because the table was dropped."""
+    return emptied_at(unit) > 0 and not unit.tag.startswith("truncated-")
+
+
 def is_partial(unit: Unit) -> bool:
     """Tell whether Cassandra took a snapshot of some token ranges only, to look into a mismatch."""
     return _DIAGNOSTIC.fullmatch(unit.tag) is not None
@@ -6924,6 +6929,7 @@ class Base:
     listing: Listing[Known] | None = None
     newest: Age | None = None  # the youngest that was there, where that is known
     dropped: bool = False
+    gone: frozenset[object] = frozenset()  # identities of what was there when it was emptied
 
     def adds(self, sstable: SSTable, before: float) -> bool:
         """Tell whether an SSTable of backups/ belongs to the table as it was at a moment.
@@ -6941,6 +6947,8 @@ class Base:
         if sstable.written >= self.start:
             return True
         if self.newest is None or "/" in sstable.name or sstable.age <= self.newest:
+            return False
+        if sstable.identity in self.gone:  # listed once more, by a daemon that had lost its ledger
             return False
         # Numbers can begin anew after a truncate and a restart, and any is younger than those of an empty base.
         since = self.end if self.newest == _NO_AGE else self.start
@@ -6988,7 +6996,12 @@ def choose_base(
     emptied, last = 0.0, None
     for one in snapshots:
         moment = emptied_at(one.unit)
-        if emptied < moment <= before:
+        if moment > before:
+            continue
+        if is_drop(one.unit) and one.complete:
+            # Cassandra names it, and flushes then: what it has flushed is in there, and is younger than its name says.
+            moment = max(moment, end_of(read(one)))
+        if moment > emptied:
             emptied, last = moment, one
     best: Listing[Known] | None = None
     end = emptied
@@ -7002,15 +7015,17 @@ def choose_base(
             best, end = listing, end_of(listing)
     if best:
         base = base_on(best, created(best))
-        return replace(base, start=max(base.start, emptied + 0.001))
+        gone = frozenset[object]()
+        if last and last.complete and base.newest == _NO_AGE:
+            gone = frozenset(one.identity for one in sstables_of(read(last)))
+        return replace(base, start=max(base.start, emptied + 0.001), gone=gone)
     if not last:
         return Base()
     newest = None
     if last.complete:
         listing = read(last)
         newest = base_on(listing).newest if listing.complete else None
-    dropped = not last.unit.tag.startswith("truncated-")
-    return Base(emptied + 0.001, emptied, newest=newest, dropped=dropped)
+    return Base(emptied + 0.001, emptied, newest=newest, dropped=is_drop(last.unit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -7277,6 +7292,8 @@ def _fetch(store: Patient, entry: Known, fd: int, threads: int) -> None:
 def _arrive(store: Patient, entry: Known, folder: int, name: str, threads: int) -> None:
     """Fetch a file under another name; it gets its own by link(2), which never overwrites. Raises Corrupt, OSError."""
     temporary = f".cassbackup-{hash_name(name)}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=folder)  # of a run that was killed; no other runs beside us
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
     try:
         _fetch(store, entry, fd, threads)
@@ -7545,11 +7562,13 @@ def choose_archive(reader: Reader, directory: str) -> Iterable[Known]:
         for entry in listing.files:
             if entry.key in reader.bad:
                 bad.add(entry.name)
+                files.pop(entry.name, None)  # an older one would pass for it
             else:
+                bad.discard(entry.name)
                 files[entry.name] = entry
         for lost in listing.lost:
             reader.lacking.append(f"{quote(lost.name)} was lost before it was stored")
-    for name in sorted(bad - files.keys()):
+    for name in sorted(bad):
         reader.lacking.append(f"{quote(name)} is marked bad")
     if not files and not bad:
         raise Missing(f"{reader.node} has no archive of {quote(directory)}", "`cassbackup list` names the directories")
@@ -7830,16 +7849,23 @@ def check_space(placed: Sequence[Placed]) -> None:
             raise Fault(what, f"it has room for {disk.f_favail} files and {size_text(free)}")
 
 
-def receive_safely(bucket: Bucket, tops: Iterable[str], files: Sequence[Placed]) -> dict[str, str]:
-    """Restore files below directories that hold nothing else; against another restore their roots are locked."""
+@contextlib.contextmanager
+def locked(roots: Iterable[str]) -> Iterator[None]:
+    """Keep other restores from directories. Raises Busy."""
     with contextlib.ExitStack() as stack:
-        for root in sorted({one.root for one in files}):
+        for root in sorted(roots):
             fd = os.open(root, os.O_DIRECTORY)
             stack.callback(os.close, fd)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Busy(f"another restore writes to {quote(root)}", "wait for it") from None
+        yield
+
+
+def receive_safely(bucket: Bucket, tops: Iterable[str], files: Sequence[Placed]) -> dict[str, str]:
+    """Restore files below directories that hold nothing else."""
+    with locked({one.root for one in files}):
         for top in tops:
             check_target(top, files)
         check_space(files)
@@ -7927,7 +7953,17 @@ def restore_schema(bucket: Bucket, plan: Plan) -> dict[str, str]:
     make_target(plan.where)
     if body:
         write_new(os.path.join(plan.where, SCHEMA), body)
-    return receive_all(bucket, plan.files)
+    with locked({one.root for one in plan.files}):
+        return receive_all(bucket, plan.files)
+
+
+def check_table_id(roots: Iterable[str], table: Chosen) -> None:
+    """Refuse to restore a table where Cassandra knows it under another id: it would never look there. Raises Usage."""
+    _, name = table.called
+    there = {os.path.basename(path) for root in roots for path in glob.glob(f"{root}/{table.keyspace}/{name}-*")}
+    if there and table.table not in there:
+        hint = "make it again WITH ID (--schema-only tells how), or leave --in-place out and import it"
+        raise Usage(f"{table} has another id here: {quote(', '.join(sorted(there)))}", hint)
 
 
 def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dict[str, str]:
@@ -7940,6 +7976,9 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
     roots.update(os.path.abspath(word.rpartition("=")[2]) for word in options.data_dir)
     if not options.data_dir:
         roots.update(data_directories())
+    for one in plan.tables:
+        if not any(table.keyspace == "system_schema" for table in plan.tables):
+            check_table_id(roots, one)
     tops = []
     for root in sorted(roots):
         tops += [os.path.join(root, one.keyspace, one.table) for one in plan.tables]
@@ -7959,6 +7998,7 @@ def advice(plan: Plan, options: RestoreOptions) -> str:
             if node.dc:
                 lines.append(f"in the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
         lines.append("after it: cassbackup snapshot; until then a restore would begin where this one did")
+        lines.append("what was written just before that snapshot comes back by --at and --latest: restore it by --tag")
         return "\n".join(lines)
     lines = []
     if options.import_:
@@ -8370,14 +8410,17 @@ def kept_but_tag(
 ) -> dict[Unit, str]:
     """Return which snapshots of a table stay when --tag goes, and why; "" where the tag does not mean them."""
     kept = {one.unit: "" for one in found if not means(one.snapshot)}
+    if options.force:
+        return kept
     good = [one for one in found if one.counts and one.good]
-    if good and not options.force:
+    if good:
         newest = max(good, key=lambda one: one.taken)
         kept.setdefault(newest.unit, f"{_NEWEST}: only --force lets it go")
-        oldest = min(end_of(one.listing) for one in found if one.counts and one.unit in kept)
-        for one in found:
-            if tells_emptied(one.unit, oldest):
-                kept.setdefault(one.unit, f"{_TELLS_EMPTIED}: only --force lets it go")
+    # Without any a restore begins with nothing, and reaches back to the first incremental.
+    oldest = min((end_of(one.listing) for one in found if one.counts and one.unit in kept), default=0.0)
+    for one in found:
+        if tells_emptied(one.unit, oldest):
+            kept.setdefault(one.unit, f"{_TELLS_EMPTIED}: only --force lets it go")
     return kept
 
 
@@ -9069,7 +9112,7 @@ def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[Sequence[ListingInf
     points: list[tuple[float, float]] = []
     for snapshot in snapshots_of(infos):
         emptied = emptied_at(snapshot.unit)
-        if emptied and not snapshot.unit.tag.startswith("truncated-"):
+        if is_drop(snapshot.unit):
             gone = emptied
         elif snapshot.complete and not is_partial(snapshot.unit) and not is_bad(snapshot.listings):
             listed = min(info.when for info in snapshot.listings if info.complete)

@@ -547,6 +547,25 @@ def test_a_flush_that_the_truncate_itself_made_does_not_come_back() -> None:
     assert story.names(2 * DAY) == []
 
 
+def test_a_flush_that_the_drop_itself_made_does_not_come_back() -> None:
+    """Cassandra names that snapshot first, and flushes then."""
+    story = Story()
+    story.snapshot(DAY + 2, nb(1, DAY + 1), tag=tag_of("dropped", DAY))
+    story.backups(DAY + 3, nb(1, DAY + 1))
+    assert story.names(DAY + 600) == []
+    story.backups(2 * DAY, nb(2, 2 * DAY))  # made again WITH ID
+    assert story.names(3 * DAY) == ["nb-2-big"]
+
+
+def test_what_was_truncated_does_not_come_back_because_it_is_listed_once_more_p4() -> None:
+    """By a daemon that lost its ledger, of files that Cassandra never deletes; prune has let the first listing go."""
+    story = Story()
+    story.snapshot(DAY, nb(1, 0), tag=tag_of("truncated", DAY))
+    story.snapshot(2 * DAY, created=2 * DAY)
+    story.backups(3 * DAY, nb(1, 0), nb(2, 2.5 * DAY))
+    assert story.names(4 * DAY) == ["nb-2-big"]
+
+
 def test_what_is_imported_after_a_truncate_is_restored() -> None:
     story = Story()
     story.snapshot(DAY, nb(1, 0), tag=tag_of("truncated", DAY))

@@ -183,6 +183,9 @@ def test_what_tells_that_a_table_was_emptied_does_not_go_by_its_tag_alone_p7() -
     assert table.kept_tags(EPOCH + 2 * DAY, tag=tag, force=True) == ["a"]
     table = Table(snapshot(tag, EPOCH + DAY), snapshot("b", EPOCH + 3 * DAY))
     assert table.kept_tags(EPOCH + 4 * DAY, tag=tag) == ["b"], "no snapshot reaches back to it"
+    table = Table(snapshot(tag, EPOCH + DAY))
+    assert table.kept_tags(EPOCH + 4 * DAY, tag=tag) == [tag], "incrementals alone reach back to everything"
+    assert table.kept_tags(EPOCH + 4 * DAY, tag=tag, force=True) == []
 
 
 def test_a_snapshot_of_which_only_a_part_could_be_stored_again_is_not_the_last_good_one_p7(tmp_path: Path) -> None:

@@ -305,6 +305,25 @@ def test_what_is_marked_bad_in_an_archive_is_lacking(shelf: Shelf, tmp_path: Pat
     assert (answer.code, "lacking: CommitLog-7-2.log is marked bad" in answer.text) == (FAILED, True)
 
 
+def test_of_an_archived_file_whose_newest_content_is_bad_no_older_one_comes_back(
+    shelf: Shelf, tmp_path: Path, into: Path
+) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    unit, file = Unit("archive", tag=str(archive)), archive / "cassandra.yaml"
+    file.write_text("first")
+    shelf.put_listing(unit, [archive])
+    file.write_text("second content")
+    entry = replace(next(iter(shelf.entries(archive))), key=f"node1{archive}/cassandra.yaml@2")
+    now = shelf.clock()
+    newest = Listing("node1", unit, now, now, True, (entry,))
+    shelf.store.put(listing_key(newest), Body(dump_listing(newest)))
+    bad = entry.key
+    shelf.document("bad/20261121T000000.000000Z.json", keys=[{"key": bad, "found": "checksum", "at": "2"}])
+    answer = shelf.restore(archive=str(archive), into=into, dry_run=True)
+    assert (answer.code, "lacking: cassandra.yaml is marked bad" in answer.text) == (FAILED, True)
+
+
 def test_without_a_snapshot_it_is_told_that_there_may_have_been_more(shelf: Shelf, node: Node, into: Path) -> None:
     node.table("ks1", "users").flush()
     shelf.keep(node)
@@ -1040,6 +1059,10 @@ def test_the_schema_alone_comes_from_the_snapshot_s_own_files(
         assert daily.restore(tag="daily", into=into, schema_only=True).code == DONE
         assert tree(into) == own
     mine = into / "ks1" / "users" / "schema.cql"
+    mine.unlink()
+    (mine.parent / f".cassbackup-{cassbackup.hash_name('schema.cql')}").write_text("of a run that was killed")
+    assert daily.restore(tag="daily", into=into, schema_only=True).code == DONE
+    assert tree(into) == own
     mine.write_text("mine")
     assert daily.restore(tag="daily", into=into, schema_only=True).code == FAILED
     assert mine.read_text() == "mine"
@@ -1160,6 +1183,17 @@ def test_in_place_the_target_is_said_once_and_is_a_name(stopped: tuple[Shelf, No
     for given in (("",), (f"{node.data_dirs[0]}=",), ("/old=/new", "/old=/newer")):
         with pytest.raises(Usage, match="names no directory, or one twice"):
             in_place(shelf, same_node=True, data_dir=given)
+
+
+def test_in_place_a_table_that_has_another_id_here_is_refused(stopped: tuple[Shelf, Node]) -> None:
+    """Cassandra would never look into the directory of the old id."""
+    shelf, node = stopped
+    with empty(node):
+        (node.data_dirs[0] / "ks1" / ("users-" + "9a" * 16)).mkdir(parents=True)
+        with pytest.raises(Usage, match=r"ks1\.users-.* has another id here: users-9a9a"):
+            in_place(shelf, same_node=True, table=("ks1",))
+        assert live(node) == {}
+        assert in_place(shelf, same_node=True).code == DONE, "the schema comes, too"
 
 
 def test_in_place_what_lies_in_another_data_directory_is_seen(stopped: tuple[Shelf, Node], tmp_path: Path) -> None:
