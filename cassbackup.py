@@ -2938,8 +2938,9 @@ def lock_file(path: str) -> int:
         holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
         raise Busy(f"another cassbackup (pid {holder}) holds {path}", "ask it with `cassbackup status`") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk may have no room for it, and the lock is what counts
+        size = os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        os.ftruncate(fd, size)
     return fd
 
 
@@ -3636,7 +3637,8 @@ class Pinner(threading.Thread):
                     place.listed.discard(mark_of(pin.name, pin.fingerprint))  # listed, but not let go before the end
 
     def _tell_pinned(self, disk: PinDirectory, relative: str, life: str) -> None:
-        self._post(Touched(unit_of(disk.root, relative, life), disk, relative, 0, seconds_of(life)))
+        found = min(seconds_of(life), time.time())  # a clock that was once ahead leaves lives ahead of it
+        self._post(Touched(unit_of(disk.root, relative, life), disk, relative, 0, found))
 
     def _resume(self, disk: PinDirectory, relative: str, life: str) -> Place | None:
         """Return the place in which a life goes on, if it does. What is listed of backups/ has no life.
@@ -4010,15 +4012,15 @@ class Pinner(threading.Thread):
                 place.life = self._groups[place.unit].life = ""
         return 0
 
-    def give_up(self, disk: PinDirectory, relative: str, life: str, names: Iterable[str]) -> tuple[str, ...]:
-        """Unlink pins whose bytes nobody else holds; return which names are lost by that."""
+    def give_up(self, disk: PinDirectory, relative: str, life: str, links: Mapping[str, int]) -> tuple[str, ...]:
+        """Unlink pins whose bytes no link holds but so many of ours; return which names are lost by that."""
         folder = disk.directory(relative, life)
-        pins = {name: f"{folder}/{_short(name, '~')}" for name in names}
+        pins = {name: f"{folder}/{_short(name, '~')}" for name in links}
         alone: dict[str, os.stat_result] = {}
         for name, pin in pins.items():
             with contextlib.suppress(FileNotFoundError):
                 info = os.lstat(pin)
-                if info.st_nlink == 1:
+                if info.st_nlink <= links[name]:
                     alone[name] = info
         if alone:
             names = {*disk.lost(relative, life), *alone}
@@ -5097,7 +5099,7 @@ class Backup:
                 log.warning("not in its manifest.json, not listed path=%s", quote("/".join(path)))
             if self._adds(listing, before.listing):
                 listing = await self._publish(listing, work)
-            self._note_complete(listing)
+            self._note_snapshot(listing)
         return await self._let_go(work)
 
     def _patience_left(self, work: Round, files: Collection[FilePath], complete: bool) -> float:
@@ -5119,11 +5121,14 @@ class Backup:
         new_losses = set(draft.lost) - set(before.lost)
         return bool(new_files or new_losses)
 
-    def _note_complete(self, listing: Listing[Known]) -> None:
-        """Remember a complete snapshot: `status` and `snapshot` ask for it."""
-        if not listing.complete:
-            return
+    def _note_snapshot(self, listing: Listing[Known]) -> None:
+        """Remember whether a snapshot is complete: `status` and `snapshot` ask for it."""
         place = listing.unit.place
+        if not listing.complete:
+            self.ledger.remember(f"incomplete:{place}", listing.taken)
+            return
+        if listing.taken >= self.ledger.fact(f"incomplete:{place}"):
+            self.ledger.remember(f"incomplete:{place}", "")
         newest, _, _ = self.ledger.fact(f"complete:{place}").partition("\t")
         if listing.taken >= newest:
             self.ledger.remember(f"complete:{place}", f"{listing.taken}\t{listing.unit.tag}")
@@ -5270,7 +5275,7 @@ class Backup:
         self._check_bucket(work)
         for listing in newest:
             self._record(work, listing.files)
-            self._note_complete(listing)
+            self._note_snapshot(listing)
         self.ledger.remember(fact, "1")
 
     def _record(self, work: Round, entries: Iterable[Known]) -> None:
@@ -5370,7 +5375,9 @@ class Backup:
         async def attempt() -> None:
             nonlocal left
             files = [(pin, object_key(self.node, pin.path)) for pin in left]
-            results = await self._workers.once("put", work.unit.urgent, send, self.store, files, self.clock())
+            # A large file holds its thread for hours: not one of those that flushes and heartbeats wait for.
+            is_urgent = work.unit.urgent and sum(pin.size for pin in left) <= _BATCH_BYTES
+            results = await self._workers.once("put", is_urgent, send, self.store, files, self.clock())
             self._take_results(work, left, results)
             # Of some the store has not said anything.
             left = [pin for pin in left if isinstance(work.failed.get(pin.path), Unreachable)]
@@ -5501,12 +5508,25 @@ class Backup:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def pins_alone(disk: PinDirectory, directories: Iterable[tuple[Unit, str]]) -> list[tuple[Unit, str, dict[str, int]]]:
-    """Return the pins that alone hold their bytes, by source directory: their names and sizes."""
+def pins_alone(
+    disk: PinDirectory, directories: Collection[tuple[Unit, str]]
+) -> list[tuple[Unit, str, dict[str, Pinned]]]:
+    """Return the pins whose bytes no link holds but pins, by source directory and name.
+
+    Two snapshots of one SSTable are two pins of it.
+    """
+    inodes = array("Q")
+    for unit, relative in directories:
+        pins = disk.read(relative, unit.life).files.values()
+        inodes.extend(pin.fingerprint.inode for pin in pins if pin.links > 1)
+    ours = {}
+    for inode, group in itertools.groupby(sorted(inodes)):
+        if (count := len(list(group))) > 1:
+            ours[inode] = count
     found = []
     for unit, relative in directories:
         pins = disk.read(relative, unit.life).files.values()
-        alone = {pin.name: pin.size for pin in pins if pin.links == 1}
+        alone = {pin.name: pin for pin in pins if pin.links == ours.get(pin.fingerprint.inode, 1)}
         if alone:
             found.append((unit, relative, alone))
     return found
@@ -5765,7 +5785,7 @@ class Daemon:
         self._alive = time.monotonic()  # when the pinner last said something
         self._stop = asyncio.Event()
         self._code = DONE
-        self._held = 0
+        self._held, self._allowed = 0, 0.0
         self._began = time.time()
         self._speeds = deque([(time.monotonic(), 0)], maxlen=7)
         self._metrics: Metrics | None = None
@@ -5844,7 +5864,7 @@ class Daemon:
             log.error("a setting is wrong error=%s", quote(text))
         if backup.failures:
             return FAILED
-        if backup.counts["incomplete"] or backup.units or backup.ledger.facts("lost:"):
+        if backup.counts["incomplete"] or backup.units or backup.ledger.facts("lost:") or self._incomplete():
             return BEHIND
         if state.refused or state.absent or state.unmatched or self._options.problems:
             return BEHIND
@@ -5972,20 +5992,33 @@ class Daemon:
         for unit in sorted(self._backup.units, key=lambda unit: unit.life):
             for disk, relative in self._backup.units[unit].directories:
                 directories.setdefault(disk, []).append((unit, relative))
-        held = 0
-        for disk, some in directories.items():
-            alone = await self._on_disk(pins_alone, disk, some)
-            here = sum(sum(sizes.values()) for _, _, sizes in alone)
-            held += here
-            over = overdraft(disk, here, self._options.max_pinned, self._options.min_free)
-            for unit, relative, sizes in alone:
-                if over <= 0:
-                    break
-                given_up = await self._backup.ask(self._pinner.give_up, disk, relative, unit.life, tuple(sizes))
-                over -= sum(sizes[name] for name in given_up)
-                self._backup.note_lost(unit, disk.source(relative), given_up)
-        self._held = held
+        held, allowed = 0, 0.0
+        away: OSError | None = None
+        for disk in self._disks:
+            try:
+                if disk.path:
+                    held += await self._keep_limits_of(disk, directories.get(disk, []))
+                    allowed += self._options.max_pinned * (await self._on_disk(shutil.disk_usage, disk.path)).total
+            except OSError as error:  # it is away; the others must not fill up for that
+                away = error
+        self._held, self._allowed = held, allowed
+        if away:
+            raise away
         await asyncio.sleep(20 * (time.monotonic() - began))  # a million pins take seconds: a twentieth of a core
+
+    async def _keep_limits_of(self, disk: PinDirectory, directories: Collection[tuple[Unit, str]]) -> int:
+        """Give up what a disk must have back; return how many bytes of it our pins alone held."""
+        alone = await self._on_disk(pins_alone, disk, directories)
+        held = sum(pin.size // pin.links for _, _, pins in alone for pin in pins.values())
+        over = await self._on_disk(overdraft, disk, held, self._options.max_pinned, self._options.min_free)
+        for unit, relative, pins in alone:
+            if over <= 0:
+                break
+            links = {name: pin.links for name, pin in pins.items()}
+            given_up = await self._backup.ask(self._pinner.give_up, disk, relative, unit.life, links)
+            over -= sum(pins[name].size // pins[name].links for name in given_up)
+            self._backup.note_lost(unit, disk.source(relative), given_up)
+        return held
 
     async def _heartbeat(self) -> None:
         """Say in the bucket that all that was found by a moment is listed: a quiet table and a dead daemon differ."""
@@ -6187,7 +6220,6 @@ class Daemon:
         waiting, oldest = backup.units.values(), _oldest_of(backup.units)
         failing, failures = self._workers.failing(), self._failures()
         since, before = self._speeds[0]
-        disks = [os.statvfs(disk.path) for disk in self._disks if disk.path]
         view = backup.last_view
         return {
             "version": __version__,
@@ -6207,11 +6239,12 @@ class Daemon:
                 "bytes": sum(one.size for one in waiting),
             },
             "pinned_alone_bytes": self._held,
-            "pinned_alone_limit_bytes": self._options.max_pinned * sum(one.f_blocks * one.f_frsize for one in disks),
+            "pinned_alone_limit_bytes": self._allowed,
             "refused": sorted(state.refused),
             "absent": dict(state.absent),
             "unmatched": list(state.unmatched),
             "lost": sorted(backup.ledger.facts("lost:")),
+            "incomplete": self._incomplete(),
             "problems": list(self._options.problems),
             "sent": dict(backup.sent),
             "rate": (backup.sent["bytes"] - before) / max(1.0, time.monotonic() - since),
@@ -6226,6 +6259,11 @@ class Daemon:
             "last_verify": view.verified if view else 0.0,
             "newest_listing": backup.ledger.fact("newest"),
         }
+
+    def _incomplete(self) -> list[str]:
+        """Return the tables of which a snapshot is listed incomplete, and none complete since."""
+        found = self._backup.ledger.facts("incomplete:")
+        return sorted(found.keys() & self._state.tables)  # of a table that is gone no other comes
 
     def _lag(self) -> float:
         """Return for how many seconds the oldest file has waited that is not listed."""
@@ -9389,11 +9427,13 @@ def _is_late(table: Mapping[str, Any], oldest: float) -> bool:
 
 def why_behind(document: Mapping[str, Any], options: StatusOptions) -> list[str]:
     """Return what is wrong; nothing if all is well."""
-    oldest = document["now"] - options.max_age
+    oldest, bad = document["now"] - options.max_age, document["bad_objects"]
     late = [place for place, table in document["tables"].items() if _is_late(table, oldest)]
     wrong = {
         "data directory away": [f"{directory} ({why})" for directory, why in document["absent"].items()],
         "lost until the next complete snapshot": document["lost"],
+        "listed incomplete until the next complete snapshot": document["incomplete"],
+        "bad in the bucket until the next snapshot": [f"{bad} objects"] if bad else [],
         "not stored, see the log": document["refused"],
         "failing": [f"{what} ({error['error']})" for what, error in document["errors"].items()],
         "not stored": [f"{unit} ({why})" for unit, why in document["failures"].items()],

@@ -397,6 +397,27 @@ def test_once_ends_with_0_only_when_everything_is_listed_complete_p8(scene: Scen
     users.sstables[0].link("snapshots/broken", node.history, users.unit("broken"))
     scene.once(*node.data_dirs, check=3)
     scene.assert_all_is_listed(node.history)
+    scene.once(*node.data_dirs, check=3)  # a cron job that is run again stores nothing, and nothing is better
+    for path in scene.state.glob("ledger.db*"):
+        path.unlink()
+    scene.once(*node.data_dirs, check=3)
+    node.snapshot("next")
+    scene.once(*node.data_dirs, check=0)
+
+
+def test_status_that_waits_is_red_where_what_it_waited_for_is_incomplete_p8(scene: Scene, node: Node) -> None:
+    """`nodetool snapshot && cassbackup status --wait && nodetool clearsnapshot` must not clear the only whole copy."""
+    users = node.table("ks1", "users")
+    users.flush()
+    scene.start(*node.data_dirs, args=("--incomplete-after", "1s"))
+    node.snapshot("daily")
+    assert scene.settled()["behind"] == []
+    users.sstables[0].link("snapshots/broken", node.history, users.unit("broken"))
+    scene.until_found(len(list(node.history.files())))
+    assert ["incomplete" in text for text in scene.settled()["behind"]] == [True]
+    node.snapshot("next")
+    scene.until_found(len(list(node.history.files())))
+    assert scene.settled()["behind"] == []
 
 
 @pytest.mark.slow
@@ -659,6 +680,23 @@ def test_a_data_directory_that_goes_away_is_red_until_it_is_back_p8(scene: Scene
     users.flush()
     scene.settled()
     scene.assert_all_is_listed(node.history)
+
+
+@pytest.mark.slow
+def test_one_of_two_disks_that_is_away_with_its_pins_hides_nothing_of_the_other_p8(
+    scene: Scene, tmp_path: Path
+) -> None:
+    first, second = (Node(tmp_path / name) for name in ("first", "second"))
+    for node in (first, second):
+        node.table("ks1", f"of_{node.root.name}").flush()
+    scene.start(*first.data_dirs, *second.data_dirs, args=("--reconcile", "1s"))
+    assert scene.settled()["behind"] == []
+    second.root.rename(tmp_path / "away")
+    wait_for(lambda: "data directory away" in " ".join(scene.page()["behind"]))
+    first.snapshot("daily")
+    scene.until_found(sum(len(list(node.history.files())) for node in (first, second)))
+    assert scene.settled()["pinned_alone_limit_bytes"] > 0
+    scene.assert_all_is_listed(first.history)
 
 
 @pytest.mark.slow

@@ -998,7 +998,7 @@ def test_only_bytes_that_nobody_else_holds_are_given_up_and_a_restart_knows_it(
     (unit,) = desk.lives("daily")
     node.clear("daily")
     pins, disk = desk.units()[unit], desk.disks[0]
-    names = tuple(name for _, name in pins)
+    names = {name: 1 for _, name in pins}
     relative = str(tag_of(users).relative_to(node.data_dirs[0]))
     given_up = desk.ask(desk.pinner.give_up, disk, relative, unit.life, names)
     assert sorted(given_up) == ["manifest.json", "schema.cql"], "the others are still live SSTables"
@@ -1015,6 +1015,43 @@ def test_only_bytes_that_nobody_else_holds_are_given_up_and_a_restart_knows_it(
     assert unit not in desk.units()
 
 
+def test_bytes_that_two_pins_of_ours_hold_and_nobody_else_can_be_given_up_p5(
+    node: Node, users: Table, start: Start
+) -> None:
+    """Two snapshots of one SSTable, both cleared while the store is away."""
+    node.incremental = False
+    users.flush()
+    for tag in ("monday", "tuesday"):
+        node.snapshot(tag)
+    desk = start(*node.data_dirs)
+    disk = desk.disks[0]
+    places = [(unit, str(tag_of(users, unit.tag).relative_to(node.data_dirs[0]))) for unit in desk.units() if unit.tag]
+    node.clear("monday")
+    node.clear("tuesday")
+    held = {name for _, _, pins in cassbackup.pins_alone(disk, places) for name in pins}
+    assert held == {"manifest.json", "schema.cql"}, "the SSTables are live"
+    users.sstables[1].remove()
+    alone = cassbackup.pins_alone(disk, places)
+    assert [sorted(pins)[:1] for _, _, pins in alone] == [["manifest.json"]] * 2
+    links = [{name: pin.links for name, pin in pins.items() if name.startswith("nb-2")} for _, _, pins in alone]
+    assert [set(some.values()) for some in links] == [{2}, {2}]
+    for (unit, relative), some in zip(places, links, strict=True):
+        given_up = desk.ask(desk.pinner.give_up, disk, relative, unit.life, some)
+        assert sorted(given_up) == sorted(some)
+
+
+def test_pins_of_a_clock_that_was_ahead_are_not_found_in_the_future(node: Node, users: Table, start: Start) -> None:
+    """Else nothing would lag, and heartbeats would call all listed."""
+    desk = start(*node.data_dirs)
+    pins = Path(desk.disks[0].path)
+    desk.end()
+    for path in pins.glob("*~*"):
+        path.rename(path.with_name(path.name.rpartition("~")[0] + "~" + cassbackup.utc(time.time() + 1e8)))
+    found = [news.found for news in start(*node.data_dirs).said(Touched)]
+    assert found
+    assert max(found) <= time.time()
+
+
 def test_what_is_given_up_after_the_pins_were_read_stays_named_until_it_is_listed_too_p2(
     node: Node, users: Table, start: Start
 ) -> None:
@@ -1025,7 +1062,7 @@ def test_what_is_given_up_after_the_pins_were_read_stays_named_until_it_is_liste
     disk, relative = desk.disks[0], str(tag_of(users).relative_to(node.data_dirs[0]))
     for name in ("manifest.json", "schema.cql"):
         read = disk.read(relative, unit.life).lost
-        desk.ask(desk.pinner.give_up, disk, relative, unit.life, (name,))
+        desk.ask(desk.pinner.give_up, disk, relative, unit.life, {name: 1})
     assert [name for _, name in read] == ["manifest.json"]
     desk.ask(desk.pinner.let_go, unit, {}, read, ())
     assert [name for _, name in disk.read(relative, unit.life).lost] == ["schema.cql"]
@@ -1040,7 +1077,7 @@ def test_what_was_given_up_and_is_still_there_is_pinned_again(node: Node, users:
     alone.write_bytes(b"alone")
     desk.scan()
     alone.unlink()
-    names = ("alone", "nb-1-big-Data.db")
+    names = {"alone": 1, "nb-1-big-Data.db": 1}
     assert desk.ask(desk.pinner.give_up, desk.disks[0], relative, unit.life, names) == ("alone",)
     alone.write_bytes(b"it came again")
     assert desk.scan().copies()[str(alone)] == [Copy.of(b"it came again")]
