@@ -2449,7 +2449,7 @@ def detect_cloud(environ: Mapping[str, str], dmi: str = DMI_VENDOR, limit_s: flo
     with contextlib.suppress(OSError), open(dmi, errors="replace") as file:
         vendor = file.read().strip()
     if vendor == "Xen":  # of AWS are the older instances, as I3 and D2: their BIOS is 4.11.amazon
-        with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(dmi), "bios_version")) as file:
+        with contextlib.suppress(OSError), open(f"{os.path.dirname(dmi)}/bios_version", errors="replace") as file:
             if "amazon" in file.read():
                 vendor = "Amazon EC2"
     answers = queue.SimpleQueue[Cloud | None]()
@@ -5124,12 +5124,15 @@ class Backup:
     def _note_snapshot(self, listing: Listing[Known]) -> None:
         """Remember whether a snapshot is complete: `status` and `snapshot` ask for it."""
         place = listing.unit.place
-        if not listing.complete:
-            self.ledger.remember(f"incomplete:{place}", listing.taken)
-            return
-        if listing.taken >= self.ledger.fact(f"incomplete:{place}"):
-            self.ledger.remember(f"incomplete:{place}", "")
         newest, _, _ = self.ledger.fact(f"complete:{place}").partition("\t")
+        incomplete = self.ledger.fact(f"incomplete:{place}")
+        if not listing.complete:
+            is_drop = listing.unit.tag.startswith("dropped-")  # no other comes
+            if listing.taken > max(newest, incomplete) and not is_drop:
+                self.ledger.remember(f"incomplete:{place}", listing.taken)
+            return
+        if listing.taken >= incomplete:
+            self.ledger.remember(f"incomplete:{place}", "")
         if listing.taken >= newest:
             self.ledger.remember(f"complete:{place}", f"{listing.taken}\t{listing.unit.tag}")
         if listing.taken > self.ledger.fact(f"lost:{place}"):  # an earlier snapshot has not what was lost since
@@ -5375,8 +5378,8 @@ class Backup:
         async def attempt() -> None:
             nonlocal left
             files = [(pin, object_key(self.node, pin.path)) for pin in left]
-            # A large file holds its thread for hours: not one of those that flushes and heartbeats wait for.
-            is_urgent = work.unit.urgent and sum(pin.size for pin in left) <= _BATCH_BYTES
+            # A file that takes minutes must not hold one of the threads that flushes and heartbeats wait for.
+            is_urgent = work.unit.urgent and sum(pin.size for pin in left) < GIB
             results = await self._workers.once("put", is_urgent, send, self.store, files, self.clock())
             self._take_results(work, left, results)
             # Of some the store has not said anything.
@@ -5519,14 +5522,16 @@ def pins_alone(
     for unit, relative in directories:
         pins = disk.read(relative, unit.life).files.values()
         inodes.extend(pin.fingerprint.inode for pin in pins if pin.links > 1)
-    ours = {}
-    for inode, group in itertools.groupby(sorted(inodes)):
-        if (count := len(list(group))) > 1:
-            ours[inode] = count
-    found = []
+    twice = {inode for inode, next_one in itertools.pairwise(sorted(inodes)) if inode == next_one}
+    read, ours = [], Counter[int]()
     for unit, relative in directories:
         pins = disk.read(relative, unit.life).files.values()
-        alone = {pin.name: pin for pin in pins if pin.links == ours.get(pin.fingerprint.inode, 1)}
+        some = [pin for pin in pins if pin.links == 1 or pin.fingerprint.inode in twice]
+        ours.update(pin.fingerprint.inode for pin in some)
+        read.append((unit, relative, some))
+    found = []
+    for unit, relative, some in read:
+        alone = {pin.name: pin for pin in some if pin.links == ours[pin.fingerprint.inode]}
         if alone:
             found.append((unit, relative, alone))
     return found
@@ -5575,7 +5580,7 @@ _METRICS: Final = (
     ("listings_total", "counts listings", "Listings written."),
     ("incomplete_listings_total", "counts incomplete", "Listings of what will not become complete."),
     ("lost_files_total", "counts lost", "Files that were pinned and had to be given up before they were stored."),
-    ("lost_tables", "lost", "Tables of which files were lost, until a snapshot taken since is complete."),
+    ("lost_tables", "lost_tables", "Tables of which files were lost, until a snapshot taken since is complete."),
     ("vanished_files_total", "counts vanished", "Files that were gone before they were pinned."),
     ("refused_total", "counts refused", "Times that a directory could not be scanned, or a file not linked."),
     ("digest_mismatches_total", "counts digest_mismatch", "Data.db files that are not what their Digest.crc32 says."),
@@ -5864,7 +5869,9 @@ class Daemon:
             log.error("a setting is wrong error=%s", quote(text))
         if backup.failures:
             return FAILED
-        if backup.counts["incomplete"] or backup.units or backup.ledger.facts("lost:") or self._incomplete():
+        if backup.counts["incomplete"] or backup.units:
+            return BEHIND
+        if backup.ledger.facts("lost:") or self._tables_with("incomplete:"):
             return BEHIND
         if state.refused or state.absent or state.unmatched or self._options.problems:
             return BEHIND
@@ -6244,7 +6251,8 @@ class Daemon:
             "absent": dict(state.absent),
             "unmatched": list(state.unmatched),
             "lost": sorted(backup.ledger.facts("lost:")),
-            "incomplete": self._incomplete(),
+            "lost_tables": self._tables_with("lost:"),
+            "incomplete": self._tables_with("incomplete:"),
             "problems": list(self._options.problems),
             "sent": dict(backup.sent),
             "rate": (backup.sent["bytes"] - before) / max(1.0, time.monotonic() - since),
@@ -6260,10 +6268,10 @@ class Daemon:
             "newest_listing": backup.ledger.fact("newest"),
         }
 
-    def _incomplete(self) -> list[str]:
-        """Return the tables of which a snapshot is listed incomplete, and none complete since."""
-        found = self._backup.ledger.facts("incomplete:")
-        return sorted(found.keys() & self._state.tables)  # of a table that is gone no other comes
+    def _tables_with(self, fact: str) -> list[str]:
+        """Return the tables of which the ledger has a fact; of one that was dropped no better snapshot comes."""
+        found = self._backup.ledger.facts(fact)
+        return sorted(found.keys() & self._tables().keys())
 
     def _lag(self) -> float:
         """Return for how many seconds the oldest file has waited that is not listed."""
@@ -7998,7 +8006,11 @@ def restore_schema(bucket: Bucket, plan: Plan) -> dict[str, str]:
 def check_table_id(roots: Iterable[str], table: Chosen) -> None:
     """Refuse to restore a table where Cassandra knows it under another id: it would never look there. Raises Usage."""
     _, name = table.called
-    there = {os.path.basename(path) for root in roots for path in glob.glob(f"{root}/{table.keyspace}/{name}-*")}
+    there = set()
+    for root in roots:
+        for path in glob.glob(f"{root}/{table.keyspace}/{name}-*"):
+            if not os.listdir(path) or not {*os.listdir(path)} <= {"snapshots", "backups"}:  # what a drop leaves behind
+                there.add(os.path.basename(path))
     if there and table.table not in there:
         hint = "make it again WITH ID (--schema-only tells how), or leave --in-place out and import it"
         raise Usage(f"{table} has another id here: {quote(', '.join(sorted(there)))}", hint)
@@ -9427,13 +9439,12 @@ def _is_late(table: Mapping[str, Any], oldest: float) -> bool:
 
 def why_behind(document: Mapping[str, Any], options: StatusOptions) -> list[str]:
     """Return what is wrong; nothing if all is well."""
-    oldest, bad = document["now"] - options.max_age, document["bad_objects"]
+    oldest = document["now"] - options.max_age
     late = [place for place, table in document["tables"].items() if _is_late(table, oldest)]
     wrong = {
         "data directory away": [f"{directory} ({why})" for directory, why in document["absent"].items()],
         "lost until the next complete snapshot": document["lost"],
         "listed incomplete until the next complete snapshot": document["incomplete"],
-        "bad in the bucket until the next snapshot": [f"{bad} objects"] if bad else [],
         "not stored, see the log": document["refused"],
         "failing": [f"{what} ({error['error']})" for what, error in document["errors"].items()],
         "not stored": [f"{unit} ({why})" for unit, why in document["failures"].items()],

@@ -228,9 +228,10 @@ def test_every_option_reaches_its_command() -> None:
     store = set(cassbackup.StoreOptions.__dataclass_fields__)
     for name, command in COMMANDS.items():
         fields = set(command.fields.__dataclass_fields__)
+        filters = set(cassbackup.Filters.__dataclass_fields__) if "filters" in fields else set()
         given = {option.key for option in command.options}
-        assert given - fields - elsewhere - store == set(), name
-        ours = {"store", "environ", "problems", "origins", "all_nodes"}
+        assert given - fields - elsewhere - store - filters == set(), name
+        ours = {"store", "filters", "environ", "problems", "origins", "all_nodes"}
         assert fields - given - ours == set(), name
 
 
@@ -655,6 +656,7 @@ WELL: dict[str, Any] = {
     "reconcile_s": 60.0,
     "absent": {},
     "lost": [],
+    "incomplete": [],
     "refused": [],
     "errors": {},
     "failures": {},
@@ -679,6 +681,7 @@ def test_a_daemon_that_is_well_is_not_behind() -> None:
         ({"scanned": NOW - 1000}, "no scan of everything has ended for 1000 s"),
         ({"absent": {"/data": "it is empty"}}, "data directory away: /data (it is empty)"),
         ({"lost": ["a", "b", "c"]}, "lost until the next complete snapshot: a and 2 more"),
+        ({"incomplete": ["ks1/users-1"]}, "listed incomplete until the next complete snapshot: ks1/users-1"),
         ({"refused": ["/data/x"]}, "not stored, see the log: /data/x"),
         ({"errors": {"put": {"error": "403", "since": NOW}}}, "failing: put (403)"),
         ({"failures": {"ks1/users": "too large"}}, "not stored: ks1/users (too large)"),

@@ -812,10 +812,30 @@ def test_a_loss_is_told_until_a_snapshot_taken_since_is_complete_p8(tmp_path: Pa
     unit = Unit("snapshot", "ks1", "users", "daily", backup.clock())
     before: Listing[Known] = Listing("node1", unit, backup.clock(), backup.clock(), True, ())
     backup.note_lost(unit, "/data/ks1/users/backups", ["nb-7-big-Data.db"])
-    backup._note_complete(before)  # it came late, and was taken earlier
+    backup._note_snapshot(before)  # it came late, and was taken earlier
     assert list(ledger.facts("lost:")) == ["ks1/users"]
-    backup._note_complete(replace(before, taken=backup.clock()))
+    backup._note_snapshot(replace(before, taken=backup.clock()))
     assert ledger.facts("lost:") == {}
+    ledger.close()
+
+
+def test_an_incomplete_snapshot_is_told_until_a_complete_one_that_was_taken_since_p8(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path / "ledger.db"), "")
+    backup = Backup(None, None, None, ledger)  # type: ignore[arg-type]
+    first, second, third, fourth = (backup.clock() for _ in range(4))
+
+    def note(taken: str, complete: bool, tag: str = "daily") -> bool:
+        unit = Unit("snapshot", "ks1", "users", tag, taken)
+        backup._note_snapshot(Listing("node1", unit, taken, backup.clock(), complete, ()))
+        return bool(ledger.facts("incomplete:"))
+
+    assert note(second, True) is False
+    assert note(first, False) is False, "it waited for the rest, and a complete one was taken meanwhile"
+    assert note(third, False) is True
+    assert note(first, False) is True
+    assert note(second, True) is True, "that was taken before"
+    assert note(third, True) is False, "the rest has come"
+    assert note(fourth, False, "dropped-1795292678000-users") is False, "no other comes"
     ledger.close()
 
 
