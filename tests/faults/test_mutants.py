@@ -71,8 +71,8 @@ MUTANTS = {
     ),
     "no grace": Mutant("_DAY_S: Final = 24 * 3600.0", "_DAY_S: Final = 0.0", "test_prune.py", "marked_by_one_run"),
     "follow symbolic links": Mutant(
-        "_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW",
-        "_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY",
+        "_OPEN_DIRECTORY: Final = os.O_DIRECTORY | os.O_NOFOLLOW",
+        "_OPEN_DIRECTORY: Final = os.O_DIRECTORY",
         "test_pinner.py",
         "becomes_a_symlink",
     ),
