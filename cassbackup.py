@@ -845,7 +845,10 @@ class Store(Protocol):
         """Delete objects; return why for each that stayed. An absent one is no error."""
 
     def abandon_uploads(self, before: float, below: str = "") -> int:
-        """End uploads in parts that began before a moment of the store's time, of keys below this; return how many."""
+        """End uploads in parts that began before a moment of the store's time; return how many.
+
+        `below`: only of keys that begin so; file:// does not know whose they are.
+        """
         return 0
 
     def now(self) -> float:
@@ -1402,7 +1405,7 @@ class Wire:
 
         address, proxies = urllib.parse.urlsplit(origin), getproxies()
         self._origin = origin
-        # http.client would look for a port in an address of IPv6.
+        # Else http.client takes the end of an IPv6 address for a port.
         self._host, self._port = str(address.hostname), address.port or (443 if address.scheme == "https" else 80)
         self._common = {"host": address.netloc.rpartition("@")[2], "accept-encoding": "identity"}
         self._context = tls_context(bundle) if address.scheme == "https" else None
@@ -2122,7 +2125,7 @@ class S3Store(_Remote):
         return why
 
     def abandon_uploads(self, before: float, below: str = "") -> int:
-        # Without a prefix the bucket may have uploads of others.
+        # Others may have uploads in this bucket.
         old = [one for one in self._uploads(below) if one["Initiated"].timestamp() < before]
         for upload in old:
             with contextlib.suppress(Missing):
@@ -2146,7 +2149,7 @@ class S3Store(_Remote):
         try:
             yield
         except aws.ClientError as error:
-            # A 200 may carry an error (CompleteMultipartUpload); botocore reads it since 2023.
+            # CompleteMultipartUpload may answer 200 with an error. Before 2023 botocore does not tell which.
             told = error.response.get("Error", {})
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if told else 500
             where = told.get("Region") or told.get("Endpoint") or ""
@@ -2155,7 +2158,7 @@ class S3Store(_Remote):
         except (aws.HTTPClientError, aws.ConnectionError) as error:
             raise unanswered(self.url, error) from error
         except (aws.CredentialRetrievalError, aws.MetadataRetrievalError) as error:
-            # Where there were credentials before, whoever gives them is away for a while.
+            # The store has answered before: whoever gives the credentials is away for a while.
             raise unanswered(self.url, error, "" if self._date[0] else _CREDENTIALS) from error
         except ValueError as error:  # botocore reads sizes and times in it
             what = f"{self.url}: an answer cannot be read ({error})"
@@ -2448,7 +2451,7 @@ def detect_cloud(environ: Mapping[str, str], dmi: str = DMI_VENDOR, limit_s: flo
     vendor = None
     with contextlib.suppress(OSError), open(dmi, errors="replace") as file:
         vendor = file.read().strip()
-    if vendor == "Xen":  # of AWS are the older instances, as I3 and D2: their BIOS is 4.11.amazon
+    if vendor == "Xen":  # older instances of AWS (I3, D2) say so; their BIOS's version is 4.11.amazon
         with contextlib.suppress(OSError), open(f"{os.path.dirname(dmi)}/bios_version", errors="replace") as file:
             if "amazon" in file.read():
                 vendor = "Amazon EC2"
@@ -2960,7 +2963,7 @@ def mark_of(name: str, fingerprint: Fingerprint) -> int:
 
 
 def mark_there(entry: os.DirEntry[str]) -> int:
-    """Return the mark of a file that a scan has found; 0, of no file, where it has vanished since."""
+    """Return the mark of a scanned file; 0, which no file has, if it has vanished since."""
     try:
         return mark_of(entry.name, Fingerprint.of(entry.stat(follow_symlinks=False)))
     except FileNotFoundError:
@@ -3637,7 +3640,7 @@ class Pinner(threading.Thread):
                     place.listed.discard(mark_of(pin.name, pin.fingerprint))  # listed, but not let go before the end
 
     def _tell_pinned(self, disk: PinDirectory, relative: str, life: str) -> None:
-        found = min(seconds_of(life), time.time())  # a clock that was once ahead leaves lives ahead of it
+        found = min(seconds_of(life), time.time())  # a clock that was once ahead has named lives in the future
         self._post(Touched(unit_of(disk.root, relative, life), disk, relative, 0, found))
 
     def _resume(self, disk: PinDirectory, relative: str, life: str) -> Place | None:
@@ -3683,7 +3686,7 @@ class Pinner(threading.Thread):
         self._report_if_late()
         if self._places.get(place.path) is not place:
             return
-        place.mtime_ns = 0  # until this scan has ended well; where the disk is away, until it is back
+        place.mtime_ns = 0  # to be scanned again, also where its disk is away; a scan that ends well sets it
         if place.relative and place.disk.root in self._absent:
             return
         began = time.monotonic()
@@ -4013,7 +4016,7 @@ class Pinner(threading.Thread):
         return 0
 
     def give_up(self, disk: PinDirectory, relative: str, life: str, links: Mapping[str, int]) -> tuple[str, ...]:
-        """Unlink pins whose bytes no link holds but so many of ours; return which names are lost by that."""
+        """Unlink pins that have no other links than so many of ours; return which names are lost by that."""
         folder = disk.directory(relative, life)
         pins = {name: f"{folder}/{_short(name, '~')}" for name in links}
         alone: dict[str, os.stat_result] = {}
@@ -4029,9 +4032,10 @@ class Pinner(threading.Thread):
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                # The names need room themselves, so the largest goes first; here, should that not be enough.
+                # To write names needs room, so the largest pin goes first. The log has its name, should it fail again.
                 largest = max(alone, key=lambda name: alone[name].st_size)
-                log.error("given up to make room for its name path=%s", quote(f"{disk.source(relative)}/{largest}"))
+                path = quote(f"{disk.source(relative)}/{largest}")
+                log.error("LOST, the disk is too full to note it first path=%s", path)
                 os.unlink(pins[largest])
                 disk.write_lost(relative, life, names)
         for name, info in alone.items():
@@ -4249,7 +4253,7 @@ def _needed(sstable: str) -> tuple[str, ...]:
 
 
 def _has_checksums(sstable: str, names: Collection[str]) -> bool:
-    """Tell whether the component is there that holds a Data.db's checksums: of a compressed table, or of another."""
+    """Tell whether CompressionInfo.db is there, as of a compressed table, or CRC.db, as of any other."""
     return f"{sstable}-CompressionInfo.db" in names or f"{sstable}-CRC.db" in names
 
 
@@ -4259,7 +4263,7 @@ def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) ->
     toc = f"{sstable}-TOC.txt"
     told = read(names[toc]).decode("utf-8", "replace").split() if toc in names else []
     words.update(told)
-    if not told and not _has_checksums(sstable, names):  # a power cut may leave a TOC.txt empty
+    if not told and not _has_checksums(sstable, names):  # none, or empty after a power cut
         words.add("CompressionInfo.db")
     missing = []
     for word in words:
@@ -4291,7 +4295,7 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
 
     Cassandra writes manifest.json after the last link of a table, and it names every Data.db (TableSnapshot,
     SnapshotManifest). `scanned`: a scan of all data directories, begun after it was final, missed nothing. Else, when
-    the tag is cleared already, each TOC.txt must be fulfilled; and wherever an SSTable is not what it must be.
+    the tag is cleared already, and for an SSTable with neither CompressionInfo.db nor CRC.db, its TOC.txt decides.
     """
     told = [_read_manifest(read(path)) for path in files if path[1] == MANIFEST]
     manifests = [one for one in told if one is not None]
@@ -5045,7 +5049,7 @@ class Backup:
         waiting.files = len(work.pins)
         waiting.size = sum(pin.size for pin in work.pins.values())
         if not work.pins and not work.lost:
-            await self.ask(self._pinner.let_go, unit, {}, (), ())  # it may think that there are pins
+            await self.ask(self._pinner.let_go, unit, {}, (), ())  # it may still count pins that somebody removed
             return None
         if unit.kind == "snapshot":
             return await self._back_up_snapshot(work)
@@ -5127,8 +5131,8 @@ class Backup:
         newest, _, _ = self.ledger.fact(f"complete:{place}").partition("\t")
         incomplete = self.ledger.fact(f"incomplete:{place}")
         if not listing.complete:
-            is_drop = listing.unit.tag.startswith("dropped-")  # no other comes
-            if listing.taken > max(newest, incomplete) and not is_drop:
+            is_last = listing.unit.tag.startswith("dropped-")
+            if listing.taken > max(newest, incomplete) and not is_last:
                 self.ledger.remember(f"incomplete:{place}", listing.taken)
             return
         if listing.taken >= incomplete:
@@ -5332,7 +5336,7 @@ class Backup:
         found = work.waiting.remembered.get((pin.path, pin.fingerprint))
         if not found:
             return False
-        # What Cassandra writes in place may have kept its mtime: these few bytes are always sent. TOC.txt only grows.
+        # Cassandra writes these in place, perhaps with the same mtime. TOC.txt only grows, so its size tells.
         is_written = pin.name in (MANIFEST, SCHEMA)
         if (self._options.full or is_written) and self.ledger.now() >= found.good_until:
             return False
@@ -5514,9 +5518,9 @@ class Backup:
 def pins_alone(
     disk: PinDirectory, directories: Collection[tuple[Unit, str]]
 ) -> list[tuple[Unit, str, dict[str, Pinned]]]:
-    """Return the pins whose bytes no link holds but pins, by source directory and name.
+    """Return the pins whose bytes only pins hold, by source directory and name.
 
-    Two snapshots of one SSTable are two pins of it.
+    Two snapshots of one SSTable are two pins of the same inode.
     """
     inodes = array("Q")
     for unit, relative in directories:
@@ -5564,7 +5568,7 @@ def tell_manager(environ: Mapping[str, str], line: str) -> None:
 _METRICS: Final = (
     ("written_timestamp_seconds", "now", "When these numbers were taken."),
     ("started_timestamp_seconds", "started", "When the daemon was started."),
-    ("last_scan_timestamp_seconds", "scanned", "When the last scan of everything began that has ended; 0: none has."),
+    ("last_scan_timestamp_seconds", "scanned", "When the last full scan that has ended began; 0: none has ended."),
     ("lag_seconds", "lag_s", "Seconds since the oldest file was found that is not listed; 0: all is listed."),
     ("pending_units", "pending units", "Snapshots of tables, and incrementals of tables, that are not listed."),
     ("pending_files", "pending files", "Files in them."),
@@ -5580,7 +5584,7 @@ _METRICS: Final = (
     ("listings_total", "counts listings", "Listings written."),
     ("incomplete_listings_total", "counts incomplete", "Listings of what will not become complete."),
     ("lost_files_total", "counts lost", "Files that were pinned and had to be given up before they were stored."),
-    ("lost_tables", "lost_tables", "Tables of which files were lost, until a snapshot taken since is complete."),
+    ("lost_tables", "lost_tables", "Tables with lost files, and no complete snapshot since."),
     ("vanished_files_total", "counts vanished", "Files that were gone before they were pinned."),
     ("refused_total", "counts refused", "Times that a directory could not be scanned, or a file not linked."),
     ("digest_mismatches_total", "counts digest_mismatch", "Data.db files that are not what their Digest.crc32 says."),
@@ -5607,7 +5611,7 @@ class Metrics:
         """Answer at [HOST]:PORT. Raises OSError where that is taken."""
         import wsgiref.simple_server
 
-        # Who connects and says nothing would keep a thread and a descriptor for ever, until there is none for a pin.
+        # A client that says nothing would hold a thread and a descriptor for ever; in the end a pin would get none.
         wsgiref.simple_server.WSGIRequestHandler.timeout = 5.0
         host, _, port = listen.rpartition(":")
         self._client.start_http_server(int(port), host.strip("[]") or "127.0.0.1", self._registry)
@@ -6014,7 +6018,7 @@ class Daemon:
         await asyncio.sleep(20 * (time.monotonic() - began))  # a million pins take seconds: a twentieth of a core
 
     async def _keep_limits_of(self, disk: PinDirectory, directories: Collection[tuple[Unit, str]]) -> int:
-        """Give up what a disk must have back; return how many bytes of it our pins alone held."""
+        """Give up what a disk must have back; return how many bytes our pins alone held. Each of n pins counts 1/n."""
         alone = await self._on_disk(pins_alone, disk, directories)
         held = sum(pin.size // pin.links for _, _, pins in alone for pin in pins.values())
         over = await self._on_disk(overdraft, disk, held, self._options.max_pinned, self._options.min_free)
@@ -6269,7 +6273,7 @@ class Daemon:
         }
 
     def _tables_with(self, fact: str) -> list[str]:
-        """Return the tables of which the ledger has a fact; of one that was dropped no better snapshot comes."""
+        """Return the tables of which the ledger has such a fact; a dropped one gets no better snapshot."""
         found = self._backup.ledger.facts(fact)
         return sorted(found.keys() & self._tables().keys())
 
@@ -6301,7 +6305,7 @@ def _open_state(path: str, user: int) -> None:
 
 
 def _user_for(path: str) -> tuple[int, int]:
-    """Return whom we must be for a data directory: link(2) asks for its owner (fs.protected_hardlinks)."""
+    """Return the user and group to run as: link(2) works for the owner of the data (fs.protected_hardlinks)."""
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid()
     try:
@@ -6975,7 +6979,7 @@ class Base:
     listing: Listing[Known] | None = None
     newest: Age | None = None  # the youngest that was there, where that is known
     dropped: bool = False
-    gone: frozenset[object] = frozenset()  # identities of what was there when it was emptied
+    gone: frozenset[object] = frozenset()  # what was there when it was emptied, if the base is empty
 
     def adds(self, sstable: SSTable, before: float) -> bool:
         """Tell whether an SSTable of backups/ belongs to the table as it was at a moment.
@@ -7045,7 +7049,7 @@ def choose_base(
         if moment > before:
             continue
         if is_drop(one.unit) and one.complete:
-            # Cassandra names it, and flushes then: what it has flushed is in there, and is younger than its name says.
+            # DROP TABLE names the snapshot first and flushes after: what it flushed is in it, and younger than the tag.
             moment = max(moment, end_of(read(one)))
         if moment > emptied:
             emptied, last = moment, one
@@ -7339,7 +7343,7 @@ def _arrive(store: Patient, entry: Known, folder: int, name: str, threads: int) 
     """Fetch a file under another name; it gets its own by link(2), which never overwrites. Raises Corrupt, OSError."""
     temporary = f".cassbackup-{hash_name(name)}"
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary, dir_fd=folder)  # of a run that was killed; no other runs beside us
+        os.unlink(temporary, dir_fd=folder)  # left by a run that was killed; the lock keeps others out
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
     try:
         _fetch(store, entry, fd, threads)
@@ -7897,7 +7901,7 @@ def check_space(placed: Sequence[Placed]) -> None:
 
 @contextlib.contextmanager
 def locked(roots: Iterable[str]) -> Iterator[None]:
-    """Keep other restores from directories. Raises Busy."""
+    """Keep other restores out of directories. Raises Busy."""
     with contextlib.ExitStack() as stack:
         for root in sorted(roots):
             fd = os.open(root, os.O_DIRECTORY)
@@ -8004,12 +8008,12 @@ def restore_schema(bucket: Bucket, plan: Plan) -> dict[str, str]:
 
 
 def check_table_id(roots: Iterable[str], table: Chosen) -> None:
-    """Refuse to restore a table where Cassandra knows it under another id: it would never look there. Raises Usage."""
+    """Refuse a table that Cassandra has here under another id: it would not look into this directory. Raises Usage."""
     _, name = table.called
     there = set()
     for root in roots:
         for path in glob.glob(f"{root}/{table.keyspace}/{name}-*"):
-            if not os.listdir(path) or not {*os.listdir(path)} <= {"snapshots", "backups"}:  # what a drop leaves behind
+            if not os.listdir(path) or not {*os.listdir(path)} <= {"snapshots", "backups"}:  # else a drop left it
                 there.add(os.path.basename(path))
     if there and table.table not in there:
         hint = "make it again WITH ID (--schema-only tells how), or leave --in-place out and import it"
@@ -8026,8 +8030,8 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
     roots.update(os.path.abspath(word.rpartition("=")[2]) for word in options.data_dir)
     if not options.data_dir:
         roots.update(data_directories())
-    for one in plan.tables:
-        if not any(table.keyspace == "system_schema" for table in plan.tables):
+    if not any(one.keyspace == "system_schema" for one in plan.tables):  # with which the ids come back, too
+        for one in plan.tables:
             check_table_id(roots, one)
     tops = []
     for root in sorted(roots):
@@ -8048,7 +8052,7 @@ def advice(plan: Plan, options: RestoreOptions) -> str:
             if node.dc:
                 lines.append(f"in the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
         lines.append("after it: cassbackup snapshot; until then a restore would begin where this one did")
-        lines.append("what was written just before that snapshot comes back by --at and --latest: restore it by --tag")
+        lines.append("later restore that snapshot by --tag: --at and --latest add what was flushed shortly before it")
         return "\n".join(lines)
     lines = []
     if options.import_:
@@ -8238,7 +8242,7 @@ class Verification:
             return fault
 
     def _check(self, there: Mapping[str, ObjectInfo], entry: Known) -> Finding:
-        # What is marked bad was read whole: only another such reading may say that it is good.
+        # A mark may come from reading it whole (--deep): only another such reading may lift it.
         deep = self._options.deep or entry.key in self._marked
         try:
             return check_object(self._store, deep, there, entry)
@@ -8287,11 +8291,11 @@ class Verification:
     def _mark(self) -> str:
         """Write down what is bad, so that the daemon stores it again; return the key of that document.
 
-        It is written even where nothing is bad: it tells when the node was verified. Who looks at a tag or at some
-        tables does not say that.
+        Where nothing is bad it is written all the same, for it tells when the node was verified; but not for --tag or
+        --table.
         """
         at = utc(self._store.now())
-        # Of two listings that tell different things of one key, one may find it good: it stays marked.
+        # Two listings may tell different things of one key. If it is not good by both, its mark stays.
         bad = {one["key"] for one in self._findings if one["found"] != "good"}
         marks = []
         for one in self._findings:
@@ -8326,8 +8330,8 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
 def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     """Compare the bucket with its listings.
 
-    Exit 1: something is bad; 3: something must be thawed first, or is not there: what of --tag is incomplete, a node
-    that has nothing of this.
+    Exit 1: something is bad; 3: something must be thawed first, a snapshot of --tag is incomplete, or a node has
+    nothing of what was asked for.
     """
     if options.tag and options.latest:
         raise Usage("you passed --tag and --latest", "pass one of them")
@@ -8466,7 +8470,7 @@ def kept_but_tag(
     if good:
         newest = max(good, key=lambda one: one.taken)
         kept.setdefault(newest.unit, f"{_NEWEST}: only --force lets it go")
-    # Without any a restore begins with nothing, and reaches back to the first incremental.
+    # Where no snapshot stays, a restore begins with nothing and takes every incremental.
     oldest = min((end_of(one.listing) for one in found if one.counts and one.unit in kept), default=0.0)
     for one in found:
         if tells_emptied(one.unit, oldest):
@@ -9152,7 +9156,7 @@ class Past(NamedTuple):
     first: float  # when it was first heard of
     gone: float  # when it was dropped
     bases: list[tuple[float, float]]  # when each snapshot was listed, in order, and how far a restore came then
-    spoilt: list[float]  # when incrementals were listed of which something is missing, lost or bad
+    spoilt: list[float]  # when incrementals were listed incomplete, with losses or, since the newest snapshot, bad
 
 
 def _past_of(infos: Sequence[ListingInfo], is_bad: Callable[[Sequence[ListingInfo]], bool]) -> Past:
@@ -9257,7 +9261,7 @@ class History:
         if not known:
             return math.inf
         base = past.bases[known - 1][1]
-        # Until the next snapshot: whether a later listing completed these SSTables, its key does not tell.
+        # Spoilt until the next snapshot: the key of a later listing does not tell whether it completed these SSTables.
         since = min((moment for moment in past.spoilt if base < moment <= at), default=at)
         for begin, end in self._silences:
             if begin < at <= end:
@@ -9406,7 +9410,7 @@ def report(bucket: Bucket, options: ReportOptions) -> Answer:
 # Commands
 # ======================================================================================================
 
-_LEFT_OUT: Final = "do filters leave it out, or are --paths others?"
+_LEFT_OUT: Final = "Do filters leave something out? Are --paths the daemon's?"
 _OWN_TAG: Final = "cassbackup-"  # of a snapshot for which nobody chose a tag
 
 
@@ -9565,7 +9569,7 @@ def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     work = functools.partial(listing_of, bucket, bad)
     found = dict(zip(manifests, spread(work, manifests, bucket.threads), strict=True))
     if not found:
-        raise Fault("no manifest.json of the snapshot is on disk", f"did somebody clear it, or {_LEFT_OUT}")
+        raise Fault("no manifest.json of the snapshot is on disk", f"Did somebody clear it? {_LEFT_OUT}")
     left = [path for path, key in found.items() if not key]
     if left:
         hint = "if the rest was marked bad just now: take another snapshot in a minute"
@@ -9702,7 +9706,7 @@ def snapshot(options: SnapshotOptions) -> Answer:
     minute = utc(time.time())[:13]
     tag = options.tag or f"{_OWN_TAG}{minute}Z"
     if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,199}", tag) or tag in (".", ".."):
-        raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, _ and ., and - within")
+        raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, _ . and -, no - in front")
     bucket = open_bucket(options)
     _agree_with_daemon(options, bucket)
     _clear_earlier(bucket, options, nodetool)
@@ -10361,7 +10365,7 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
     given: dict[str, tuple[Any, str]] = {}  # by variable: what, and where
     for variable, option in VARIABLES.items():
         for place, settings in (("file", file), ("environment", environ)):
-            if variable in settings:  # one that is empty overrules, too: it means the default
+            if variable in settings:  # an empty one overrules, too, and means the default
                 given[variable] = settings[variable], place
         if option.key in flags:
             words = flags[option.key]
