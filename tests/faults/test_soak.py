@@ -170,6 +170,7 @@ def test_a_soak_under_faults_converges_at_each_calm_and_grows_nowhere_row51(tmp_
     if minutes >= 2:
         of_all = dict(zip(Use._fields, zip(*uses, strict=True), strict=True))
         grown = {name: slope(list(values)) for name, values in of_all.items()}
-        limits = {"rss_kib": 0.25, "descriptors": 0.3, "watches": 0.6, "ledger": 1.5}
+        # Of twenty descriptors: each of some ten workers keeps a connection, once a fault has made it open one.
+        limits = {"rss_kib": 0.25, "descriptors": 0.6, "watches": 0.6, "ledger": 1.5}
         assert [f"{name}: {of_all[name]}" for name, limit in limits.items() if grown[name] > limit] == []
         assert max(of_all["threads"]) <= THREADS, "a pool has a thread once it has needed it, and no more than it may"
