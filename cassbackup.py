@@ -156,6 +156,7 @@ NAME_BYTES: Final = 200  # a component of a key, so that file:// can hold it too
 
 # Written into a snapshot's directory by Cassandra itself: TableSnapshot.java, SnapshotManifest.java.
 MANIFEST, SCHEMA, EPHEMERAL = "manifest.json", "schema.cql", "ephemeral.snapshot"
+IN_PLACE: Final = (MANIFEST, SCHEMA)  # which it opens and then writes: two looks may see two contents of one mtime
 # Components that a TOC.txt may name without there being a file: SSTableFormat's optional ones, and those of indexes,
 # which Cassandra adds to TOC.txt after the links were made (SASI, SAI).
 OPTIONAL_COMPONENT = re.compile(r"Filter\.db|Summary\.db|Digest\..*|CRC\.db|SI_.*|SAI.*")
@@ -707,6 +708,44 @@ def moment_text(moment: str) -> str:
         return "never"
     whole = datetime.fromtimestamp(seconds_of(moment), timezone.utc)
     return whole.strftime("%Y-%m-%d %H:%MZ")
+
+
+# Snapshots of some token ranges only (Cassandra's DiagnosticSnapshotService): never what a table was.
+_DIAGNOSTIC = re.compile(r"(RepairedDataMismatch|DuplicateRows)-\d{8}")
+_AUTOMATIC = re.compile(rf"(truncated|dropped|pre-scrub)-[0-9]+.*|[0-9]+-(compact|upgrade)-.*|{_DIAGNOSTIC.pattern}")
+_EMPTIED = re.compile("(?:truncated|dropped)-([0-9]{10,15})-.*")
+_VIEW_DROPPED = re.compile("([0-9]{13})-(.+)")
+_SLACK_S: Final = 3600.0  # between Cassandra's clock as it writes a file, and as it says when a snapshot began
+
+
+def emptied_at(unit: Unit) -> float:
+    """Return when the table was truncated or dropped, right after this snapshot, in seconds; 0.0 for other tags."""
+    match = _EMPTIED.fullmatch(unit.tag)
+    if match:
+        return int(match[1]) / 1000
+    # Cassandra 3.11 calls the snapshot of a view that is dropped <ms>-<view>, without a word in front. Somebody may
+    # call one of his own like that, with a date.
+    view = _VIEW_DROPPED.fullmatch(unit.tag)
+    if not view or view[2] != table_id_of(unit.table)[0]:
+        return 0.0
+    dropped = int(view[1]) / 1000
+    is_then = not unit.life or abs(seconds_of(unit.life) - dropped) < _SLACK_S
+    return dropped if is_then else 0.0
+
+
+def is_drop(unit: Unit) -> bool:
+    """Tell whether Cassandra took a snapshot because the table was dropped."""
+    return emptied_at(unit) > 0 and not unit.tag.startswith("truncated-")
+
+
+def is_partial(unit: Unit) -> bool:
+    """Tell whether Cassandra took a snapshot of some token ranges only, to look into a mismatch."""
+    return _DIAGNOSTIC.fullmatch(unit.tag) is not None
+
+
+def is_automatic(unit: Unit) -> bool:
+    """Tell whether Cassandra took a snapshot by itself (ColumnFamilyStore, Keyspace.getTimestampedSnapshotName)."""
+    return emptied_at(unit) > 0 or _AUTOMATIC.fullmatch(unit.tag) is not None
 
 
 def hex32(crc: int) -> str:
@@ -4004,16 +4043,23 @@ class Pinner(threading.Thread):
         if not homes:
             self._pins.pop(life, None)
         place = self._places.get(disk.source(relative))
-        is_pinned = any((disk, relative) in some for some in self._pins.values())
-        if place and place.pinned and not is_pinned and os.path.exists(f"{disk.path}/id"):  # else its disk is away
-            log.error("somebody removed pins, what is still there is pinned again path=%s", quote(place.path))
-            place.pinned = {}
-            self._dirty[place] = None
+        if place and place.pinned:
+            self._miss_pins(place)
         if place and place.life == life:
             self._release(place)
             if not place.is_tag:
                 place.life = self._groups[place.unit].life = ""
         return 0
+
+    def _miss_pins(self, place: Place) -> None:
+        """Pin a directory again of which a pin directory has just ended, and pins are missing in it."""
+        home = (place.disk, place.relative)
+        if any(home in homes for homes in self._pins.values()):
+            return  # they are in the pin directory of another life
+        if os.path.exists(f"{place.disk.path}/id"):  # else the disk of the pins is away
+            log.error("somebody removed pins, what is still there is pinned again path=%s", quote(place.path))
+            place.pinned = {}
+            self._dirty[place] = None
 
     def give_up(self, disk: PinDirectory, relative: str, life: str, links: Mapping[str, int]) -> tuple[str, ...]:
         """Unlink pins that have no other links than so many of ours; return which names are lost by that."""
@@ -4299,7 +4345,9 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
     """
     told = [_read_manifest(read(path)) for path in files if path[1] == MANIFEST]
     manifests = [one for one in told if one is not None]
-    ephemeral = any(name == EPHEMERAL for _, name in files) or any(one.get("ephemeral") is True for one in manifests)
+    ephemeral = any(name == EPHEMERAL for _, name in files)
+    if any(one.get("ephemeral") is True for one in manifests):
+        ephemeral = True
     if not manifests or len(manifests) < len(told):
         return Verdict([MANIFEST], frozenset(), ephemeral)
     named: set[str] = {name for one in manifests for name in one["files"]}
@@ -4355,7 +4403,7 @@ def read_documents(store: Store, folder: str) -> Iterator[tuple[ObjectInfo, dict
 
 
 def check_owner(owner: Mapping[str, Any], machine: str, what: str) -> None:
-    """Raise Usage if a node's name in the bucket is of another machine. `owner` is its owner.json, {}, if any."""
+    """Raise Usage if a node's name in the bucket is another machine's. `owner`: its owner.json, {} before the first."""
     theirs = owner.get("machine_id")
     if owner and theirs != machine:
         hint = "give this node another --name; or --adopt, if it is the same node on a new machine"
@@ -4838,7 +4886,7 @@ class Round:
 
 def _may_grow(name: str) -> bool:
     """Tell whether Cassandra writes a file in place, or appends to it."""
-    return name in (MANIFEST, SCHEMA) or name.endswith("-TOC.txt")
+    return name in IN_PLACE or name.endswith("-TOC.txt")
 
 
 def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
@@ -4850,7 +4898,7 @@ def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
     size = 0
 
     def place(pin: Pinned) -> tuple[bool, int]:
-        is_last = pin.name not in (MANIFEST, SCHEMA)
+        is_last = pin.name not in IN_PLACE
         return is_last, -pin.size
 
     for pin in sorted(pins, key=place):
@@ -5059,7 +5107,7 @@ class Backup:
         """Return the files, written in place, that have not stood still long enough. No clock of a disk is asked."""
         is_archive = work.unit.kind == "archive"
         quiet_s = 2.0 if is_archive else QUIET_S
-        in_place = [pin for pin in work.pins.values() if is_archive or pin.name in (MANIFEST, SCHEMA)]
+        in_place = [pin for pin in work.pins.values() if is_archive or pin.name in IN_PLACE]
         since = work.waiting.since(bytes_of(in_place))
         now = time.monotonic()
         return {path for (path, _), moment in since.items() if now - moment < quiet_s}
@@ -5131,8 +5179,7 @@ class Backup:
         newest, _, _ = self.ledger.fact(f"complete:{place}").partition("\t")
         incomplete = self.ledger.fact(f"incomplete:{place}")
         if not listing.complete:
-            is_last = listing.unit.tag.startswith("dropped-")
-            if listing.taken > max(newest, incomplete) and not is_last:
+            if listing.taken > max(newest, incomplete) and not is_drop(listing.unit):  # of which no other comes
                 self.ledger.remember(f"incomplete:{place}", listing.taken)
             return
         if listing.taken >= incomplete:
@@ -5336,9 +5383,9 @@ class Backup:
         found = work.waiting.remembered.get((pin.path, pin.fingerprint))
         if not found:
             return False
-        # Cassandra writes these in place, perhaps with the same mtime. TOC.txt only grows, so its size tells.
-        is_written = pin.name in (MANIFEST, SCHEMA)
-        if (self._options.full or is_written) and self.ledger.now() >= found.good_until:
+        # TOC.txt is no such file: it only grows, so its size tells.
+        is_sent_again = self._options.full or pin.name in IN_PLACE
+        if is_sent_again and self.ledger.now() >= found.good_until:
             return False
         work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
         self.counts["reused"] += 1
@@ -5541,13 +5588,12 @@ def pins_alone(
     return found
 
 
-def overdraft(disk: PinDirectory, held: int, max_pinned: float, min_free: float) -> int:
-    """Return how many bytes our pins must give back to a disk on which they alone hold `held` bytes.
+def overdraft(size: int, free: int, held: int, max_pinned: float, min_free: float) -> int:
+    """Return how many bytes our pins must give back to a disk of this size on which they alone hold `held` bytes.
 
     It is what exceeds --max-pinned; or what --min-free lacks, but only if our pins are more than a tenth of what is
     free: to give up a few pins would not help a disk that others have filled.
     """
-    size, _, free = shutil.disk_usage(disk.path)
     over = held - int(max_pinned * size)
     if held > free / 10:
         over = max(over, int(min_free * size) - free)
@@ -5875,7 +5921,7 @@ class Daemon:
             return FAILED
         if backup.counts["incomplete"] or backup.units:
             return BEHIND
-        if backup.ledger.facts("lost:") or self._tables_with("incomplete:"):
+        if backup.ledger.facts("lost:") or self._with_fact("incomplete:", self._tables()):
             return BEHIND
         if state.refused or state.absent or state.unmatched or self._options.problems:
             return BEHIND
@@ -6003,25 +6049,29 @@ class Daemon:
         for unit in sorted(self._backup.units, key=lambda unit: unit.life):
             for disk, relative in self._backup.units[unit].directories:
                 directories.setdefault(disk, []).append((unit, relative))
-        held, allowed = 0, 0.0
+        held = size = 0
         away: OSError | None = None
         for disk in self._disks:
+            if not disk.path:
+                continue
             try:
-                if disk.path:
-                    held += await self._keep_limits_of(disk, directories.get(disk, []))
-                    allowed += self._options.max_pinned * (await self._on_disk(shutil.disk_usage, disk.path)).total
+                usage = await self._on_disk(shutil.disk_usage, disk.path)
+                size += usage.total
+                held += await self._keep_limits_of(disk, directories.get(disk, []), usage.total, usage.free)
             except OSError as error:  # it is away; the others must not fill up for that
                 away = error
-        self._held, self._allowed = held, allowed
+        self._held, self._allowed = held, self._options.max_pinned * size
         if away:
             raise away
         await asyncio.sleep(20 * (time.monotonic() - began))  # a million pins take seconds: a twentieth of a core
 
-    async def _keep_limits_of(self, disk: PinDirectory, directories: Collection[tuple[Unit, str]]) -> int:
+    async def _keep_limits_of(
+        self, disk: PinDirectory, directories: Collection[tuple[Unit, str]], size: int, free: int
+    ) -> int:
         """Give up what a disk must have back; return how many bytes our pins alone held. Each of n pins counts 1/n."""
         alone = await self._on_disk(pins_alone, disk, directories)
         held = sum(pin.size // pin.links for _, _, pins in alone for pin in pins.values())
-        over = await self._on_disk(overdraft, disk, held, self._options.max_pinned, self._options.min_free)
+        over = overdraft(size, free, held, self._options.max_pinned, self._options.min_free)
         for unit, relative, pins in alone:
             if over <= 0:
                 break
@@ -6223,7 +6273,7 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """Return what `cassbackup status` shows."""
-        state, backup, now = self._state, self._backup, time.time()
+        state, backup, now, tables = self._state, self._backup, time.time(), self._tables()
         # Asked first: what the pinner has found waits in the queue or as a unit by the time that it is idle. And only
         # the bucket itself tells whether what the ledger calls listed is there.
         idle = self._pinner.idle.is_set() and self._news.empty()
@@ -6251,13 +6301,7 @@ class Daemon:
             },
             "pinned_alone_bytes": self._held,
             "pinned_alone_limit_bytes": self._allowed,
-            "refused": sorted(state.refused),
-            "absent": dict(state.absent),
-            "unmatched": list(state.unmatched),
-            "lost": sorted(backup.ledger.facts("lost:")),
-            "lost_tables": self._tables_with("lost:"),
-            "incomplete": self._tables_with("incomplete:"),
-            "problems": list(self._options.problems),
+            **self._unprotected(tables),
             "sent": dict(backup.sent),
             "rate": (backup.sent["bytes"] - before) / max(1.0, time.monotonic() - since),
             "counts": {**state.counts, **backup.counts},
@@ -6265,17 +6309,29 @@ class Daemon:
             "failing_since": min((one.since for one in failing.values()), default=0.0),
             "errors": {name: {"error": one.error, "since": one.since} for name, one in failing.items()},
             "failures": failures,
-            "tables": self._tables(),
+            "tables": tables,
             "operations": {name: asdict(one) for name, one in self._workers.operations.items()},
             "bad_objects": len(view.bad) if view else 0,
             "last_verify": view.verified if view else 0.0,
             "newest_listing": backup.ledger.fact("newest"),
         }
 
-    def _tables_with(self, fact: str) -> list[str]:
-        """Return the tables of which the ledger has such a fact; a dropped one gets no better snapshot."""
-        found = self._backup.ledger.facts(fact)
-        return sorted(found.keys() & self._tables().keys())
+    def _unprotected(self, tables: Collection[str]) -> dict[str, Any]:
+        """Return what is not stored, and will not be by itself. `tables`: those that are neither gone nor dropped."""
+        state = self._state
+        return {
+            "refused": sorted(state.refused),
+            "absent": dict(state.absent),
+            "unmatched": list(state.unmatched),
+            "problems": list(self._options.problems),
+            "lost": sorted(self._backup.ledger.facts("lost:")),
+            "lost_tables": self._with_fact("lost:", tables),
+            "incomplete": self._with_fact("incomplete:", tables),
+        }
+
+    def _with_fact(self, prefix: str, tables: Collection[str]) -> list[str]:
+        facts = self._backup.ledger.facts(prefix)
+        return [place for place in tables if place in facts]
 
     def _lag(self) -> float:
         """Return for how many seconds the oldest file has waited that is not listed."""
@@ -6847,48 +6903,12 @@ def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
 # Choose
 # ======================================================================================================
 
-# Snapshots of some token ranges only (Cassandra's DiagnosticSnapshotService): never what a table was.
-_DIAGNOSTIC = re.compile(r"(RepairedDataMismatch|DuplicateRows)-\d{8}")
-_AUTOMATIC = re.compile(rf"(truncated|dropped|pre-scrub)-[0-9]+.*|[0-9]+-(compact|upgrade)-.*|{_DIAGNOSTIC.pattern}")
-_EMPTIED = re.compile("(?:truncated|dropped)-([0-9]{10,15})-.*")
-_VIEW_DROPPED = re.compile("([0-9]{13})-(.+)")
 # An absolute path whose parts are names: none is empty, "." or "..", or holds what no file system can spell.
 _PLAIN_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[^/\0\ud800-\udc7f\udd00-\udfff]{1,255})+")
-_SLACK_S: Final = 3600.0  # between Cassandra's clock as it writes a file, and as it says when a snapshot began
 _UUID_EPOCH: Final = 0x01B21DD213814000  # 1970 in the ticks of a version 1 UUID: 100 ns since 1582
 
 Age = tuple[int, int, str]
 _NO_AGE: Final = (-1, 0, "")  # older than any
-
-
-def emptied_at(unit: Unit) -> float:
-    """Return when the table was truncated or dropped, right after this snapshot, in seconds; 0.0 for other tags."""
-    match = _EMPTIED.fullmatch(unit.tag)
-    if match:
-        return int(match[1]) / 1000
-    # Cassandra 3.11 calls the snapshot of a view that is dropped <ms>-<view>, without a word in front. Somebody may
-    # call one of his own like that, with a date.
-    view = _VIEW_DROPPED.fullmatch(unit.tag)
-    if not view or view[2] != table_id_of(unit.table)[0]:
-        return 0.0
-    dropped = int(view[1]) / 1000
-    is_then = not unit.life or abs(seconds_of(unit.life) - dropped) < _SLACK_S
-    return dropped if is_then else 0.0
-
-
-def is_drop(unit: Unit) -> bool:
-    """Tell whether Cassandra took a snapshot because the table was dropped."""
-    return emptied_at(unit) > 0 and not unit.tag.startswith("truncated-")
-
-
-def is_partial(unit: Unit) -> bool:
-    """Tell whether Cassandra took a snapshot of some token ranges only, to look into a mismatch."""
-    return _DIAGNOSTIC.fullmatch(unit.tag) is not None
-
-
-def is_automatic(unit: Unit) -> bool:
-    """Tell whether Cassandra took a snapshot by itself (ColumnFamilyStore, Keyspace.getTimestampedSnapshotName)."""
-    return emptied_at(unit) > 0 or _AUTOMATIC.fullmatch(unit.tag) is not None
 
 
 def origin_of(unit: Unit, entry: Known) -> tuple[str, str]:
@@ -7031,6 +7051,23 @@ def _may_be_base(snapshot: Snapshot, before: float) -> bool:
     return snapshot.complete and seconds_of(unit.life) - _SLACK_S <= before
 
 
+def last_emptied(
+    snapshots: Iterable[Snapshot], before: float, read: Callable[[Snapshot], Listing[Known]]
+) -> tuple[float, Snapshot | None]:
+    """Return when a table was emptied last before a moment, and the snapshot that tells so."""
+    emptied, last = 0.0, None
+    for one in snapshots:
+        moment = emptied_at(one.unit)
+        if moment > before:
+            continue
+        if is_drop(one.unit) and one.complete:
+            # DROP TABLE names the snapshot first and flushes after: what it flushed is in it, and younger than the tag.
+            moment = max(moment, end_of(read(one)))
+        if moment > emptied:
+            emptied, last = moment, one
+    return emptied, last
+
+
 def choose_base(
     snapshots: Sequence[Snapshot],
     before: float,
@@ -7043,16 +7080,7 @@ def choose_base(
     from there on nothing older belongs to it, however soon a snapshot followed. The tag tells whole milliseconds, and
     what was flushed within that one is older.
     """
-    emptied, last = 0.0, None
-    for one in snapshots:
-        moment = emptied_at(one.unit)
-        if moment > before:
-            continue
-        if is_drop(one.unit) and one.complete:
-            # DROP TABLE names the snapshot first and flushes after: what it flushed is in it, and younger than the tag.
-            moment = max(moment, end_of(read(one)))
-        if moment > emptied:
-            emptied, last = moment, one
+    emptied, last = last_emptied(snapshots, before, read)
     best: Listing[Known] | None = None
     end = emptied
     for one in sorted(snapshots, key=lambda one: one.newest.listed, reverse=True):
@@ -8007,17 +8035,27 @@ def restore_schema(bucket: Bucket, plan: Plan) -> dict[str, str]:
         return receive_all(bucket, plan.files)
 
 
-def check_table_id(roots: Iterable[str], table: Chosen) -> None:
-    """Refuse a table that Cassandra has here under another id: it would not look into this directory. Raises Usage."""
-    _, name = table.called
-    there = set()
+def _is_left_by_drop(path: str) -> bool:
+    """Tell whether a table's directory is what a drop leaves of it; an empty one is a new table's."""
+    names = set(os.listdir(path))
+    return bool(names) and names <= {"snapshots", "backups"}
+
+
+def check_table_ids(roots: Iterable[str], tables: Iterable[Chosen]) -> None:
+    """Refuse tables that Cassandra has here under another id: it would not read their directories. Raises Usage."""
+    called = {one.called: one for one in tables}
+    there: dict[tuple[str, str], set[str]] = {}
     for root in roots:
-        for path in glob.glob(f"{root}/{table.keyspace}/{name}-*"):
-            if not os.listdir(path) or not {*os.listdir(path)} <= {"snapshots", "backups"}:  # else a drop left it
-                there.add(os.path.basename(path))
-    if there and table.table not in there:
-        hint = "make it again WITH ID (--schema-only tells how), or leave --in-place out and import it"
-        raise Usage(f"{table} has another id here: {quote(', '.join(sorted(there)))}", hint)
+        for place in tables_in(root):
+            keyspace, directory = place.split("/")
+            name, _ = table_id_of(directory)
+            if (keyspace, name) in called and not _is_left_by_drop(f"{root}/{place}"):
+                there.setdefault((keyspace, name), set()).add(directory)
+    for which, directories in there.items():
+        if called[which].table not in directories:
+            hint = "make it again WITH ID (--schema-only tells how), or leave --in-place out and import it"
+            ids = quote(", ".join(sorted(directories)))
+            raise Usage(f"{called[which]} has another id here: {ids}", hint)
 
 
 def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dict[str, str]:
@@ -8031,8 +8069,7 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
     if not options.data_dir:
         roots.update(data_directories())
     if not any(one.keyspace == "system_schema" for one in plan.tables):  # with which the ids come back, too
-        for one in plan.tables:
-            check_table_id(roots, one)
+        check_table_ids(roots, plan.tables)
     tops = []
     for root in sorted(roots):
         tops += [os.path.join(root, one.keyspace, one.table) for one in plan.tables]
@@ -8398,7 +8435,7 @@ class Candidate(NamedTuple):
 
 # Why a snapshot stays. From the oldest that stays for one of these on, every moment can be restored.
 _NEWEST = "it is the newest good snapshot of the table"
-_TELLS_EMPTIED = "an older snapshot reaches across it"
+_TELLS_EMPTIED = "a restore reaches across it, and nothing else tells that the table was emptied"
 _WINDOW: Final = frozenset({_NEWEST, "--keep-last", "--keep-within", "--keep-daily"})
 
 

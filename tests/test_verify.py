@@ -54,6 +54,17 @@ class Bench:
         assert answer.code == (cb.FAILED if node["bad"] else cb.BEHIND if is_behind else cb.DONE)
         return {one["key"]: one for one in node["bad"]}
 
+    def path(self, key: str) -> Path:
+        """Return an object of a file:// bucket as a file."""
+        return Path(self.bucket.target.removeprefix("file://")) / key
+
+    def rot(self, key: str, body: bytes) -> None:
+        """Change a file of a file:// bucket where it lies: a disk that rots tells nobody when."""
+        path = self.path(key)
+        info = path.stat()
+        path.write_bytes(body)
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
     def flip(self, key: str) -> None:
         """Give an object other bytes of the same length."""
         body = self.bucket.get(key)
@@ -140,14 +151,12 @@ def test_bytes_that_rot_where_they_lie_are_found_by_a_file_store_too(bench: Benc
     (monday,) = snapshots("monday")
     bench.add(monday)
     key = monday.files[0].key
-    path = Path(bench.bucket.target.removeprefix("file://")) / key
-    info, body = path.stat(), bench.bucket.get(key)
-    path.write_bytes(body[::-1])
-    for options in MODES:
-        assert list(bench.bad(**options)) == [key], options
-    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))  # a disk that rots tells nobody when
+    bench.rot(key, bench.bucket.get(key)[::-1])
     assert bench.bad(tag="monday") == {}
     assert bench.bad(deep=True)[key]["found"] == "checksum"
+    os.utime(bench.path(key))  # whoever writes there leaves a trace
+    for options in MODES:
+        assert list(bench.bad(**options)) == [key], options
 
 
 def test_what_list_spells_otherwise_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,11 +425,9 @@ def test_what_a_whole_reading_found_bad_only_a_whole_reading_finds_good(bench: B
     (monday,) = snapshots("monday")
     bench.add(monday)
     key = monday.files[0].key
-    path = Path(bench.bucket.target.removeprefix("file://")) / key
-    info, body = path.stat(), bench.bucket.get(key)
+    body = bench.bucket.get(key)
     for content in (body[::-1], body):
-        path.write_bytes(content)
-        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+        bench.rot(key, content)
         bench.verify(deep=content != body, repair=True)
         for _ in range(2):
             assert bench.verify(repair=True).code == (cb.FAILED if content != body else cb.DONE)
