@@ -93,18 +93,27 @@ def test_without_memory_it_ends_without_a_false_done_and_the_next_run_stores_all
     if not shutil.which("prlimit"):
         pytest.skip("not run: no prlimit")
 
+    hung = []
+
     def run(mib: int) -> list[str]:
         world = World(tmp_path / f"{mib}", program)
         world.populate(20_000_000)
         args = ["watch", "--once", *world.node.data_dirs, *world.args("--name", "node1")]
-        done = run_cassbackup(*args, within=("prlimit", f"--as={mib << 20}"), timeout=150)
-        problems = world.judge(done=done.returncode == 0)
-        problems += ["FALSE DONE"] * bool(problems and done.returncode == 0)
+        try:
+            code = run_cassbackup(*args, within=("prlimit", f"--as={mib << 20}"), timeout=150).returncode
+        except subprocess.TimeoutExpired:
+            hung.append(mib)
+            code = -signal.SIGKILL
+        problems = world.judge(done=code == 0)
+        problems += ["FALSE DONE"] * bool(problems and code == 0)
         again = world.once()
         return problems + [f"exit {again}"] * bool(again) + world.judge(done=True)
 
     cases = sample(range(40, 440, 20), 4)
     assert run_all(cases, run) == []
+    # CPython waits for ever for a thread that had no memory to say that it has begun (gh-140746): once in some hundred
+    # runs. Of a daemon systemd's watchdog makes an end.
+    assert len(hung) <= 1, hung
     score(fault_cases=len(cases))
 
 
