@@ -148,12 +148,24 @@ FORMAT: Final = 2  # "version" of every JSON document in the bucket; 0.1 wrote 1
 QUIET_S: Final = 0.3  # a file that is written in place is final when nobody has written to it for so long
 PAUSE_S: Final = 2.0  # jobs wait while the pinner is busy, but never longer than this at a time
 CONFIRMED_S: Final = 12 * 3600.0  # how long the store's word for an object is good; far less than prune's grace
-PUBLISH_LIMIT_S: Final = 3600.0  # a publication that takes longer asks again; prune's grace is a day
+PUBLISH_LIMIT_S: Final = 3600.0  # a publication that takes longer asks again: prune marks a key DAY_S before it goes
+DAY_S: Final = 24 * 3600.0
 STOP_S: Final = 30.0  # what is under way at SIGTERM may take so long to end
 
 KEY_BYTES: Final = 900  # S3 and GCS end a key at 1,024 bytes; room for the prefix and @crc32.<UTC>
 NAME_BYTES: Final = 200  # a component of a key, so that file:// can hold it too (NAME_MAX is 255)
 
+# Cassandra's own (SchemaConstants); anybody may call one of his system_something.
+SYSTEM_KEYSPACES: Final = (
+    "system",
+    "system_schema",
+    "system_auth",
+    "system_distributed",
+    "system_traces",
+    "system_cluster_metadata",
+    "system_views",
+    "system_virtual_schema",
+)
 # Written into a snapshot's directory by Cassandra itself: TableSnapshot.java, SnapshotManifest.java.
 MANIFEST, SCHEMA, EPHEMERAL = "manifest.json", "schema.cql", "ephemeral.snapshot"
 IN_PLACE: Final = (MANIFEST, SCHEMA)  # which it opens and then writes: two looks may see two contents of one mtime
@@ -385,7 +397,7 @@ _UTC = r"\d{8}T\d{6}\.\d{6}Z"
 _LISTING_NAME = re.compile(rf"({_UTC})-(complete|incomplete)-(\d+)-(\d+)\.json")
 _SSTABLE_NAME = re.compile(r"([^/]+-[a-z]{2}-\d+|[a-z]{2}-[^-]+-[a-z]+)-([^/]+)")  # until 2.1 <ks>-<table>-ka-1-Data.db
 _TABLE_NAME = re.compile(r"(.+)-([0-9a-f]{32})")
-_OUR_FOLDERS: Final = frozenset({"archive", "bad", "heartbeat", "tags"})  # below <node>.listings/
+_OUR_FOLDERS: Final = frozenset({"archive", "bad", "heartbeat", "pruned", "tags"})  # below <node>.listings/
 
 
 def _percent(char: str) -> str:
@@ -733,6 +745,11 @@ def emptied_at(unit: Unit) -> float:
     return dropped if is_then else 0.0
 
 
+def credible(moment: str, now: float) -> str:
+    """Return when something was taken, "" for a moment in the future: Cassandra's clock was wrong."""
+    return moment if moment <= utc(now + _SLACK_S) else ""
+
+
 def is_drop(unit: Unit) -> bool:
     """Tell whether Cassandra took a snapshot because the table was dropped."""
     return emptied_at(unit) > 0 and not unit.tag.startswith("truncated-")
@@ -850,6 +867,10 @@ class Store(Protocol):
 
     def put(self, key: str, source: Source) -> ObjectInfo:
         """Create an object, checked by its CRC-32. Raises Conflict if there is one, and what the source raises."""
+
+    def look_no_more(self) -> None:
+        """Send each put without a look whether the key is free: who writes it a second time writes the same."""
+        return  # file:// does not look
 
     def put_all(self, items: Sequence[tuple[str, Source]]) -> list[PutResult]:
         """Create small objects; return what became of each."""
@@ -976,6 +997,9 @@ class Patient(Store):
             if not info or info.size != source.size or not self.holds(info, source, crc32_of(pieces(source))):
                 raise
             return info  # an earlier try of ours came through, and its reply was lost
+
+    def look_no_more(self) -> None:
+        self._store.look_no_more()
 
     def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
         return insist(lambda: self._store.holds(info, source, crc32), self._patience_s)
@@ -1632,6 +1656,9 @@ class _Remote(Store):
             raise Conflict(f"{quote(key)} was taken by other content meanwhile")
         return replace(there, crc32=info.crc32)
 
+    def look_no_more(self) -> None:
+        self._refuses = True
+
     def _mixed_up(self, key: str) -> Unreachable:
         what = f"{self.url}: the reply to the put of {quote(key)} is of other bytes"
         return Unreachable(what, "does a proxy or a gateway mix replies up?")
@@ -1905,7 +1932,7 @@ class S3Store(_Remote):
             told: Mapping[str, str] = reply.headers
             if told.get("x-amz-checksum-crc32", ours) != ours:
                 raise self._mixed_up(key)
-        if reply.status != 200 or not told.get("etag"):
+        if reply.status != 200 or text or not told.get("etag"):  # of a put S3 says all in the head
             raise self._refusal(key, reply, text)
         repeats = "x-amz-checksum-crc32" in told  # as a server does that has checked it
         if not repeats and self._checks is not False:
@@ -2184,6 +2211,7 @@ class S3Store(_Remote):
     @contextlib.contextmanager
     def _faults(self, key: str, is_object: bool = False) -> Iterator[None]:
         from botocore import exceptions as aws
+        from botocore.parsers import ResponseParserError
 
         try:
             yield
@@ -2199,7 +2227,7 @@ class S3Store(_Remote):
         except (aws.CredentialRetrievalError, aws.MetadataRetrievalError) as error:
             # The store has answered before: whoever gives the credentials is away for a while.
             raise unanswered(self.url, error, "" if self._date[0] else _CREDENTIALS) from error
-        except ValueError as error:  # botocore reads sizes and times in it
+        except (ValueError, ResponseParserError) as error:  # botocore reads sizes and times in it
             what = f"{self.url}: an answer cannot be read ({error})"
             raise Unreachable(
                 what, "is this the right kind of server? Is there a proxy or a portal between?"
@@ -2355,14 +2383,19 @@ class GCSStore(_Remote):
         more = {"start_offset": self._prefix + after} if after else {}
         whole = self._prefix + prefix
         with self._faults(""):
-            blobs = self._client.list_blobs(self._bucket, prefix=whole, **more, **self._limits)
-            yield from self._in_order(map(self._info, blobs), after)
+            pages = self._pages(prefix=whole, **more)
+            yield from self._in_order((self._info(blob) for page in pages for blob in page), after)
+
+    def _pages(self, **which: str) -> Iterator[Any]:
+        for page in self._client.list_blobs(self._bucket, **which, **self._limits).pages:
+            if page.raw_page.get("kind") != "storage#objects":  # else any JSON would pass for an empty list
+                raise Unreachable(f"{self.url}: 200, but no list", "is there a proxy or a portal between?")
+            yield page
 
     def prefixes(self, prefix: str) -> Sequence[str]:
         whole = self._prefix + prefix
         with self._faults(""):
-            blobs = self._client.list_blobs(self._bucket, prefix=whole, delimiter="/", **self._limits)
-            found = {name for page in blobs.pages for name in page.prefixes}
+            found = {name for page in self._pages(prefix=whole, delimiter="/") for name in page.prefixes}
         return [name.removeprefix(whole).rstrip("/") for name in sorted(found)]
 
     def delete(self, keys: Sequence[str]) -> dict[str, str]:
@@ -2779,7 +2812,7 @@ class Ledger:
         self._path, self._scope = path, scope
         self._tries = iter([path] * 3)  # a disk that damages every file must not keep us here for ever
         self._epoch = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        self._run = f"{random.getrandbits(64):x}"  # this process
+        self._run = f"{random.getrandbits(64):x}"  # this process, since it last had doubts
         self.broken = self.bucket = ""
         self._db = self._open()
         # The id in owner.json. Where the ledger knows none, no other row checks either.
@@ -2889,6 +2922,10 @@ class Ledger:
             bytes_of = _name_bytes(where, entry.name, disk, entry.fingerprint)
             rows.append((bytes_of, entry.key, entry.etag, entry.crc32, run, self.now()))
         self._write("stored VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def doubt(self) -> None:
+        """Take the store's words so far for hearsay."""
+        self._run = f"{random.getrandbits(64):x}"
 
     def trim(self, before: float) -> None:
         """Forget the bytes that nobody has stored, confirmed or listed since a moment."""
@@ -3242,7 +3279,8 @@ class PinDirectory:
                     pin = f"{path}/{_short(one, '~')}"
                     if not os.path.lexists(pin):
                         lost.append(one)
-                self.write_lost(relative, life, lost)
+                with contextlib.suppress(OSError):  # a full disk has no room for that: only we can make some
+                    self.write_lost(relative, life, lost)
                 found.append((life, relative))
         return sorted(found)
 
@@ -4036,8 +4074,8 @@ class Pinner(threading.Thread):
     def _tidy(self, disk: PinDirectory, relative: str, life: str) -> int:
         """Return how much is left of a pin directory; close it if that is nothing."""
         left = disk.tidy(disk.directory(relative, life))
-        if left:
-            return left
+        if left or not os.path.exists(f"{disk.path}/id"):  # else the disk of the pins is away, with what it holds
+            return left or 1
         homes = self._pins.get(life, set())
         homes.discard((disk, relative))
         if not homes:
@@ -4056,10 +4094,9 @@ class Pinner(threading.Thread):
         home = (place.disk, place.relative)
         if any(home in homes for homes in self._pins.values()):
             return  # they are in the pin directory of another life
-        if os.path.exists(f"{place.disk.path}/id"):  # else the disk of the pins is away
-            log.error("somebody removed pins, what is still there is pinned again path=%s", quote(place.path))
-            place.pinned = {}
-            self._dirty[place] = None
+        log.error("somebody removed pins, what is still there is pinned again path=%s", quote(place.path))
+        place.pinned = {}
+        self._dirty[place] = None
 
     def give_up(self, disk: PinDirectory, relative: str, life: str, links: Mapping[str, int]) -> tuple[str, ...]:
         """Unlink pins that have no other links than so many of ours; return which names are lost by that."""
@@ -4652,13 +4689,14 @@ def listed_incrementals(
     return listings, stored
 
 
-def newest_snapshot(store: Store, node: str, unit: Unit) -> list[Listing[Known]]:
-    """Return the newest complete snapshot of a table: a list of one, or of none."""
+def newest_snapshots(store: Store, node: str, unit: Unit) -> list[Listing[Known]]:
+    """Return the newest complete snapshot of a table, and the newest one after it that is incomplete, if any."""
     prefix = table_prefix(node, unit.keyspace, unit.table)
     keys = _listing_keys(store, f"{prefix}snapshots/")
     keys.sort(key=os.path.basename)  # it begins with the UTC
     complete = [key for key in keys if "-complete-" in os.path.basename(key)]
-    return _read_listings(store, node, complete[-1:])
+    later = keys[keys.index(complete[-1]) + 1 :] if complete else keys
+    return _read_listings(store, node, complete[-1:]) + _read_listings(store, node, later[-1:])
 
 
 # ---- the commit
@@ -5006,11 +5044,26 @@ class Backup:
         self.scanned = asyncio.Event()  # all that an earlier process left pinned has been told
         self.last_view: BucketView | None = None
         self._viewed = 0.0  # when that was read, by CLOCK_BOOTTIME
+        self._epoch = math.inf  # what the store's clock said when CLOCK_BOOTTIME was 0
         self._absent_since = math.inf  # since when owner.json is not there
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns = {True: asyncio.Semaphore(4), False: asyncio.Semaphore(8)}  # units at work at a time
         self._under_way: dict[object, asyncio.Future[None]] = {}  # bytes, and keys, that are being put
         self._kept: dict[Unit, dict[FilePath, Fingerprint]] = {}  # listed, but not let go: see _deletable
+
+    def _check_clocks(self) -> None:
+        """Doubt the store's words where this machine stood still, with all of its clocks. Raises Unreachable.
+
+        A virtual machine does when it is suspended, or reverted to an earlier state. Prune goes on elsewhere.
+        """
+        epoch = self.store.now() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        jump, self._epoch = epoch - self._epoch, epoch
+        if jump > PUBLISH_LIMIT_S:
+            self.last_view = None
+            self.ledger.doubt()
+            for waiting in self.units.values():
+                waiting.remembered.clear()
+            raise Unreachable(f"this machine's clocks stood still for {jump:.0f} s", "everything is asked for again")
 
     def forget(self) -> None:
         """Forget what is stored and listed: the bucket is another one."""
@@ -5097,7 +5150,10 @@ class Backup:
         waiting.files = len(work.pins)
         waiting.size = sum(pin.size for pin in work.pins.values())
         if not work.pins and not work.lost:
-            await self.ask(self._pinner.let_go, unit, {}, (), ())  # it may still count pins that somebody removed
+            # It may still count pins that somebody removed; or their disk is away.
+            left = await self.ask(self._pinner.let_go, unit, {}, (), ())
+            if left > len(self._kept.get(unit, ())):
+                raise Fault("its pin directory is away", "it is stored when that is back; if it was removed, restart")
             return None
         if unit.kind == "snapshot":
             return await self._back_up_snapshot(work)
@@ -5175,9 +5231,13 @@ class Backup:
 
     def _note_snapshot(self, listing: Listing[Known]) -> None:
         """Remember whether a snapshot is complete: `status` and `snapshot` ask for it."""
-        place = listing.unit.place
+        if is_partial(listing.unit):
+            return  # it never is what the table was
+        place, now = listing.unit.place, time.time()
         newest, _, _ = self.ledger.fact(f"complete:{place}").partition("\t")
-        incomplete = self.ledger.fact(f"incomplete:{place}")
+        newest = credible(newest, now)
+        incomplete = credible(self.ledger.fact(f"incomplete:{place}"), now)
+        lost = credible(self.ledger.fact(f"lost:{place}"), now)
         if not listing.complete:
             if listing.taken > max(newest, incomplete) and not is_drop(listing.unit):  # of which no other comes
                 self.ledger.remember(f"incomplete:{place}", listing.taken)
@@ -5186,7 +5246,7 @@ class Backup:
             self.ledger.remember(f"incomplete:{place}", "")
         if listing.taken >= newest:
             self.ledger.remember(f"complete:{place}", f"{listing.taken}\t{listing.unit.tag}")
-        if listing.taken > self.ledger.fact(f"lost:{place}"):  # an earlier snapshot has not what was lost since
+        if listing.taken > lost:  # an earlier snapshot has not what was lost since
             self.ledger.remember(f"lost:{place}", "")
         for entry in listing.files:
             if entry.name == MANIFEST:
@@ -5320,12 +5380,12 @@ class Backup:
         return await self._workers.run("get", work.unit.urgent, job, files, read, *args)
 
     async def _learn_snapshot(self, work: Round) -> None:
-        """Read the newest complete snapshot of a table, once in the life of a ledger: its bytes need no sending."""
+        """Read the newest snapshots of a table, once in the life of a ledger: their bytes need no sending."""
         unit = work.unit
         fact = f"learned:{unit.place}:snapshot"
         if unit.kind == "archive" or self.ledger.fact(fact):
             return
-        newest = await self._workers.run("list", unit.urgent, newest_snapshot, self.store, self.node, unit)
+        newest = await self._workers.run("list", unit.urgent, newest_snapshots, self.store, self.node, unit)
         self._check_bucket(work)
         for listing in newest:
             self._record(work, listing.files)
@@ -5490,6 +5550,7 @@ class Backup:
         unit, pins, moment = draft.unit, work.pins, self.clock()
 
         async def attempt() -> Listing[Stored]:
+            self._check_clocks()
             view = await self.view()
             self._check_bucket(work)
             # Asked at each try: tries may go on for days, and an old word is no word.
@@ -5684,7 +5745,8 @@ class Metrics:
         what = "When the newest complete snapshot was taken; 0: never."
         moments = {}
         for place, table in status["tables"].items():
-            moments[place] = seconds_of(table["taken"]) if table["taken"] else 0.0
+            if table["oldest_data"] is not None:  # what is empty, or dropped, needs none
+                moments[place] = seconds_of(table["taken"]) if table["taken"] else 0.0
         yield self._by_table("last_snapshot", what, moments, max)
         yield from self._of_store(status["operations"])
 
@@ -5835,7 +5897,7 @@ class Daemon:
         self._local = ThreadPoolExecutor(1, "local")
         self._backup = Backup(options, self._pinner, self._workers, ledger)
         self._state = PinnerState(0.0, {}, {}, frozenset(), {}, ())
-        self._covered = 0.0  # when all data directories had been scanned
+        self._blind = 0.0  # when something was last not seen
         self._first_scan = math.inf  # when that had ended, of this process and of this life of the bucket
         self._alive = time.monotonic()  # when the pinner last said something
         self._stop = asyncio.Event()
@@ -5921,7 +5983,8 @@ class Daemon:
             return FAILED
         if backup.counts["incomplete"] or backup.units:
             return BEHIND
-        if backup.ledger.facts("lost:") or self._with_fact("incomplete:", self._tables()):
+        tables = self._tables()
+        if self._lost(tables) or self._with_fact("incomplete:", tables):
             return BEHIND
         if state.refused or state.absent or state.unmatched or self._options.problems:
             return BEHIND
@@ -5943,11 +6006,12 @@ class Daemon:
                 self._backup.ledger.forget_directory(news.directory)
             elif isinstance(news, PinnerState):
                 self._state, self._alive = news, time.monotonic()
-                if not news.scanned:
-                    self._first_scan = math.inf
-                else:
-                    self._first_scan = min(self._first_scan, time.time())
+                if news.scanned:
                     self._backup.scanned.set()
+                if not news.scanned or news.absent or news.refused:  # what the scan after that finds may be old
+                    self._first_scan, self._blind = math.inf, time.time()
+                elif news.scanned > self._blind:
+                    self._first_scan = min(self._first_scan, time.time())
             elif isinstance(news, Exception):
                 raise Fault(f"the pinner failed ({news!r})", "restart")
 
@@ -6103,12 +6167,10 @@ class Daemon:
         What a first scan finds was written long before. Until that is listed, it is what the last heartbeat said.
         """
         ledger, state = self._backup.ledger, self._state
-        if not state.absent:  # what was written to a data directory that is away, nobody has seen
-            self._covered = state.scanned
         found = [waiting.found for waiting in self._backup.units.values()]
-        oldest = min([*found, *state.refused.values()], default=math.inf)
-        if self._covered and oldest > self._first_scan:
-            ledger.remember("through", utc(min(self._covered, oldest)))
+        oldest = min(found, default=math.inf)
+        if oldest > self._first_scan:
+            ledger.remember("through", utc(min(state.scanned, oldest)))
         return ledger.fact("through")
 
     async def _trim(self) -> None:
@@ -6137,7 +6199,18 @@ class Daemon:
         await self._backup.scanned.wait()
         places = sorted(self._state.tables)
         began = time.monotonic()
-        self._oldest = await self._on_disk(_oldest_data, self._roots, places)
+        oldest = await self._on_disk(_oldest_data, self._roots, places)
+        # Compaction writes what is old to new files: a table has data since its oldest file that we have ever seen,
+        # for as long as it has any.
+        ledger = self._backup.ledger
+        before = ledger.facts("data:")
+        for place, written in oldest.items():
+            if place not in before or written < seconds_of(before[place]):
+                ledger.remember(f"data:{place}", utc(written))
+        if not self._state.absent:
+            for place in before.keys() - oldest.keys():
+                ledger.remember(f"data:{place}", "")
+        self._oldest = {place: seconds_of(since) for place, since in ledger.facts("data:").items()}
         # Thousands of tables take a tenth of a second: a thousandth of a core. What is asked of it is a day old.
         await asyncio.sleep(min(300.0, 1000 * (time.monotonic() - began)))
 
@@ -6262,13 +6335,13 @@ class Daemon:
         return {"done": not waiting, "tables": len(manifests), "waiting": waiting, "last_error": error}
 
     def _tables(self) -> dict[str, dict[str, Any]]:
-        """Return of each table when its newest complete snapshot was taken, and its oldest Data.db written."""
-        complete = self._backup.ledger.facts("complete:")
+        """Return of each table when its newest complete snapshot was taken, and since when it has data."""
+        complete, now = self._backup.ledger.facts("complete:"), time.time()
         tables = {}
         for place in sorted(self._state.tables):
             taken, _, tag = complete.get(place, "").partition("\t")
             if not tag.startswith("dropped-"):  # a dropped table needs no snapshot any more
-                tables[place] = {"taken": taken or None, "oldest_data": self._oldest.get(place)}
+                tables[place] = {"taken": credible(taken, now) or None, "oldest_data": self._oldest.get(place)}
         return tables
 
     def status(self) -> dict[str, Any]:
@@ -6324,10 +6397,15 @@ class Daemon:
             "absent": dict(state.absent),
             "unmatched": list(state.unmatched),
             "problems": list(self._options.problems),
-            "lost": sorted(self._backup.ledger.facts("lost:")),
+            "lost": self._lost(tables),
             "lost_tables": self._with_fact("lost:", tables),
             "incomplete": self._with_fact("incomplete:", tables),
         }
+
+    def _lost(self, tables: Collection[str]) -> list[str]:
+        """Return what has lost files. Of an archive, or a dropped table, no snapshot comes: it is told for a day."""
+        lost, yesterday = self._backup.ledger.facts("lost:"), utc(time.time() - DAY_S)
+        return sorted(place for place, at in lost.items() if place in tables or at > yesterday)
 
     def _with_fact(self, prefix: str, tables: Collection[str]) -> list[str]:
         facts = self._backup.ledger.facts(prefix)
@@ -6531,7 +6609,7 @@ def _unit_of_folder(folder: str) -> Unit | None:
 def listing_info(node: str, info: ObjectInfo) -> ListingInfo | None:
     """Read a listing's key; None for owner.json, tag records and the like. Raises Corrupt for what is not ours."""
     folder, _, name = info.key.removeprefix(f"{node}.listings/").rpartition("/")
-    if folder in ("heartbeat", "bad") or folder.startswith("tags/"):
+    if folder in ("heartbeat", "bad", "pruned") or folder.startswith("tags/"):
         return None
     if not folder and name.startswith(("owner.", "node.")):
         return None
@@ -6872,6 +6950,15 @@ def choose_nodes(bucket: Bucket, choice: NodeChoice) -> list[NodeInfo]:
         there = some_of([node.name for node in found])
         raise Usage(f"{len(found)} nodes match, and one is needed", f"pass --node; there are {there}")
     return found
+
+
+def pruned_until(store: Patient, node: str) -> dict[str, float]:
+    """Return of each table when the newest file of backups/ was written that prune has let go. Raises Corrupt."""
+    document = newest_document(store, f"{node}.listings/pruned/")
+    try:
+        return {str(place): float(moment) for place, moment in document.get("tables", {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Corrupt(f"{node}.listings/pruned/ is damaged: {error}", "delete its newest object") from None
 
 
 def find_objects(store: Patient, keys: Iterable[str], threads: int) -> dict[str, ObjectInfo]:
@@ -7219,17 +7306,18 @@ def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
 
     def claim(one: Chosen) -> tuple[bool, bool, float]:
         """Return what speaks for a table, the strongest first."""
-        is_created = created_at(one.table) <= before
+        created = created_at(one.table)
         # schema.cql gives a table the id that it had: dropped, it may have come back.
         is_there = not one.base.dropped or len(one.sstables) > 0
-        newest = one.base.end
+        newest = max(one.base.end, created)
         for sstable in one.sstables:
             newest = max(newest, sstable.written)
-        return is_created, is_there, newest
+        return created <= before, is_there, newest
 
     living: dict[tuple[str, str], Chosen] = {}
     for one in tables:
-        if one.base.end or one.sstables or one.lacking:  # else nothing was heard of it by then
+        was_created = 0.0 < created_at(one.table) <= before
+        if was_created or one.base.end or one.sstables or one.lacking:  # else nothing was heard of it by then
             rival = living.setdefault(one.called, one)
             living[one.called] = max(rival, one, key=claim)
     return list(living.values())
@@ -7440,6 +7528,7 @@ class Reader:
     threads: int
     node: str
     bad: frozenset[str]
+    pruned: Mapping[str, float] = field(default_factory=dict)  # pruned_until
     # What cannot be read, or was lost. Several threads append to it: that a list takes at once, without a lock.
     lacking: list[str] = field(default_factory=list)
 
@@ -7510,6 +7599,10 @@ def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
     batches = spread(reader.read, since, reader.threads)
     unit = infos[0].unit
     chosen = choose_at(unit.keyspace, unit.table, base, batches, before, reader.bad)
+    cut = reader.pruned.get(unit.place, 0.0)
+    if base.end < min(cut, before):
+        what = f"prune has let go what was flushed until {moment_text(utc(cut))}; --tag restores a snapshot as it is"
+        chosen = replace(chosen, lacking=(*chosen.lacking, what))
     if base.listing:
         return chosen
     chosen = replace(chosen, schema=nearest_schema(reader, snapshots, before))
@@ -7560,9 +7653,9 @@ def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str]) ->
 
 
 def left_out(
-    before: Sequence[Snapshot], newest: Sequence[Snapshot], taken: Iterable[Sequence[Snapshot]]
+    before: Iterable[Snapshot], newest: Sequence[Snapshot], taken: Iterable[Sequence[Snapshot]]
 ) -> Iterator[Snapshot]:
-    """Yield what the snapshot before has of tables that the newest of a tag lacks, unless they were dropped since.
+    """Yield those of the snapshots before whose tables the newest of a tag lacks, unless they were dropped since.
 
     A table is listed when it is stored: that of a large one may be under way yet.
     """
@@ -7595,8 +7688,8 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
         tags = {group[0].unit.tag for group in taken}
         raise Missing(f"no snapshot {word!r}", f"there are {some_of(sorted(tags))}")
     *earlier, newest = exact or groups
-    before = earlier[-1] if earlier else []
-    for one in left_out(before, newest, taken):
+    before = {one.unit.place: one for group in earlier for one in group}
+    for one in left_out(before.values(), newest, taken):
         what = f"{one.unit.place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
         reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
     tables = []
@@ -7613,7 +7706,7 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
     if options.new_node:
         exclude += ("system.local", "system.peers*")
     if not options.table and not options.in_place:
-        exclude += ("system", "system_*")  # Cassandra imports none of these
+        exclude += SYSTEM_KEYSPACES  # Cassandra imports none of these
     folders = list(table_folders(reader.store, reader.node, options.table, exclude))
     recorded = recorded_of(reader, options.table, exclude)
     if not folders and not recorded:
@@ -7827,7 +7920,7 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
         raise Usage(f"{utc(at)} is in the future", f"it is {utc(now)} by the store's clock")
     before = options.at or now + _SLACK_S  # the node's clock may be ahead
     bad = read_bad_keys(bucket.store, node.name)
-    reader = Reader(bucket.store, bucket.threads, node.name, bad)
+    reader = Reader(bucket.store, bucket.threads, node.name, bad, pruned_until(bucket.store, node.name))
     moment = utc(at)
     where = into
     tables: list[Chosen] = []
@@ -7854,6 +7947,9 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
     notes = list(notes_on(reader, tables, at if is_moment else 0.0))
     if options.schema_only:
         notes.extend(f"{one}: no schema.cql" for one in tables if not one.schema)
+    is_all = not (options.table or options.in_place or options.archive)
+    if is_all and "system_auth" in bucket.store.prefixes(f"{node.name}.listings/"):
+        notes.append("system_auth, which has roles and grants, is left out; --table system_auth takes it")
     return Plan(node, moment, where, tables, placed, lacking, absent, frozen, notes)
 
 
@@ -7914,9 +8010,11 @@ def check_target(top: str, placed: Sequence[Placed]) -> None:
 def check_space(placed: Sequence[Placed]) -> None:
     """Refuse to fill a disk. Raises Fault."""
     coming: dict[str, list[int]] = {}
+    roots: dict[int, str] = {}  # a disk may have several
     for one in placed:
         if not os.path.lexists(one.whole_path):
-            coming.setdefault(one.root, []).append(one.entry.size)
+            root = roots.setdefault(os.stat(one.root).st_dev, one.root)
+            coming.setdefault(root, []).append(one.entry.size)
     for root, sizes in coming.items():
         count, size = len(sizes), sum(sizes)
         disk = os.statvfs(root)
@@ -8269,8 +8367,11 @@ class Verification:
         if not self._options.latest:
             return infos
         lives = [one.unit.life for one in snapshots if one.complete and not is_automatic(one.unit)]
-        newest = max(lives, default="")
-        return [info for info in infos if (info.unit.life or info.listed) >= newest]
+        newest = max((credible(life, self._store.now()) for life in lives), default="")
+        began = utc(seconds_of(newest) - DAY_S) if newest else ""  # a restore adds what was flushed since it began
+        taken = [info for info in infos if info.unit.life >= newest and info.unit.kind == "snapshot"]
+        others = [info for info in infos if info.listed >= began and info.unit.kind != "snapshot"]
+        return taken + others
 
     def _read(self, info: ListingInfo) -> Listing[Known] | Fault:
         try:
@@ -8329,7 +8430,7 @@ class Verification:
         """Write down what is bad, so that the daemon stores it again; return the key of that document.
 
         Where nothing is bad it is written all the same, for it tells when the node was verified; but not for --tag or
-        --table.
+        --table, or where something cannot be read, which is no object that could be stored again.
         """
         at = utc(self._store.now())
         # Two listings may tell different things of one key. If it is not good by both, its mark stays.
@@ -8339,7 +8440,8 @@ class Verification:
             is_lifted = one["found"] == "good" and one["key"] not in bad
             if is_lifted or one["found"] in ("absent", "size", "checksum", "failed"):
                 marks.append({"key": one["key"], "found": one["found"], "at": at})
-        if not marks and (self._options.tag or self._options.table):
+        unread = any(one["found"] in ("gone", "unreadable", "denied") for one in self._findings)
+        if not marks and (unread or self._options.tag or self._options.table):
             return ""
         return put_dated(self._store, f"{self._node}.listings/bad", {"keys": marks})
 
@@ -8393,9 +8495,8 @@ def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
 # Prune
 # ======================================================================================================
 
-_DAY_S: Final = 24 * 3600.0  # from marking to deleting; a publication takes an hour at most
-_AUTOMATIC_S: Final = 14 * _DAY_S  # snapshots that Cassandra took by itself, or that are incomplete
-_SILENT_S: Final = 30 * _DAY_S  # what nobody has listed since never will be; who is silent so long may be retired
+_AUTOMATIC_S: Final = 14 * DAY_S  # snapshots that Cassandra took by itself, or that are incomplete
+_SILENT_S: Final = 30 * DAY_S  # what nobody has listed since never will be; who is silent so long may be retired
 _SKEW_S: Final = 3600.0  # the clocks of a store's machines may differ
 _FILE_KEYS: Final = 100_000  # in one file below <node>.pending-delete/
 _BATCH_KEYS: Final = 1000  # S3 deletes so many at once
@@ -8466,7 +8567,7 @@ def tells_emptied(unit: Unit, oldest: float) -> bool:
     That a table was truncated or dropped is told by nothing else. And a restore reaches back before its snapshot.
     """
     emptied = emptied_at(unit)
-    return emptied > 0 and emptied >= oldest - _DAY_S
+    return emptied > 0 and emptied >= oldest - DAY_S
 
 
 def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float) -> dict[Unit, str]:
@@ -8474,7 +8575,7 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
 
     Rank and period go by when Cassandra took a snapshot; whether it is old enough to go, by when it was listed.
     """
-    dated = [one for one in found if max(one.taken, one.when) <= now + _DAY_S]
+    dated = [one for one in found if max(one.taken, one.when) <= now + DAY_S]
     ranked = [one for one in dated if one.counts]
     ranked.sort(key=lambda one: one.taken, reverse=True)
     good = [one for one in ranked if one.good]
@@ -8524,7 +8625,7 @@ def window_bases(found: Sequence[Candidate], kept: Mapping[Unit, str]) -> list[B
         end = end_of(one.listing)
         if in_window and end >= min(in_window):
             # When it began, a restore reads in manifest.json. No snapshot takes Cassandra a day: this keeps too much.
-            bases.append(base_on(one.listing, end - _DAY_S))
+            bases.append(base_on(one.listing, end - DAY_S))
     return bases
 
 
@@ -8534,8 +8635,8 @@ def is_reachable(info: ListingInfo, listing: Listing[Known], bases: Sequence[Bas
     for base in bases:
         if any(base.adds(sstable, math.inf) for sstable in sstables):
             return True
-        # What is called as no SSTable that we know goes by its age.
-        if not sstables and info.when >= base.start:
+        # By its age goes what is called as no SSTable that we know, and what was lost: a restore tells of that.
+        if (listing.lost or not sstables) and info.when >= base.start:
             return True
     return not bases
 
@@ -8622,6 +8723,8 @@ class Pruning:
         self._keys = KeySets()
         self._due: list[str] = []  # files of marks that are a day old: each is the name of a set, too
         self._records: list[tuple[str, dict[str, Any]]] = []  # tag records to be written anew: folder, document
+        self._over: list[str] = []  # tag records, and what else tells of listings, that go
+        self._cut = pruned_until(self._store, node)  # with what goes of backups/ now
         self._began = 0.0  # the listings are read from then on
         self._came = set[str]()  # listings that came since
         self._looked = -math.inf
@@ -8648,7 +8751,7 @@ class Pruning:
         for info, document in read_documents(self._store, f"{self.node}.pending-delete/"):
             keys = [(key, 0) for key in pending_keys(self.node, info.key, document)]
             self._keys.add(_MARKED, keys)
-            if self._store.now() - info.modified < _DAY_S:
+            if self._store.now() - info.modified < DAY_S:
                 continue
             if document.get("deleted"):
                 self._expire(info.key)
@@ -8701,7 +8804,11 @@ class Pruning:
         read = functools.partial(read_listing, self._store, self.node)
         for info, listing in zip(others, spread(read, others, self._threads), strict=True):
             objects = [(entry.key, entry.size) for entry in listing.files]
-            self._note(self._stays(info, listing, bases), [info], objects)
+            stays = self._stays(info, listing, bases)
+            self._note(stays, [info], objects)
+            if not stays and info.unit.kind == "incremental":
+                written = [entry.fingerprint.written for entry in listing.files]
+                self._cut[info.unit.place] = max([self._cut.get(info.unit.place, 0.0), *written])
         self._tell(found, kept)
 
     def _note(self, stays: bool, listings: Iterable[ListingInfo], objects: Iterable[tuple[str, int]]) -> None:
@@ -8777,8 +8884,11 @@ class Pruning:
         listings: list[str] = record["listings"]
         expired = [one for one in listings if self._keys.has(_EXPIRES, one)]
         is_over = not any(self._keys.has(_REMAINS, one) for one in listings)
+        kept = [one["taken"] for one in self.snapshots if one["stays"]]
+        if not expired and record["taken"] >= min(kept, default=""):
+            is_over = False  # not we have deleted what it names, and nothing else tells of it
         if expired or is_over:
-            self._expire(key)
+            self._over.append(key)
         if expired and not is_over:
             left = [one for one in listings if one not in expired]
             anew = {**record, "listings": left, "pruned": record["pruned"] + expired}
@@ -8792,10 +8902,19 @@ class Pruning:
         beats = [info.key for info in self._list(".listings/heartbeat/") if utc(info.modified) < oldest]
         nodes = [info.key for info in self._list(".listings/node.")]
         self._expire(*beats, *nodes[:-1])
-        for info, document in marks[:-1]:  # the newest tells when the node was verified
-            keys = [mark["key"] for mark in document["keys"]]
-            if not any(self._keys.has(_NAMED, key) for key in keys):
-                self._expire(info.key)
+        self._plan_marks(marks)
+
+    def _plan_marks(self, marks: Sequence[tuple[ObjectInfo, dict[str, Any]]]) -> None:
+        """Let go the oldest of what verify has written, up to the first that still tells of a bad object."""
+        decided = set[str]()  # what a later one tells of
+        first = len(marks) - 1  # the newest tells when the node was verified
+        for number in range(len(marks) - 1, -1, -1):
+            found = {mark["key"]: mark["found"] for mark in marks[number][1]["keys"]}
+            for key in found.keys() - decided:
+                if found[key] != "good" and self._keys.has(_NAMED, key):
+                    first = number
+            decided |= found.keys()
+        self._expire(*(info.key for info, _ in marks[: max(first, 0)]))
 
     # Doing
 
@@ -8805,6 +8924,12 @@ class Pruning:
             put_dated(self._store, f"{self.node}.pending-delete", {"keys": keys, "deleted": False})
         for folder, record in self._records:
             put_dated(self._store, folder, record)
+        if self._cut:
+            self._over += [info.key for info in self._list(".listings/pruned/")]
+            put_dated(self._store, f"{self.node}.listings/pruned", {"tables": self._cut})
+        # Before the listings: a record that names a listing which is gone is for somebody else's deletions.
+        for keys in in_batches(self._over, _BATCH_KEYS):
+            self._delete(keys)
         for keys in in_batches(self._keys.each(_EXPIRES), _BATCH_KEYS):
             self._delete(keys)
         for file in self._due:
@@ -9046,6 +9171,7 @@ def _check_bucket(options: DoctorOptions) -> str:
     # Each right is used once, on one key that is always the same: nothing piles up where it cannot be deleted.
     bucket = open_bucket(options, 5.0, new=True)
     store, key = bucket.store, f"{bucket.here}.doctor"
+    store.look_no_more()  # else HEAD says that the key is taken, also to who may not put
     problems, cures = list[str](), dict[str, bool]()
     rights: dict[str, Callable[[], object]] = {
         "put": lambda: store.put(key, Body(b"cassbackup doctor\n")),
@@ -9056,7 +9182,7 @@ def _check_bucket(options: DoctorOptions) -> str:
     for right, use in rights.items():
         try:
             use()
-        except (Conflict, Missing):  # only who has the right is told that a key is taken, or is not there
+        except (Conflict, Missing):  # only who has the right is told that
             continue
         except (Denied, Unreachable) as fault:
             problems.append(f"{right}: {fault.what}")
@@ -9487,6 +9613,7 @@ def why_behind(document: Mapping[str, Any], options: StatusOptions) -> list[str]
         "lost until the next complete snapshot": document["lost"],
         "listed incomplete until the next complete snapshot": document["incomplete"],
         "not stored, see the log": document["refused"],
+        "found bad in the bucket by verify": [f"{document['bad_objects']} objects"] if document["bad_objects"] else [],
         "failing": [f"{what} ({error['error']})" for what, error in document["errors"].items()],
         "not stored": [f"{unit} ({why})" for unit, why in document["failures"].items()],
         "no complete snapshot within --max-age": late,

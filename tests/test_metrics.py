@@ -109,8 +109,12 @@ def test_every_table_has_one_series_whatever_it_is_called(scene: Scene, node: No
     users.flush()
     node.snapshot("daily")
     users.directories()[0].with_name("users-" + "ab" * 16).mkdir()  # dropped without a snapshot, and made again
-    os.makedirs(os.fsencode(node.data_dirs[0]) + b'/odd"\\\n\xff/t\xc3\xa9-' + b"cd" * 16)
+    odd = os.fsencode(node.data_dirs[0]) + b'/odd"\\\n\xff/t\xc3\xa9-' + b"cd" * 16
+    os.makedirs(odd)
+    Path(os.fsdecode(odd), "nb-1-big-Data.db").touch()
+    node.table("ks1", "empty")  # which needs no snapshot
     scrape = Scraped(scene, node)
+    wait_for(lambda: any(name == TAKEN for name, _ in scrape()))
     scene.settled()
     series = {labels: value for (name, labels), value in scrape().items() if name == TAKEN}
     assert set(series) == {"ks1 users", 'odd"\\%0A%FF té'}
