@@ -421,6 +421,25 @@ def test_what_may_not_be_read_or_written_is_named_with_exit_2(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("whose", ["a link", "another user's"])
+def test_a_state_directory_of_somebody_else_or_behind_a_link_is_not_used(
+    cli: Any, node: Node, tmp_path: Path, whose: str
+) -> None:
+    node.table("ks1", "users").flush()
+    state, place = tmp_path / "state", tmp_path / "place"
+    place.mkdir()
+    if whose == "a link":
+        state.symlink_to(place)
+    else:
+        if os.geteuid():
+            pytest.skip("needs root to give a directory away")
+        state.mkdir()
+        os.chown(state, 4711, 4711)
+    line = ("watch", *node.data_dirs, "--once", "--bucket", f"file://{tmp_path}/bucket", "--name", "n")
+    assert "is a link, or another user's" in complaint(cli(*line))
+    assert list(place.iterdir()) == []
+
+
 def test_the_services_key_file_is_used_unless_another_is_named(
     cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,20 @@ from scene import Scene, area_of, assert_no_pin_is_left, pins, wait_for
 from servers import Bucket, FileBucket
 from tree import Node
 
-from cassbackup import Backup, Fingerprint, Known, Ledger, Listing, Pinned, Touched, Unit, utc
+from cassbackup import (
+    Backup,
+    Fingerprint,
+    Known,
+    Ledger,
+    Listing,
+    Pinned,
+    Stored,
+    Throttled,
+    Touched,
+    Unit,
+    Workers,
+    utc,
+)
 
 
 @pytest.fixture
@@ -223,8 +236,49 @@ def test_a_bucket_directory_that_is_away_after_one_good_start_does_not_end_the_d
     scene.assert_all_is_listed(node.history)
 
 
+@pytest.mark.parametrize("urgent", [True, False])
+def test_a_store_that_asks_for_fewer_requests_is_asked_nothing_for_a_second(urgent: bool) -> None:
+    async def waited() -> float:
+        pinned = threading.Event()
+        pinned.set()
+        workers = Workers(pinned, 1, 60.0)
+        workers.note("put", Throttled("503 SlowDown"))
+        began = time.monotonic()
+        asked = await workers.once("head", urgent, time.monotonic)
+        await workers.finish(60.0)
+        return asked - began
+
+    assert asyncio.run(waited()) > 0.9
+
+
 # ------------------------------------------------------------------------------------------------------------
 # P4, the ledger is a cache
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "is_stored"),
+    [
+        ("nb-1-big-Data.db", False, True),
+        ("nb-1-big-TOC.txt", False, True),
+        ("manifest.json", False, False),
+        ("schema.cql", False, False),
+        ("nb-1-big-Data.db", True, False),
+    ],
+)
+def test_what_an_earlier_process_sent_is_sent_again_where_cassandra_wrote_in_place_or_if_asked_for(
+    tmp_path: Path, name: str, full: bool, is_stored: bool
+) -> None:
+    unit, fingerprint = Unit("snapshot", "ks1", "users", "daily"), Fingerprint(1, 2, 3)
+    entry = Stored("/d", name, fingerprint, 0o644, "c", "c", "00000001", f"node1/d/{name}", "etag")
+    earlier = Ledger(str(tmp_path / "ledger.db"), "")
+    earlier.record(unit.place, [("disk", entry)])
+    earlier.close()
+    ledger, options = Ledger(str(tmp_path / "ledger.db"), ""), SimpleNamespace(full=full)
+    backup = Backup(options, None, None, ledger)  # type: ignore[arg-type]
+    pin = Pinned("/d", name, f"/pins/{name}~", "disk", fingerprint, 0o644, 0, 0, 1)
+    work: Any = SimpleNamespace(unit=unit, files={}, waiting=SimpleNamespace(remembered={}))
+    assert backup._unsent(work, [pin]) == ([] if is_stored else [pin])
+    ledger.close()
 
 
 @pytest.mark.slow
@@ -689,13 +743,16 @@ def test_one_of_two_disks_that_is_away_with_its_pins_hides_nothing_of_the_other_
     first, second = (Node(tmp_path / name) for name in ("first", "second"))
     for node in (first, second):
         node.table("ks1", f"of_{node.root.name}").flush()
-    scene.start(*first.data_dirs, *second.data_dirs, args=("--reconcile", "1s"))
+    scene.start(*second.data_dirs, *first.data_dirs, args=("--reconcile", "1s"))
     assert scene.settled()["behind"] == []
+    wait_for(lambda: scene.page()["pinned_alone_limit_bytes"])
+    of_both = scene.page()["pinned_alone_limit_bytes"]
     second.root.rename(tmp_path / "away")
     wait_for(lambda: "data directory away" in " ".join(scene.page()["behind"]))
     first.snapshot("daily")
     scene.until_found(sum(len(list(node.history.files())) for node in (first, second)))
-    assert scene.settled()["pinned_alone_limit_bytes"] > 0
+    wait_for(lambda: 0 < scene.page()["pinned_alone_limit_bytes"] < of_both)
+    scene.settled()
     scene.assert_all_is_listed(first.history)
 
 
@@ -752,6 +809,7 @@ def test_pins_give_way_before_cassandras_disk_is_full_and_losses_are_named_p5(
         users.sstables.clear()
     wait_for(lambda: "LOST" in scene.daemon.log())
     wait_for(lambda: "lost until the next complete snapshot" in " ".join(scene.page()["behind"]))
+    assert scene.page()["lost_tables"] == [f"ks1/{users.directory}"]
     wait_for(lambda: (disk := os.statvfs(small_disk)).f_bavail / disk.f_blocks > 0.25)
     between.up()
     page = scene.settled()

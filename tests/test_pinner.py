@@ -1312,6 +1312,19 @@ def test_what_lost_its_pin_behind_our_back_is_pinned_again(
     assert desk.scan().copies().keys() >= gone
 
 
+def test_pins_that_are_away_with_their_disk_were_removed_by_nobody(
+    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = start(*node.data_dirs)
+    units = desk.units()
+    node.root.rename(tmp_path / "away")
+    for unit in units:
+        desk.ask(desk.pinner.let_go, unit, {}, (), ())
+    assert "somebody removed pins" not in caplog.text
+    (tmp_path / "away").rename(node.root)
+    desk.scan().assert_pinned(node.history)
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Return a function that mounts a tmpfs."""

@@ -322,6 +322,8 @@ def test_of_an_archived_file_whose_newest_content_is_bad_no_older_one_comes_back
     shelf.document("bad/20261121T000000.000000Z.json", keys=[{"key": bad, "found": "checksum", "at": "2"}])
     answer = shelf.restore(archive=str(archive), into=into, dry_run=True)
     assert (answer.code, "lacking: cassandra.yaml is marked bad" in answer.text) == (FAILED, True)
+    answer = shelf.restore(archive=str(archive), into=into, incomplete=True)
+    assert (answer.code, tree(into)) == (BEHIND, {})
 
 
 def test_without_a_snapshot_it_is_told_that_there_may_have_been_more(shelf: Shelf, node: Node, into: Path) -> None:
@@ -1194,6 +1196,15 @@ def test_in_place_a_table_that_has_another_id_here_is_refused(stopped: tuple[She
             in_place(shelf, same_node=True, table=("ks1",))
         assert live(node) == {}
         assert in_place(shelf, same_node=True).code == DONE, "the schema comes, too"
+
+
+def test_in_place_what_a_drop_has_left_of_an_older_table_stands_in_nobodys_way(stopped: tuple[Shelf, Node]) -> None:
+    shelf, node = stopped
+    with empty(node) as was:
+        for left in ("snapshots", "backups"):
+            (node.data_dirs[0] / "ks1" / ("users-" + "9a" * 16) / left).mkdir(parents=True)
+        assert in_place(shelf, same_node=True, table=("ks1",)).code == DONE
+        assert live(node) == {name: body for name, body in was.items() if "/users-" in name}
 
 
 def test_in_place_what_lies_in_another_data_directory_is_seen(stopped: tuple[Shelf, Node], tmp_path: Path) -> None:

@@ -1255,6 +1255,9 @@ ANSWERS = [
     (403, "QuotaExceeded", Unreachable, "full"),
     (507, "XMinioStorageFull", Unreachable, "full"),
     (400, "ThrottlingException", Throttled, ""),
+    (429, "RateLimitExceeded", Throttled, ""),
+    (503, "ServiceUnavailable", Throttled, ""),
+    (503, "SlowDown", Throttled, ""),
 ]
 
 

@@ -253,6 +253,8 @@ def test_a_node_of_which_nothing_is_left_and_a_tag_that_is_incomplete_are_not_pa
     answer = bench.verify(tag="tuesday")
     assert answer.code == cb.BEHIND
     assert f"listed incomplete: ks/{TABLE}/snapshot/tuesday/" in answer.text
+    bench.add(snapshot("tuesday", EPOCH + 2 * DAY, FILES))
+    assert bench.verify(tag="tuesday").code == cb.DONE, "it was taken again"
 
 
 def test_an_object_that_cannot_be_read_hides_no_other(moto: S3Bucket, proxy: Any, monkeypatch: Any) -> None:
