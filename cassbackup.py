@@ -546,27 +546,16 @@ def unit_prefix(node: str, unit: Unit) -> str:
 def listing_key(listing: Listing[Known]) -> str:
     """Return the key under which a listing is stored."""
     state = "complete" if listing.complete else "incomplete"
-    files = len(listing.files)
-    name = f"{listing.listed}-{state}-{files}-{listing.size}.json"
+    name = f"{listing.listed}-{state}-{len(listing.files)}-{listing.size}.json"
     return unit_prefix(listing.node, listing.unit) + name
 
 
-class ListingName(NamedTuple):
-    """What the last component of a listing's key tells."""
-
-    listed: str
-    complete: bool
-    files: int
-    size: int
-
-
-def parse_listing_name(key: str) -> ListingName | None:
-    """Read the last component of a listing's key; None for another key."""
+def parse_listing_name(key: str) -> tuple[str, bool, int, int] | None:
+    """Return when it was listed, whether complete, files and bytes, as a listing's key tells; None for another key."""
     match = _LISTING_NAME.fullmatch(key.rpartition("/")[2])
     if not match or not is_utc(match[1]):
         return None
-    is_complete = match[2] == "complete"
-    return ListingName(match[1], is_complete, int(match[3]), int(match[4]))
+    return match[1], match[2] == "complete", int(match[3]), int(match[4])
 
 
 _NO_NAME = re.compile("[/\0\ud800-\udc7f\udd00-\udfff]")
@@ -581,6 +570,11 @@ def _dump_entry(entry: Stored) -> dict[str, Any]:
     return {"name": quote(entry.name), **file, "mode": f"{entry.mode:04o}", **texts}
 
 
+def dump_document(**values: Any) -> bytes:
+    """Return a JSON object of ours, with its version."""
+    return json.dumps({"version": FORMAT, **values}, separators=(",", ":")).encode()
+
+
 def dump_listing(listing: Listing[Stored]) -> bytes:
     """Return a listing as JSON."""
     unit = listing.unit
@@ -588,23 +582,21 @@ def dump_listing(listing: Listing[Stored]) -> bytes:
     directories: dict[str, list[dict[str, Any]]] = {}
     for entry in sorted(listing.files, key=lambda entry: entry.path):
         directories.setdefault(quote(entry.directory), []).append(_dump_entry(entry))
-    document = {
-        "version": FORMAT,
-        "node": listing.node,
-        "kind": unit.kind,
-        "keyspace": quote(unit.keyspace),
-        "table": quote(table),
-        "table_id": table_id,
-        "tag": quote(unit.tag) or None,
-        "life": unit.life or None,
-        "complete": listing.complete,
-        "taken": listing.taken,
-        "listed": listing.listed,
-        "missing": [quote(name) for name in listing.missing],
-        "lost": [{"name": quote(one.name), "reason": one.reason} for one in listing.lost],
-        "directories": directories,
-    }
-    return json.dumps(document, separators=(",", ":")).encode()
+    return dump_document(
+        node=listing.node,
+        kind=unit.kind,
+        keyspace=quote(unit.keyspace),
+        table=quote(table),
+        table_id=table_id,
+        tag=quote(unit.tag) or None,
+        life=unit.life or None,
+        complete=listing.complete,
+        taken=listing.taken,
+        listed=listing.listed,
+        missing=[quote(name) for name in listing.missing],
+        lost=[{"name": quote(one.name), "reason": one.reason} for one in listing.lost],
+        directories=directories,
+    )
 
 
 def typed(document: Mapping[str, Any], name: str, kind: type[T]) -> T:
@@ -624,18 +616,13 @@ def _load_name(text: str) -> str:
 
 def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
     name = _load_name(typed(document, "name", str))
-    inode = typed(document, "inode", int)
-    size = typed(document, "size", int)
-    mtime_ns = typed(document, "mtime_ns", int)
-    file = Fingerprint(inode, size, mtime_ns)
+    file = Fingerprint(*(typed(document, word, int) for word in Fingerprint._fields))
     mode = typed(document, "mode", str)
     texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
     # SQLite and utime(2) take no more than 64 bits.
-    is_file = 0 <= inode < 1 << 64 and 0 <= size < 1 << 63
-    is_file = is_file and -(1 << 63) <= mtime_ns < 1 << 63
-    is_mode = _MODE.fullmatch(mode)
-    is_crc = _CRC32.fullmatch(texts["crc32"])
-    if not is_file or not is_mode or not is_crc:
+    is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63
+    is_file = is_file and -(1 << 63) <= file.mtime_ns < 1 << 63
+    if not is_file or not _MODE.fullmatch(mode) or not _CRC32.fullmatch(texts["crc32"]):
         raise ValueError(f"{name!r} is no file with {file}, mode {mode!r} and CRC-32 {texts['crc32']!r}")
     return Known(directory, name, file, int(mode, 8), **texts)
 
@@ -696,11 +683,6 @@ def load_document(key: str, body: bytes) -> dict[str, Any]:
     if version != FORMAT:
         raise Corrupt(f"{quote(key)} has version {version}", "a newer cassbackup wrote it: upgrade this one")
     return cast(dict[str, Any], document)
-
-
-def dump_document(**values: Any) -> bytes:
-    """Return a JSON object of ours, with its version."""
-    return json.dumps({"version": FORMAT, **values}, separators=(",", ":")).encode()
 
 
 def size_text(size: float) -> str:
@@ -6617,7 +6599,7 @@ def listing_info(node: str, info: ObjectInfo) -> ListingInfo | None:
     told = parse_listing_name(name)
     if not unit or not told:
         raise Corrupt(f"{quote(info.key)} is not a listing", "nobody else should write below <node>.listings/")
-    when = max(seconds_of(told.listed), info.modified)
+    when = max(seconds_of(told[0]), info.modified)
     return ListingInfo(info.key, unit, *told, info.size, when)
 
 
