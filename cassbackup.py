@@ -747,6 +747,10 @@ def is_automatic(unit: Unit) -> bool:
     return emptied_at(unit) > 0 or _AUTOMATIC.fullmatch(unit.tag) is not None
 
 
+def any_glob(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def hex32(crc: int) -> str:
     """Return a CRC-32 as it stands in listings and keys: eight hex digits."""
     return f"{crc & 0xFFFFFFFF:08x}"
@@ -3028,10 +3032,6 @@ def mark_there(entry: os.DirEntry[str]) -> int:
         return 0
 
 
-def _any_glob(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 @dataclass(frozen=True, slots=True)
 class Filters:
     """What the operator wants stored. Globs; `include` and `exclude` are regular expressions on the whole path."""
@@ -3047,20 +3047,20 @@ class Filters:
     def wants_directory(self, relative: str) -> bool:
         """Tell whether a directory, given by its path below the data directory, is scanned."""
         parts = relative.split("/")
-        if parts[-1] in _NEVER_SCANNED or _any_glob(parts[0], self.exclude_keyspace):
+        if parts[-1] in _NEVER_SCANNED or any_glob(parts[0], self.exclude_keyspace):
             return False
-        if self.keyspace and not _any_glob(parts[0], self.keyspace):
+        if self.keyspace and not any_glob(parts[0], self.keyspace):
             return False
         if len(parts) > 1:
             table = table_id_of(parts[1])[0]
-            if _any_glob(f"{parts[0]}.{table}", self.exclude_table):
+            if any_glob(f"{parts[0]}.{table}", self.exclude_table):
                 return False
         if len(parts) < 3 or parts[2:] == ["snapshots"]:
             return True
         if parts[2] == "snapshots" and self.only_tag:
             return parts[3] == self.only_tag
         if parts[2] == "snapshots":
-            return not _any_glob(parts[3], self.exclude_tag)
+            return not any_glob(parts[3], self.exclude_tag)
         return not self.only_tag and (parts[2] == "backups" or self.include is not None)
 
     def wants_file(self, path: str) -> bool:
@@ -6623,12 +6623,8 @@ def listings_of(store: Patient, node: str, strict: bool = False, folder: str = "
 def is_selected(unit: Unit, words: Sequence[str]) -> bool:
     """Tell whether one of ks, ks.table and ks.table-<id>, all of them globs, means this table; none means all."""
     name, _ = table_id_of(unit.table)
-    for word in words:
-        short, whole = f"{unit.keyspace}.{name}", f"{unit.keyspace}.{unit.table}"
-        for called in (unit.keyspace, short, whole):
-            if fnmatchcase(called, word):
-                return True
-    return not words
+    called = (unit.keyspace, f"{unit.keyspace}.{name}", f"{unit.keyspace}.{unit.table}")
+    return not words or any(any_glob(one, words) for one in called)
 
 
 def is_chosen(unit: Unit, words: Sequence[str], exclude: Sequence[str]) -> bool:
