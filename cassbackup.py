@@ -7705,23 +7705,15 @@ def choose_archive(reader: Reader, directory: str) -> Iterable[Known]:
     """Choose what was archived in a directory, of each name the newest."""
     folder = unit_prefix("", Unit("archive", tag=directory)).removeprefix(".listings/")
     infos = [[info] for info in listings_of(reader.store, reader.node, folder=folder)]
-    files: dict[str, Known] = {}
-    bad = set[str]()
+    newest: dict[str, Known] = {}  # the bad ones too: an older one would pass for it
     for listing in spread(reader.read, infos, reader.threads):
-        for entry in listing.files:
-            if entry.key in reader.bad:
-                bad.add(entry.name)
-                files.pop(entry.name, None)  # an older one would pass for it
-            else:
-                bad.discard(entry.name)
-                files[entry.name] = entry
-        for lost in listing.lost:
-            reader.lacking.append(f"{quote(lost.name)} was lost before it was stored")
-    for name in sorted(bad):
-        reader.lacking.append(f"{quote(name)} is marked bad")
-    if not files and not bad:
+        newest.update((entry.name, entry) for entry in listing.files)
+        reader.lacking.extend(f"{quote(lost.name)} was lost before it was stored" for lost in listing.lost)
+    if not newest:
         raise Missing(f"{reader.node} has no archive of {quote(directory)}", "`cassbackup list` names the directories")
-    return files.values()
+    bad = sorted(name for name, entry in newest.items() if entry.key in reader.bad)
+    reader.lacking.extend(f"{quote(name)} is marked bad" for name in bad)
+    return [entry for entry in newest.values() if entry.key not in reader.bad]
 
 
 # ------------------------------------------------------------------------------------------------------
