@@ -2678,13 +2678,9 @@ class Nodetool:
         if not done.returncode:
             return done.stdout
         # It complains on either stream, and the JVM's warnings come first.
-        why = "it says nothing"
-        for line in f"{done.stderr}\n{done.stdout}".splitlines():
-            if line.startswith(("nodetool:", "error:")):
-                why = line
-                break
-            if line.strip():
-                why = line
+        lines = ["it says nothing", *filter(str.strip, f"{done.stderr}\n{done.stdout}".splitlines())]
+        told = [line for line in lines if line.startswith(("nodetool:", "error:"))]
+        why = told[0] if told else lines[-1]
         asked = " ".join([name, *words])
         raise Fault(f"{asked}: {quote(why)}", "is Cassandra running?")
 
