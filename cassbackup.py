@@ -2857,11 +2857,7 @@ class Ledger:
         except _LEDGER_FAILURES as error:
             self._fail(error)
             return []
-        found = []
-        for *row, checksum in rows:
-            if checksum == self._sum(tuple(row)):
-                found.append(tuple(row))
-        return found
+        return [tuple(row) for *row, checksum in rows if checksum == self._sum(tuple(row))]
 
     def _change(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
         """Do a statement for each row, in one transaction."""
@@ -2881,9 +2877,7 @@ class Ledger:
     def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FileBytes, Remembered]:
         """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
         where = quote(place)
-        names: dict[FileBytes, str] = {}
-        for pin in pins:
-            names[pin.path, pin.fingerprint] = _name_bytes(where, pin.name, pin.disk, pin.fingerprint)
+        names = {(pin.path, pin.fingerprint): _name_bytes(where, pin.name, pin.disk, pin.fingerprint) for pin in pins}
         asked = list(names.values())
         found: dict[str, Remembered] = {}
         for start in range(0, len(asked), _ASK):
@@ -2915,9 +2909,8 @@ class Ledger:
 
     def add_listed(self, life: str, listed: str, marks: Mapping[str, Collection[int]]) -> None:
         """Remember what a listing has of each directory, as 64-bit marks."""
-        rows = []
-        for directory, some in marks.items():
-            rows.append((quote(directory), life, listed, array("Q", some).tobytes()))
+        blobs = {directory: array("Q", some).tobytes() for directory, some in marks.items()}
+        rows = [(quote(directory), life, listed, blob) for directory, blob in blobs.items()]
         self._write("listed VALUES (?, ?, ?, ?, ?)", rows)
 
     def listed(self) -> dict[str, tuple[str, set[int]]]:
