@@ -4905,12 +4905,7 @@ def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
     """
     batch: list[Pinned] = []
     size = 0
-
-    def place(pin: Pinned) -> tuple[bool, int]:
-        is_last = pin.name not in IN_PLACE
-        return is_last, -pin.size
-
-    for pin in sorted(pins, key=place):
+    for pin in sorted(pins, key=lambda pin: (pin.name not in IN_PLACE, -pin.size)):
         if batch and (len(batch) >= _BATCH_FILES or size + pin.size > _BATCH_BYTES):
             yield batch
             batch, size = [], 0
@@ -4925,11 +4920,7 @@ def _sstables_of(pins: Iterable[Pinned]) -> list[list[Pinned]]:
     sstables: dict[str, list[Pinned]] = {}
     for pin in pins:
         sstables.setdefault(sstable_at(pin.path) or pin.pin, []).append(pin)
-
-    def written(some: list[Pinned]) -> float:
-        return max(pin.fingerprint.written for pin in some)
-
-    return sorted(sstables.values(), key=written, reverse=True)
+    return sorted(sstables.values(), key=lambda some: max(pin.fingerprint.written for pin in some), reverse=True)
 
 
 def _round_of(pins: Iterable[Pinned]) -> list[Pinned]:
@@ -6785,11 +6776,7 @@ def meaning_of(store: Patient, node: str, word: str) -> Callable[[Snapshot], boo
     for group in takings(recorded_listings(store, node), listings_of(store, node)):
         if any(is_meant(one, word) for one in group):
             meant.update(one.unit for one in group)
-
-    def is_one(snapshot: Snapshot) -> bool:
-        return snapshot.unit in meant
-
-    return is_one
+    return lambda snapshot: snapshot.unit in meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -6930,13 +6917,8 @@ def pruned_until(store: Patient, node: str) -> dict[str, float]:
 
 def find_objects(store: Patient, keys: Iterable[str], threads: int) -> dict[str, ObjectInfo]:
     """Return what is there of these keys, each folder on a thread. LIST tells neither a CRC-32 nor a thaw."""
-
-    def find(item: tuple[str, set[str]]) -> dict[str, ObjectInfo]:
-        folder, wanted = item
-        return find_infos(store, folder, wanted)
-
     found: dict[str, ObjectInfo] = {}
-    for infos in spread(find, by_folder(keys).items(), threads):
+    for infos in spread(lambda folder: find_infos(store, *folder), by_folder(keys).items(), threads):
         found.update(infos)
     return found
 
