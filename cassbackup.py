@@ -3245,11 +3245,7 @@ class PinDirectory:
                 relative = unquote(short)
                 # A kill amid giving up leaves names that are lost and pinned: they are not lost.
                 names = self.lost(relative, life)
-                lost = []
-                for one in names:
-                    pin = f"{path}/{_short(one, '~')}"
-                    if not os.path.lexists(pin):
-                        lost.append(one)
+                lost = [name for name in names if not os.path.lexists(f"{path}/{_short(name, '~')}")]
                 with contextlib.suppress(OSError):  # a full disk has no room for that: only we can make some
                     self.write_lost(relative, life, lost)
                 found.append((life, relative))
@@ -4319,12 +4315,8 @@ def _unfulfilled(sstable: str, names: Mapping[str, FilePath], read: ReadFile) ->
     words.update(told)
     if not told and not _has_checksums(sstable, names):  # none, or empty after a power cut
         words.add("CompressionInfo.db")
-    missing = []
-    for word in words:
-        name = f"{sstable}-{word}"
-        if name not in names and not OPTIONAL_COMPONENT.fullmatch(word):
-            missing.append(name)
-    return sorted(missing)
+    needed = {f"{sstable}-{word}" for word in words if not OPTIONAL_COMPONENT.fullmatch(word)}
+    return sorted(needed - names.keys())
 
 
 def lacks_toc_alone(missing: Sequence[str]) -> bool:
@@ -4383,12 +4375,8 @@ def judge_snapshot(files: Collection[FilePath], read: ReadFile, scanned: bool) -
 def judge_incrementals(files: Collection[FilePath], read: ReadFile) -> dict[str, list[str]]:
     """Return what the SSTables among these files lack, where they lack something: {path of SSTable: paths}."""
     names = {os.path.join(*path): path for path in files}
-    lacking = {}
-    for sstable in {sstable_at(path) for path in files} - {""}:
-        missing = _unfulfilled(sstable, names, read)
-        if missing:
-            lacking[sstable] = missing
-    return lacking
+    sstables = {sstable_at(path) for path in files} - {""}
+    return {sstable: missing for sstable in sstables if (missing := _unfulfilled(sstable, names, read))}
 
 
 # ---- what the bucket says
@@ -4650,12 +4638,9 @@ def listed_incrementals(
     oldest = min((pin.fingerprint.written for pin in pins.values()), default=0.0)
     keys = _listing_keys(store, prefix, after=prefix + utc(oldest))
     listings = _read_listings(store, node, keys)
-    found = {}
-    for listing in listings:
-        for entry in listing.files:
-            pin = pins.get(entry.path)
-            if pin and pin.fingerprint == entry.fingerprint:
-                found[entry.path] = entry
+    ours = bytes_of(pins.values())
+    entries = itertools.chain.from_iterable(listing.files for listing in listings)
+    found = {entry.path: entry for entry in entries if (entry.path, entry.fingerprint) in ours}
     stored, _ = confirm(store, found.values(), view.doomed)
     return listings, stored
 
