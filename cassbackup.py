@@ -6735,13 +6735,9 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
 
 def recorded_listings(store: Patient, node: str) -> list[ListingInfo]:
     """Return the listings that tag records name, but for those that prune has deleted. Raises Corrupt."""
-    found = []
-    for record in tag_records(store, node).values():
-        for key in record["listings"]:
-            info = listing_info(node, ObjectInfo(key, 0, "", 0.0))
-            if info:
-                found.append(info)
-    return found
+    keys = [key for record in tag_records(store, node).values() for key in record["listings"]]
+    infos = [listing_info(node, ObjectInfo(key, 0, "", 0.0)) for key in keys]
+    return [info for info in infos if info]
 
 
 def takings(recorded: Iterable[ListingInfo], there: Iterable[ListingInfo]) -> list[list[Snapshot]]:
@@ -6844,13 +6840,9 @@ def check_tables(store: Patient, nodes: Sequence[str], words: Sequence[str]) -> 
     for word in words:
         if any(next(table_folders(store, node, (word,)), "") for node in nodes):
             continue
-        recorded: list[ListingInfo] = []  # of a table that has no listing any more
-        for node in nodes:
-            recorded += recorded_listings(store, node)
-        if not any(is_selected(info.unit, (word,)) for info in recorded):
-            names = set[str]()
-            for node in nodes:
-                names.update(map(_table_name, table_folders(store, node)))
+        recorded = [info for node in nodes for info in recorded_listings(store, node)]
+        if not any(is_selected(info.unit, (word,)) for info in recorded):  # of a table that has no listing any more
+            names = {_table_name(folder) for node in nodes for folder in table_folders(store, node)}
             raise Missing(f"no table {word}", f"there are {some_of(sorted(names))}; put globs in quotes")
 
 
@@ -6913,10 +6905,7 @@ def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
     # Some names are quoted already: %25 would be their % again.
     texts = [[quote(str(cell)).replace("%25", "%") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    lines = []
-    for row in texts:
-        cells = map(str.ljust, row, widths)
-        lines.append(indent + "  ".join(cells).rstrip())
+    lines = [indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in texts]
     return "\n".join(lines)
 
 
@@ -7002,12 +6991,9 @@ def sstables_of(listing: Listing[Known]) -> list[SSTable]:
     lacking = listing.lacks
     for (home, name), components in found.items():
         first = os.path.basename(name) + "-"
-        complete = f"{first}Data.db" in components
-        for one in lacking:
-            if one.startswith(first) and one not in components:
-                complete = False
-        files = tuple(components.values())
-        sstables.append(SSTable(home, name, listing.taken, files, complete))
+        lacks = any(one.startswith(first) and one not in components for one in lacking)
+        complete = f"{first}Data.db" in components and not lacks
+        sstables.append(SSTable(home, name, listing.taken, tuple(components.values()), complete))
     return sstables
 
 
@@ -7243,9 +7229,7 @@ def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
         created = created_at(one.table)
         # schema.cql gives a table the id that it had: dropped, it may have come back.
         is_there = not one.base.dropped or len(one.sstables) > 0
-        newest = max(one.base.end, created)
-        for sstable in one.sstables:
-            newest = max(newest, sstable.written)
+        newest = max([one.base.end, created, *(sstable.written for sstable in one.sstables)])
         return created <= before, is_there, newest
 
     living: dict[tuple[str, str], Chosen] = {}
