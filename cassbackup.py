@@ -8367,10 +8367,8 @@ def _verify_text(node: Mapping[str, Any], deep: bool) -> str:
     lines += [f"needs thaw: {key}" for key in node["needs_thaw"]]
     lines += [f"listed incomplete: {unit}" for unit in node["incomplete"]]
     how = "read whole" if deep else "by size and checksum"
-    size = size_text(node["bytes"])
-    bad = len(node["bad"])
-    found = f"{node['objects']} objects, {size}, {how}"
-    lines.append(f"{node['node']}: {found}: {bad} bad")
+    found = f"{node['objects']} objects, {size_text(node['bytes'])}, {how}"
+    lines.append(f"{node['node']}: {found}: {len(node['bad'])} bad")
     if node["marked"] and node["bad"]:
         lines.append(f"marked in {node['marked']}: the daemon stores again what is bad when it next finds it")
     return "\n".join(lines)
@@ -8530,13 +8528,10 @@ def window_bases(found: Sequence[Candidate], kept: Mapping[Unit, str]) -> list[B
     """Return all that a restore to a moment may begin with, from the oldest snapshot of the window on."""
     left = [one for one in found if one.unit in kept]
     in_window = [end_of(one.listing) for one in left if kept[one.unit] in _WINDOW]
-    bases = []
-    for one in left:
-        end = end_of(one.listing)
-        if in_window and end >= min(in_window):
-            # When it began, a restore reads in manifest.json. No snapshot takes Cassandra a day: this keeps too much.
-            bases.append(base_on(one.listing, end - DAY_S))
-    return bases
+    oldest = min(in_window, default=math.inf)
+    # When one began, a restore reads in manifest.json. No snapshot takes Cassandra a day: this keeps too much.
+    ends = [(one.listing, end_of(one.listing)) for one in left]
+    return [base_on(listing, end - DAY_S) for listing, end in ends if end >= oldest]
 
 
 def is_reachable(info: ListingInfo, listing: Listing[Known], bases: Sequence[Base]) -> bool:
@@ -8769,15 +8764,9 @@ class Pruning:
             else:
                 why = "it is incomplete or Cassandra's own, and old"
             if why:
-                told = {
-                    "table": one.unit.place,
-                    "tag": one.unit.tag,
-                    "life": one.unit.life,
-                    "taken": utc(one.taken),
-                    "stays": stays,
-                    "why": why,
-                }
-                self.snapshots.append(told)
+                unit, taken = one.unit, utc(one.taken)
+                told = {"table": unit.place, "tag": unit.tag, "life": unit.life, "taken": taken}
+                self.snapshots.append({**told, "stays": stays, "why": why})
         counted = [one.unit for one in found if one.counts]
         going = [unit for unit in counted if unit not in kept]
         # Of two, one at most goes, the last good one stays; so no more than half of those of a node go either.
@@ -8902,9 +8891,7 @@ def _prune_text(node: Mapping[str, Any], confirmed: bool) -> str:
         day = one["taken"][:8]
         verdict = "stays: " if one["stays"] else "goes: "
         tables[day, one["tag"], verdict + one["why"]] += 1
-    rows = []
-    for (day, tag, why), count in tables.items():
-        rows.append((day, tag, count, why))
+    rows = [(day, tag, count, why) for (day, tag, why), count in tables.items()]
     objects = f"{node['objects']} objects, {size_text(node['bytes'])}"
     text = f"{node['node']}: {node['listings']} listings and {objects} would go"
     if confirmed:
@@ -9270,14 +9257,12 @@ def _read_waiting(store: Patient, key: str) -> dict[str, float] | None:
 
     None where a heartbeat does not tell that.
     """
-    waiting = {}
     try:
-        for place, found in load_document(key, read_object(store, key))["oldest_incrementals"].items():
-            waiting[unquote(place)] = seconds_of(found)
+        oldest = load_document(key, read_object(store, key))["oldest_incrementals"]
+        return {unquote(place): seconds_of(found) for place, found in oldest.items()}
     except (Corrupt, Missing, Usage, LookupError, TypeError, ValueError, AttributeError) as error:
         log.warning("skipped key=%s error=%s", quote(key), quote(str(error)))
         return None
-    return waiting
 
 
 def _gaps(moments: Iterable[float], now: float, limit: float) -> list[tuple[float, float]]:
@@ -9823,10 +9808,7 @@ def _describe(group: Sequence[Snapshot], marks: Mapping[str, str]) -> dict[str, 
         mark = marks.get(one.newest.key, "" if one.complete else "incomplete")
         if mark:
             wrong.setdefault(mark, []).append(one.unit.place)
-    states = []
-    for mark, places in wrong.items():
-        what = f"{len(places)} of {len(group)} tables {mark}"
-        states.append(tell(what, places))
+    states = [tell(f"{len(places)} of {len(group)} tables {mark}", places) for mark, places in wrong.items()]
     return {
         "tag": unit.tag,
         "life": unit.life,
