@@ -639,8 +639,7 @@ def _load_unit(document: Mapping[str, Any]) -> Unit:
         raise ValueError(f"kind is {kind!r}")
     if not isinstance(life, str) or (kind == "snapshot" and not is_utc(life)):
         raise ValueError(f"life is {life!r}")
-    keyspace = unquote(typed(document, "keyspace", str))
-    return Unit(cast(Kind, kind), keyspace, table, unquote(tag), life)
+    return Unit(cast(Kind, kind), unquote(typed(document, "keyspace", str)), table, unquote(tag), life)
 
 
 def load_listing(body: bytes) -> Listing[Known]:
@@ -700,8 +699,7 @@ def moment_text(moment: str) -> str:
     """Return a moment for people: 2026-11-21 20:24."""
     if not moment:
         return "never"
-    whole = datetime.fromtimestamp(seconds_of(moment), timezone.utc)
-    return whole.strftime("%Y-%m-%d %H:%MZ")
+    return datetime.fromtimestamp(seconds_of(moment), timezone.utc).strftime("%Y-%m-%d %H:%MZ")
 
 
 # Snapshots of some token ranges only (Cassandra's DiagnosticSnapshotService): never what a table was.
@@ -1081,8 +1079,7 @@ class FileStore(Store):
     def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
         """Store one file, stopping three times to wait for the others of its group. The fourth time it is stored."""
         path = self._path(key)
-        number = random.getrandbits(64)
-        temporary = f"{self._unfinished}/{os.getpid()}-{number:016x}"
+        temporary = f"{self._unfinished}/{os.getpid()}-{random.getrandbits(64):016x}"
         with self._faults():
             file = open(temporary, "xb", buffering=0)  # noqa: SIM115 - it is closed at the end, as it is unlinked
         try:
@@ -2871,8 +2868,7 @@ class Ledger:
             self.broken = ""
 
     def _write(self, into: str, rows: Iterable[tuple[object, ...]]) -> None:
-        summed = [(*row, self._sum(row)) for row in rows]
-        self._change(f"INSERT OR REPLACE INTO {into}", summed)
+        self._change(f"INSERT OR REPLACE INTO {into}", [(*row, self._sum(row)) for row in rows])
 
     def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FileBytes, Remembered]:
         """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
@@ -3008,8 +3004,7 @@ def mark_of(name: str, fingerprint: Fingerprint) -> int:
     if name.endswith("TOC.txt"):
         size = mtime_ns = 0
     text = f"{name}\0{inode:x}.{size:x}.{mtime_ns:x}"
-    told = text.encode("utf-8", "surrogateescape")
-    digest = hashlib.blake2b(told, digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -3192,8 +3187,7 @@ class PinDirectory:
                 return ""
             except OSError as error:
                 problems[path] = error
-        each = [f"{quote(path)}: {error.strerror}" for path, error in problems.items()]
-        said = "; ".join(each)
+        said = "; ".join(f"{quote(path)}: {error.strerror}" for path, error in problems.items())
         user = user_name(os.geteuid())
         text = f"user {user} cannot link files of {quote(self.root)} into pins ({said})"
         if any(error.errno == errno.EROFS for error in problems.values()):
@@ -3284,8 +3278,7 @@ class PinDirectory:
                     if name.startswith("#"):
                         name = _read_name(f"{path}/{name}.name")
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
-                    fingerprint = Fingerprint.of(info)
-                    files[source, name] = Pinned(source, name, entry.path, self.id, fingerprint, *who)
+                    files[source, name] = Pinned(source, name, entry.path, self.id, Fingerprint.of(info), *who)
         return Pins(files, tuple((source, name) for name in self.lost(relative, life)))
 
     def lost(self, relative: str, life: str) -> list[str]:
@@ -3300,8 +3293,7 @@ class PinDirectory:
         """Say durably which names are given up."""
         path = f"{self.directory(relative, life)}/lost"
         if names:
-            lines = [quote(name) for name in sorted(names)]
-            write_file(path, "\n".join(lines).encode())
+            write_file(path, "\n".join(map(quote, sorted(names))).encode())
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -3648,8 +3640,7 @@ class Pinner(threading.Thread):
             why = disk.check()
         except Fault as fault:
             why = str(fault)
-        ours = [place for place in self._places.values() if place.disk is disk]
-        had_tables = any(place.is_table for place in ours)
+        had_tables = any(place.is_table for place in self._places.values() if place.disk is disk)
         if why == _EMPTY and self._filters.include and not had_tables:
             return False  # archived commit logs go as soon as they are stored
         if not why and not self._filters.include and not had_tables and not any(tables_in(disk.root)):
@@ -3907,8 +3898,7 @@ class Pinner(threading.Thread):
             self._tidy(place.disk, place.relative, place.life)
             return
         self._counts["found"] += linked
-        unit = replace(place.unit, life=place.life)
-        self._post(Touched(unit, place.disk, place.relative, linked, time.time()))
+        self._post(Touched(replace(place.unit, life=place.life), place.disk, place.relative, linked, time.time()))
         if place.is_tag:
             self._pin_manifests_again(place)
             if place.held < 0 and self._may_hold > 0:
@@ -4579,8 +4569,7 @@ def add_up(listings: Sequence[Listing[Known]]) -> Listing[Known] | None:
     files: dict[FilePath, Known] = {}
     for listing in listings:
         files.update((entry.path, entry) for entry in listing.files)
-    complete = any(listing.complete for listing in listings)
-    return replace(listings[-1], files=tuple(files.values()), complete=complete)
+    return replace(listings[-1], files=tuple(files.values()), complete=any(one.complete for one in listings))
 
 
 def bytes_of(files: Iterable[Pinned | Known]) -> set[FileBytes]:
@@ -4602,8 +4591,7 @@ def listed_snapshot(store: Store, node: str, view: BucketView, unit: Unit, pins:
     life whose listing has our manifest, or the one that is called like our pin directories, listed before its
     manifest came. Where there is none, it gets the name of the manifest's mtime, which survives the loss of all memory.
     """
-    whole_tag = replace(unit, life="")
-    folders = by_folder(_listing_keys(store, unit_prefix(node, whole_tag)))
+    folders = by_folder(_listing_keys(store, unit_prefix(node, replace(unit, life=""))))
     new = replace(unit, life=manifest_time(pins.values()) or unit.life)
     own = unit_prefix(node, unit)
     named = unit_prefix(node, new)
@@ -4636,8 +4624,7 @@ def listed_incrementals(
     prefix = unit_prefix(node, unit)
     # A file is listed after it was written.
     oldest = min((pin.fingerprint.written for pin in pins.values()), default=0.0)
-    keys = _listing_keys(store, prefix, after=prefix + utc(oldest))
-    listings = _read_listings(store, node, keys)
+    listings = _read_listings(store, node, _listing_keys(store, prefix, after=prefix + utc(oldest)))
     ours = bytes_of(pins.values())
     entries = itertools.chain.from_iterable(listing.files for listing in listings)
     found = {entry.path: entry for entry in entries if (entry.path, entry.fingerprint) in ours}
@@ -4679,8 +4666,7 @@ def publish(
             log.error("gone from the store and from this node, not listed path=%s", quote("/".join(entry.path)))
             missing.append(entry.name)
     complete = draft.complete and not missing
-    all_missing = (*draft.missing, *missing)
-    confirmed = replace(draft, complete=complete, files=tuple(stored), missing=all_missing)
+    confirmed = replace(draft, complete=complete, files=tuple(stored), missing=(*draft.missing, *missing))
     listing = cast(Listing[Stored], confirmed)
     key = listing_key(listing)
     body = dump_listing(listing)
@@ -5340,14 +5326,12 @@ class Backup:
         self.ledger.remember(fact, "1")
 
     def _record(self, work: Round, entries: Iterable[Known]) -> None:
-        disks = [(work.waiting.disk_of(entry.directory), entry) for entry in entries]
-        self.ledger.record(work.unit.place, disks)
+        self.ledger.record(work.unit.place, [(work.waiting.disk_of(entry.directory), entry) for entry in entries])
 
     def _remember_listed(self, work: Round) -> None:
         marks: dict[str, set[int]] = {}
         for entry in work.files.values():
-            here = marks.setdefault(entry.directory, set())
-            here.add(mark_of(entry.name, entry.fingerprint))
+            marks.setdefault(entry.directory, set()).add(mark_of(entry.name, entry.fingerprint))
         # In backups/ all lives count alike, so there they have one name.
         life = work.unit.life if work.unit.kind == "snapshot" else ""
         self.ledger.add_listed(life, self.clock(), marks)
@@ -5401,8 +5385,7 @@ class Backup:
     def _remember_stored(self, work: Round, entries: Sequence[Stored]) -> None:
         """Remember what the store has just confirmed: at once, for a crash. What we forget is sent a second time."""
         self._check_bucket(work)
-        rows = [(work.pins[entry.path].disk, entry) for entry in entries]
-        self.ledger.record(work.unit.place, rows)
+        self.ledger.record(work.unit.place, [(work.pins[entry.path].disk, entry) for entry in entries])
         good_until = self.ledger.now() + CONFIRMED_S
         for entry in entries:
             found = Remembered(entry.key, entry.etag, entry.crc32, good_until)
@@ -5544,8 +5527,7 @@ class Backup:
         left = await self.ask(self._pinner.let_go, work.unit, files, work.lost, frozenset(work.delete))
         if work.failed:
             path, error = next(iter(work.failed.items()))
-            name = quote(os.path.join(*path))
-            what = f"{len(work.failed)} files are refused, {name}: {error}"
+            what = f"{len(work.failed)} files are refused, {quote(os.path.join(*path))}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
         return None if left <= len(kept) else QUIET_S
 
@@ -6012,8 +5994,7 @@ class Daemon:
         folder = f"{backup.node}.listings"
         machine = machine_id() or self._disks[0].id
         owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
-        fresh = f"{random.getrandbits(64):016x}"
-        bucket = str(owner.get("id") or fresh)
+        bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
         if not self._options.adopt:
             check_owner(owner, machine, f"{backup.node} in {backup.store.url}")
         if owner.get("machine_id") != machine:
@@ -6296,8 +6277,7 @@ class Daemon:
         state, backup, now, tables = self._state, self._backup, time.time(), self._tables()
         # Asked first: what the pinner has found waits in the queue or as a unit by the time that it is idle. And only
         # the bucket itself tells whether what the ledger calls listed is there.
-        idle = self._pinner.idle.is_set() and self._news.empty()
-        quiet = idle and backup.connected.is_set()
+        quiet = self._pinner.idle.is_set() and self._news.empty() and backup.connected.is_set()
         waiting, oldest = backup.units.values(), _oldest_of(backup.units)
         failing, failures = self._workers.failing(), self._failures()
         since, before = self._speeds[0]
@@ -6618,8 +6598,7 @@ def read_listing(store: Patient, node: str, info: ListingInfo) -> Listing[Known]
     """Read a listing. Raises Corrupt as `check_listing` does, and Missing."""
     if info.body > _LISTING_BYTES:
         raise Corrupt(f"{quote(info.key)} has {info.body} bytes", "that is no listing of ours")
-    body = b"".join(store.get(info.key, 0, info.body))
-    return check_listing(node, info.key, body)
+    return check_listing(node, info.key, b"".join(store.get(info.key, 0, info.body)))
 
 
 def names_bad(store: Patient, node: str, bad: Collection[str], infos: Iterable[ListingInfo]) -> bool:
@@ -6970,9 +6949,7 @@ class SSTable:
     def age(self) -> Age:
         """Return what sorts SSTables of one table: numbers, and after them UUIDs, whose text sorts by time."""
         words = os.path.basename(self.name).split("-")
-        number = words[1]
-        if words[-1].isdecimal():
-            number = words[-1]  # <ks>-<table>-ka-1 until 2.1
+        number = words[-1 if words[-1].isdecimal() else 1]  # <ks>-<table>-ka-1 until 2.1
         if number.isdecimal():
             return 0, int(number), ""
         return 1, 0, number
@@ -7141,8 +7118,7 @@ class Chosen:
         listing = self.base.listing
         if listing:
             state = "" if listing.complete else "INCOMPLETE "
-            snapshot = f"{quote(listing.unit.tag)}@{listing.unit.life}"
-            text = f"{state}snapshot {snapshot}, ended {utc(self.base.end)}"
+            text = f"{state}snapshot {quote(listing.unit.tag)}@{listing.unit.life}, ended {utc(self.base.end)}"
         elif self.base.end:
             text = f"empty since it was truncated or dropped at {utc(self.base.end)}"
         if self.added:
@@ -7207,8 +7183,7 @@ def choose_at(
     schema = schema_in(base.listing) if base.listing else None
     added = len(chosen) - of_base
     files = tuple(chosen.values())
-    once_each = tuple(dict.fromkeys(lacking))
-    return Chosen(keyspace, table, files, base, added, schema, once_each)
+    return Chosen(keyspace, table, files, base, added, schema, tuple(dict.fromkeys(lacking)))
 
 
 def created_at(table: str) -> float:
@@ -7216,8 +7191,7 @@ def created_at(table: str) -> float:
     told = table_id_of(table)[1]
     if told[12:13] != "1":
         return 0.0
-    digits = told[13:16] + told[8:12] + told[:8]
-    ticks = int(digits, 16)
+    ticks = int(told[13:16] + told[8:12] + told[:8], 16)
     return (ticks - _UUID_EPOCH) / 1e7
 
 
@@ -7610,11 +7584,8 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
     for one in left_out(before.values(), newest, taken):
         what = f"{one.unit.place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
         reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
-    tables = []
-    for listing in spread(reader.read, [one.listings for one in newest], reader.threads):
-        unit, base = listing.unit, base_on(listing)
-        tables.append(choose_at(unit.keyspace, unit.table, base, ()))
-    return tables
+    listings = spread(reader.read, [one.listings for one in newest], reader.threads)
+    return [choose_at(one.unit.keyspace, one.unit.table, base_on(one), ()) for one in listings]
 
 
 def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chosen]:
@@ -7746,8 +7717,7 @@ def place_sstables(one: Chosen, roots: Mapping[str, str], folder: str) -> Iterat
         names.add(name)
         own = len(os.path.basename(sstable.name))
         for entry in sstable.files:
-            component = entry.name[own:]
-            yield Placed(entry, roots[sstable.home], f"{folder}/{name}{component}")
+            yield Placed(entry, roots[sstable.home], f"{folder}/{name}{entry.name[own:]}")
 
 
 def place_staged(tables: Sequence[Chosen], into: str) -> Iterator[Placed]:
@@ -8078,9 +8048,7 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
         roots.update(data_directories())
     if not any(one.keyspace == "system_schema" for one in plan.tables):  # with which the ids come back, too
         check_table_ids(roots, plan.tables)
-    tops = []
-    for root in sorted(roots):
-        tops += [os.path.join(root, one.keyspace, one.table) for one in plan.tables]
+    tops = [os.path.join(root, one.keyspace, one.table) for root in sorted(roots) for one in plan.tables]
     return receive_safely(bucket, tops, plan.files)
 
 
@@ -8462,8 +8430,7 @@ def _kept_by_options(ranked: Sequence[Candidate], options: PruneOptions, now: fl
     for why, count, period in periods:
         newest: dict[str, Unit] = {}
         for one in ranked:
-            moment = datetime.fromtimestamp(one.taken, timezone.utc)
-            newest.setdefault(moment.strftime(period), one.unit)
+            newest.setdefault(datetime.fromtimestamp(one.taken, timezone.utc).strftime(period), one.unit)
         for unit in itertools.islice(newest.values(), count):
             kept.setdefault(unit, why)
     return kept
@@ -8727,10 +8694,8 @@ class Pruning:
         snapshots = snapshots_of(infos)
         objects: dict[str, tuple[str, int]] = {}  # what many snapshots name is in memory once
         for snapshot, listings in zip(snapshots, spread(read, snapshots, self._threads), strict=True):
-            named = []
-            for entry in itertools.chain(*(listing.files for listing in listings)):
-                pair = (entry.key, entry.size)
-                named.append(objects.setdefault(entry.key, pair))
+            entries = itertools.chain(*(listing.files for listing in listings))
+            named = [objects.setdefault(entry.key, (entry.key, entry.size)) for entry in entries]
             newest = listings[-1]
             whole = cast(Listing[Known], add_up(listings))  # what a restore of it would want
             telling = [entry for entry in whole.files if entry.name.endswith((MANIFEST, "-Data.db"))]
@@ -9383,8 +9348,7 @@ def _node_lane(name: str, history: History, begin: float, now: float) -> Lane:
     for place in history.tables:
         table = table_id_of(place)[0].replace("/", ".", 1)
         tables.append(Lane(table, history.losses(place, begin, now), []))
-    columns_of_all = zip(*(table.losses for table in tables), strict=True)
-    worst = [max(column) for column in columns_of_all]
+    worst = [max(column) for column in zip(*(table.losses for table in tables), strict=True)]
     return Lane(name, worst, _worst_first(tables))
 
 
@@ -9413,8 +9377,7 @@ def _write_page(out: str, page: str) -> None:
     try:
         write_file(out, page.encode())
     except OSError as error:
-        user = os.geteuid()
-        what = f"user id {user} cannot write {quote(out)} ({error.strerror})"
+        what = f"user id {os.geteuid()} cannot write {quote(out)} ({error.strerror})"
         raise Fault(what, "choose another --out, or run as another user") from None
 
 
@@ -9611,8 +9574,7 @@ def check_taken(options: SnapshotOptions, tag: str) -> None:
 def listing_of(bucket: Bucket, bad: frozenset[str], manifest: str) -> str:
     """Return the key of a good listing that has the manifest.json that is at this path now, "" if there is none."""
     fingerprint = Fingerprint.of(os.stat(manifest))
-    folders = manifest.split("/")[-5:-1]
-    unit = unit_of("/", "/".join(folders), "")
+    unit = unit_of("/", "/".join(manifest.split("/")[-5:-1]), "")
     keys = _listing_keys(bucket.store, unit_prefix(bucket.here, unit))
     for listing in _read_listings(bucket.store, bucket.here, keys):
         is_good = listing.complete and not any(entry.key in bad for entry in listing.files)
@@ -9859,13 +9821,11 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
 
 def _node_text(page: Mapping[str, Any]) -> str:
     node = page["name"]
-    head = (f"snapshots of {node}", "taken", "tables", "files", "bytes", "")
-    taken: list[Sequence[object]] = [head]
+    taken: list[Sequence[object]] = [(f"snapshots of {node}", "taken", "tables", "files", "bytes", "")]
     for one in page["snapshots"]:
         name = f"{one['tag']}@{one['life'][:15]}"
         when = moment_text(one["life"])
-        size = size_text(one["bytes"])
-        taken.append((name, when, one["tables"], one["files"], size, one["state"]))
+        taken.append((name, when, one["tables"], one["files"], size_text(one["bytes"]), one["state"]))
     covered = [(f"incrementals of {node}", "from", "to")]
     for place, (first, newest) in page["incrementals"].items():
         covered.append((place, moment_text(first), moment_text(newest)))
@@ -10427,8 +10387,7 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
             words = flags[option.key]
             given[variable] = words, "flag"
             environ[variable] = words if isinstance(words, str) else " ".join(words)
-    origins = [f"{variable} ({place})" for variable, (_, place) in given.items()]
-    values["origins"] = tuple(origins)
+    values["origins"] = tuple(f"{variable} ({place})" for variable, (_, place) in given.items())
     # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
     for option in COMMANDS[name].options:
         text, place = given.get(option.variable, (option.default, "default"))
