@@ -5995,6 +5995,10 @@ class Daemon:
         machine = machine_id() or self._disks[0].id
         owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
         bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
+        if self._options.adopt and not owner and not self._options.name:
+            raise Usage(
+                f"no node {backup.node} is there to adopt", "pass the old node as --name; `cassbackup list` shows it"
+            )
         if not self._options.adopt:
             check_owner(owner, machine, f"{backup.node} in {backup.store.url}")
         if owner.get("machine_id") != machine:
@@ -6372,7 +6376,7 @@ def _user_for(path: str) -> tuple[int, int]:
     try:
         info = os.stat(path)
     except OSError as error:
-        raise Fault(f"{quote(path)}: {error.strerror}", "mount it; root cannot know yet whose data it is") from None
+        raise Fault(f"{quote(path)}: {error.strerror}", "correct the path, or mount its disk") from None
     return info.st_uid, info.st_gid
 
 
@@ -6712,9 +6716,11 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
     return records
 
 
-def recorded_listings(store: Patient, node: str) -> list[ListingInfo]:
-    """Return the listings that tag records name, but for those that prune has deleted. Raises Corrupt."""
-    keys = [key for record in tag_records(store, node).values() for key in record["listings"]]
+def recorded_listings(store: Patient, node: str, pruned: bool = False) -> list[ListingInfo]:
+    """Return the listings that tag records name, also those that prune has deleted if `pruned`. Raises Corrupt."""
+    keys = list[str]()
+    for record in tag_records(store, node).values():
+        keys += record["listings"] + (record["pruned"] if pruned else [])
     infos = [listing_info(node, ObjectInfo(key, 0, "", 0.0)) for key in keys]
     return [info for info in infos if info]
 
@@ -6858,7 +6864,7 @@ def choose_nodes(bucket: Bucket, choice: NodeChoice) -> list[NodeInfo]:
         raise _no_node(bucket.store, names, choice)
     if len(found) > 1 and not choice.all_nodes:
         there = some_of([node.name for node in found])
-        raise Usage(f"{len(found)} nodes match, and one is needed", f"pass --node; there are {there}")
+        raise Usage(f"{len(found)} nodes match, and one is needed", f"pass the whole name as --node; there are {there}")
     return found
 
 
@@ -7434,7 +7440,9 @@ class Reader:
                 if info.unit.kind != "archive":
                     sstables_of(listing)  # Corrupt where its paths lie
                 listings.append(listing)
-            except (Corrupt, Missing) as fault:
+            except Missing:
+                faults.append(f"{quote(info.key)} is gone, by prune or somebody else: --exclude-table leaves it out")
+            except Corrupt as fault:
                 log.warning("cannot read listing error=%s", quote(str(fault)))
                 faults.append(str(fault))
         newest = infos[-1]
@@ -7534,10 +7542,10 @@ def choose_moment(
     raise Missing(f"nothing had been backed up by {utc(before)}", f"the first moment is {first}")
 
 
-def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str]) -> list[ListingInfo]:
+def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str], pruned: bool) -> list[ListingInfo]:
     """Return the recorded listings of the chosen tables; what cannot be read is lacking."""
     try:
-        recorded = recorded_listings(reader.store, reader.node)
+        recorded = recorded_listings(reader.store, reader.node, pruned)
     except Corrupt as fault:
         reader.lacking.append(f"whether a listing is gone cannot be told: {fault}")
         return []
@@ -7571,7 +7579,7 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
     def listings_in(folder: str) -> list[ListingInfo]:
         return list(listings_of(reader.store, reader.node, folder=f"{folder}snapshots/"))
 
-    there = itertools.chain.from_iterable(spread(listings_in, folders, reader.threads))
+    there = list(itertools.chain.from_iterable(spread(listings_in, folders, reader.threads)))
     taken = takings(recorded, there)
     groups = [group for group in taken if any(is_meant(one, word) for one in group)]
     # A tag may look like TAG@TIME itself: it comes first.
@@ -7580,7 +7588,8 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
         tags = {group[0].unit.tag for group in taken}
         raise Missing(f"no snapshot {word!r}", f"there are {some_of(sorted(tags))}")
     *earlier, newest = exact or groups
-    before = {one.unit.place: one for group in earlier for one in group}
+    is_there = {info.key for info in there}
+    before = {one.unit.place: one for group in earlier for one in group if one.newest.key in is_there}
     for one in left_out(before.values(), newest, taken):
         what = f"{one.unit.place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
         reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
@@ -7597,7 +7606,7 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
     if not options.table and not options.in_place:
         exclude += SYSTEM_KEYSPACES  # Cassandra imports none of these
     folders = list(table_folders(reader.store, reader.node, options.table, exclude))
-    recorded = recorded_of(reader, options.table, exclude)
+    recorded = recorded_of(reader, options.table, exclude, pruned=options.tag != "")
     if not folders and not recorded:
         hint = "name one with --table, or take all with --table '*'"
         raise Missing("no table is left but those of the system, or excluded ones", hint)
@@ -7764,7 +7773,7 @@ def notes_on(reader: Reader, tables: Sequence[Chosen], moment: float) -> Iterato
     now = reader.store.now()
     bare = [str(one) for one in tables if one.sstables and not one.base.end]
     if bare:
-        yield f"no snapshot by then, so what was there before its first SSTable of backups/ is not: {some_of(bare)}"
+        yield f"no snapshot by then; only what backups/ had is restored: {some_of(bare)}"
     through = ""
     with contextlib.suppress(Corrupt):
         beat = newest_document(reader.store, f"{reader.node}.listings/heartbeat/")
@@ -8064,8 +8073,8 @@ def advice(plan: Plan, options: RestoreOptions) -> str:
             lines.append(f"in cassandra.yaml:\n{tokens}\n  auto_bootstrap: false")
             if node.dc:
                 lines.append(f"in the snitch's file:\n  dc={node.dc}\n  rack={node.rack}")
-        lines.append("after it: cassbackup snapshot; until then a restore would begin where this one did")
-        lines.append("later restore that snapshot by --tag: --at and --latest add what was flushed shortly before it")
+        lines.append("then: cassbackup snapshot; until then a restore would begin where this one did")
+        lines.append("restore that snapshot by --tag: --at and --latest may add older rows")
         return "\n".join(lines)
     lines = []
     if options.import_:
@@ -8466,7 +8475,7 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
         if one not in dated:
             kept[one.unit] = "it is dated after today"
         elif not one.counts and now - one.when <= (options.keep_within or _AUTOMATIC_S):
-            kept[one.unit] = "it is incomplete or Cassandra's own, and young"
+            kept[one.unit] = "incomplete, or Cassandra's own; too young to go"
         elif tells_emptied(one.unit, oldest):
             kept[one.unit] = _TELLS_EMPTIED
     return kept
@@ -8660,7 +8669,8 @@ class Pruning:
         for key, record in records.items():
             self._plan_record(key, record)
         if not self._options.tag:
-            self._plan_rest(marks)
+            self._plan_rest()
+        self._plan_marks(marks)
         self._keys.subtract(_GOES, _NAMED)
 
     def _plan_table(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> None:
@@ -8758,7 +8768,7 @@ class Pruning:
             anew = {**record, "listings": left, "pruned": record["pruned"] + expired}
             self._records.append((key.rpartition("/")[0], anew))
 
-    def _plan_rest(self, marks: Sequence[tuple[ObjectInfo, dict[str, Any]]]) -> None:
+    def _plan_rest(self) -> None:
         """Let go objects that no listing ever named, and documents that tell of nothing any more."""
         old = (info for info in self._list("/") if self._began - info.modified > _SILENT_S)
         self._keys.add(_GOES, ((info.key, info.size) for info in old))
@@ -8766,7 +8776,6 @@ class Pruning:
         beats = [info.key for info in self._list(".listings/heartbeat/") if utc(info.modified) < oldest]
         nodes = [info.key for info in self._list(".listings/node.")]
         self._expire(*beats, *nodes[:-1])
-        self._plan_marks(marks)
 
     def _plan_marks(self, marks: Sequence[tuple[ObjectInfo, dict[str, Any]]]) -> None:
         """Let go the oldest of what verify has written, up to the first that still tells of a bad object."""
@@ -8858,9 +8867,10 @@ def _prune_text(node: Mapping[str, Any], confirmed: bool) -> str:
         tables[day, one["tag"], verdict + one["why"]] += 1
     rows = [(day, tag, count, why) for (day, tag, why), count in tables.items()]
     objects = f"{node['objects']} objects, {size_text(node['bytes'])}"
-    text = f"{node['node']}: {node['listings']} listings and {objects} would go"
+    documents = f"{node['node']}: {node['listings']} listings, also of backups/, and heartbeats"
+    text = f"{documents}; {objects}: would go"
     if confirmed:
-        text = f"{node['node']}: {node['listings']} listings deleted; {objects} marked"
+        text = f"{documents}: deleted; {objects}: marked"
         text += f"; {node['deleted']} objects deleted that were marked a day ago"
     if rows:
         text += "\n" + columns([("taken", "tag", "tables", ""), *rows], "  ")
@@ -8889,7 +8899,8 @@ def _prune_nodes(bucket: Bucket, names: Sequence[str], options: PruneOptions) ->
     elif confirmed:
         lines.append("what is marked is deleted by the first prune that runs a day later")
     else:
-        lines.append("nothing was deleted; pass --confirm to do it")
+        what = "leave out --dry-run" if options.confirm else "pass --confirm"
+        lines.append(f"nothing was deleted; {what} to do it")
     code = FAILED if doubts or any(plan.refused for plan in plans) else DONE
     if options.tag and any(one["stays"] for node in nodes for one in node["snapshots"]):
         code = FAILED
@@ -9030,6 +9041,8 @@ def _check_cloud(options: DoctorOptions) -> str:
 
 
 def _check_bucket(options: DoctorOptions) -> str:
+    if not options.bucket:  # a command takes the one that the node last stored in, the daemon does not
+        raise Usage("no bucket", "set BUCKET_NAME in /etc/default/cassbackup, or pass --bucket")
     # Each right is used once, on one key that is always the same: nothing piles up where it cannot be deleted.
     bucket = open_bucket(options, 5.0, new=True)
     store, key = bucket.store, f"{bucket.here}.doctor"
@@ -9509,6 +9522,7 @@ def _status_text(document: Mapping[str, Any]) -> str:
 def status(options: StatusOptions) -> Answer:
     """Show how far behind the daemon is. Exit 3: behind, or nobody is at work."""
     began = time.time()
+    said = list[str]()
     try:
         with contextlib.suppress(Denied):  # who may not ask for a scan waits for the next one
             if options.wait:
@@ -9518,6 +9532,10 @@ def status(options: StatusOptions) -> Answer:
             is_done = document["scanned"] >= began and document["quiet"] and not document["pending"]["units"]
             if is_done or not options.wait:
                 break
+            why = why_behind(document, options)
+            if why != said:
+                log.warning("waiting, the daemon says error=%s", quote("; ".join(why) or "all is well again"))
+            said = why
             time.sleep(0.5)
     except Missing as fault:
         return Answer(BEHIND, {"behind": [str(fault)]}, f"BEHIND  {fault}")
@@ -9838,13 +9856,16 @@ def list_(bucket: Bucket, options: ListOptions) -> Answer:
     check_tables(bucket.store, [node.name for node in nodes], options.table)
     pages = list(spread(functools.partial(_list_node, bucket, options), nodes, bucket.threads))
     rows: list[Sequence[str]] = [("node", "cluster", "addresses", "last heard of", "newest snapshot")]
-    found, wrong = 0, set[str]()
+    found, bad = 0, list[str]()
     for page in pages:
         found += len(page["snapshots"]) + len(page["incrementals"])
         newest = "none"
+        wrong = {word for one in page["snapshots"] for word in one["wrong"]}
+        if wrong & {"bad", _GONE}:
+            bad.append(f"{page['name']} has snapshots that are bad or gone: cassbackup list --node {page['name']}")
         for one in page["snapshots"]:
-            wrong.update(one["wrong"])
-            newest = f"{one['tag']} {one['state']}"
+            if not is_automatic(Unit("snapshot", tag=one["tag"])):
+                newest = f"{one['tag']} {one['state']}"
         addresses = " ".join(page["addresses"])
         last = moment_text(page["last"])
         rows.append((page["name"], page["cluster"], addresses, last, newest))
@@ -9853,8 +9874,9 @@ def list_(bucket: Bucket, options: ListOptions) -> Answer:
     parts = [columns(rows)]
     if len(pages) == 1 or options.node or options.table:
         parts += map(_node_text, pages)
-    code = BEHIND if wrong & {"bad", _GONE} else DONE
-    return Answer(code, {"bucket": bucket.store.url, "nodes": pages}, "\n\n".join(parts))
+    elif bad:
+        parts.append("\n".join(bad))
+    return Answer(BEHIND if bad else DONE, {"bucket": bucket.store.url, "nodes": pages}, "\n\n".join(parts))
 
 
 # ======================================================================================================
@@ -10000,7 +10022,7 @@ _BUCKET = (
     Option("--region", "NAME", "", "region of the bucket (default: that of this instance)"),
     Option("--endpoint-url", "URL", "", "talk to this server (or AWS_ENDPOINT_URL_S3, STORAGE_EMULATOR_HOST)"),
     Option("--ca-file", "FILE", "", "trust these certificates (or REQUESTS_CA_BUNDLE; AWS_CA_BUNDLE for S3)"),
-    Option("--access-key -k", "KEY", "", "every user of the machine can read it here: use the environment or a role"),
+    Option("--access-key -k", "KEY", "", "all users can read it on a command line: use the environment or a role"),
     Option("--secret-key -s", "KEY", "", "its secret; likewise"),
     _STATE,
 )

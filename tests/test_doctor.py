@@ -234,7 +234,7 @@ def test_the_cloud_and_the_nodes_name_are_told(doctor: Doctor, metadata: Callabl
     ("method", "where", "named"),
     [
         ("PUT", "node1.doctor", ["put"]),
-        ("HEAD", "node1.doctor", ["put", "head"]),  # a put looks at what it has stored
+        ("HEAD", "node1.doctor", ["head"]),
         ("GET", "node1.doctor", ["get"]),
         ("GET", "list-type", ["list"]),
     ],

@@ -44,7 +44,7 @@ from cassbackup import (
     listed_snapshot,
     listing_key,
     newest_document,
-    newest_snapshot,
+    newest_snapshots,
     object_key,
     open_store,
     publish,
@@ -604,13 +604,15 @@ def test_incrementals_that_an_earlier_process_listed_are_recognized(scene: Scene
     assert listed_incrementals(scene.store, NODE, scene.view(), BACKUPS, scene.pins("backups"))[1] == []
 
 
-def test_the_newest_complete_snapshot_of_a_table_is_found_whatever_its_tag(scene: Scene) -> None:
-    assert newest_snapshot(scene.store, NODE, BACKUPS) == []
+def test_the_newest_complete_snapshot_of_a_table_is_found_and_what_is_incomplete_since(scene: Scene) -> None:
+    assert newest_snapshots(scene.store, NODE, BACKUPS) == []
     pins, entries = snapshot(scene)
-    for tag, listed, complete in (("z", T0 + 10, True), ("a", T0 + 20, True), ("b", T0 + 30, False)):
+    told = []
+    for tag, complete in (("y", False), ("z", True), ("a", True), ("b", False), ("x", False)):
+        listed = T0 + 10 * len(told)
         scene.publish(scene.draft(replace(SNAPSHOT, tag=tag), entries, listed, complete), pins)
-    [found] = newest_snapshot(scene.store, NODE, BACKUPS)
-    assert found.unit.tag == "a"
+        told.append([one.unit.tag for one in newest_snapshots(scene.store, NODE, BACKUPS)])
+    assert told == [["y"], ["z"], ["a"], ["a", "b"], ["a", "x"]]
 
 
 def damaged(scene: Scene, change: Callable[[bytes], bytes]) -> tuple[str, bytes]:
@@ -642,7 +644,7 @@ def test_p1_a_listing_that_is_not_what_its_key_says_does_not_count(scene: Scene,
         check_listing(NODE, key, body)
     scene.store.put(key, Body(body))
     assert before(scene, scene.pins("snapshots/daily")).listing.files == ()
-    assert newest_snapshot(scene.store, NODE, BACKUPS) == []
+    assert newest_snapshots(scene.store, NODE, BACKUPS) == []
 
 
 def test_of_listings_of_one_unit_the_later_entry_counts_and_any_completes(scene: Scene) -> None:
