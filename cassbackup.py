@@ -6825,7 +6825,7 @@ def check_tables(store: Patient, nodes: Sequence[str], words: Sequence[str]) -> 
     for word in words:
         if any(next(table_folders(store, node, (word,)), "") for node in nodes):
             continue
-        recorded = [info for node in nodes for info in recorded_listings(store, node)]
+        recorded = [info for node in nodes for info in recorded_listings(store, node, pruned=True)]
         if not any(is_selected(info.unit, (word,)) for info in recorded):  # of a table that has no listing any more
             names = {_table_name(folder) for node in nodes for folder in table_folders(store, node)}
             raise Missing(f"no table {word}", f"there are {some_of(sorted(names))}; put globs in quotes")

@@ -216,6 +216,13 @@ def test_a_daemon_whose_name_was_taken_over_meanwhile_ends_with_exit_2_and_store
     assert kept(scene.bucket).keys() - before.keys() == {"node1.listings/owner.20991231T000000.000000Z.json"}
 
 
+def test_nothing_is_adopted_where_nobody_has_the_name_and_none_was_given(scene: Scene, node: Node) -> None:
+    daemon = scene._launch(*node.data_dirs, bucket=scene.bucket, args=("--adopt", "--name", ""), env=scene.environ)
+    assert daemon.process.wait(60) == 2
+    assert "there to adopt" in daemon.log()
+    assert kept(scene.bucket) == {}
+
+
 @pytest.mark.slow
 def test_a_bucket_directory_that_is_away_after_one_good_start_does_not_end_the_daemon(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")

@@ -207,6 +207,21 @@ def test_a_listing_that_is_gone_without_prune_is_red(shelf: Shelf) -> None:
     assert (shelf.snapshots()[0]["tag"], shelf.snapshots()[0]["life"]) == ("daily", T1)
 
 
+def test_of_many_nodes_the_one_that_makes_it_red_is_named_and_cassandras_own_snapshot_is_no_newest(
+    shelf: Shelf,
+) -> None:
+    users, logs = shelf.snapshot("node1", "daily", T1)
+    shelf.snapshot("node1", "dropped-1795971600229-users", T2, f"ks1/{USERS}")
+    shelf.snapshot("node2", "daily", T1)
+    answer = shelf.list()
+    assert (answer.code, "daily complete" in answer.text, "dropped-" in answer.text) == (0, True, False)
+    shelf.record("node1", "daily", T1, [users, logs])
+    (shelf.bucket.root / logs).unlink()
+    answer = shelf.list()
+    assert (answer.code, "cassbackup list --node node1" in answer.text) == (3, True)
+    assert "--node node2" not in answer.text
+
+
 def test_a_newer_record_of_the_same_life_replaces_the_older_one(shelf: Shelf) -> None:
     users, logs = shelf.snapshot("node1", "daily", T1)
     shelf.record("node1", "daily", T1, [users, logs])

@@ -263,6 +263,18 @@ def test_a_table_whose_listing_is_gone_is_lacking_and_not_forgotten_p6(
     assert tree(into / "all") == {name: body for name, body in expected.items() if "/groups/" not in name}
 
 
+def test_a_table_that_prune_has_let_go_of_a_tag_is_lacking_in_it(daily: Shelf, into: Path) -> None:
+    paths = [listing_of(daily, table)[0] for table in ("users", "groups")]
+    users, groups = (str(path.relative_to(daily.at)) for path in paths)
+    record = {"tag": "daily", "taken": users.split("/")[-2], "listings": [users], "pruned": [groups]}
+    daily.document("tags/daily/20261121T000000.000000Z.json", **record)
+    paths[1].unlink()
+    answer = daily.restore(tag="daily", into=into)
+    assert (answer.code, f"lacking: {groups} is gone" in answer.text) == (FAILED, True)
+    for options in ({"tag": "daily", "exclude_table": ("ks1.groups",)}, {"latest": True}):
+        assert daily.restore(**options, into=into / str(len(options))).code == DONE, options
+
+
 def test_a_later_snapshot_whose_listing_is_gone_is_lacking_in_a_restore_to_a_moment(daily: Shelf, into: Path) -> None:
     key = str(listing_of(daily)[0].relative_to(daily.at))
     life = utc(time.time() + 1)
