@@ -69,7 +69,7 @@ MUTANTS = {
         "test_prune.py",
         "no_other_is_touched",
     ),
-    "no grace": Mutant("_DAY_S: Final = 24 * 3600.0", "_DAY_S: Final = 0.0", "test_prune.py", "marked_by_one_run"),
+    "no grace": Mutant("DAY_S: Final = 24 * 3600.0", "DAY_S: Final = 0.0", "test_prune.py", "marked_by_one_run"),
     "follow symbolic links": Mutant(
         "_OPEN_DIRECTORY: Final = os.O_DIRECTORY | os.O_NOFOLLOW",
         "_OPEN_DIRECTORY: Final = os.O_DIRECTORY",
