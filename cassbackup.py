@@ -639,7 +639,8 @@ def _load_unit(document: Mapping[str, Any]) -> Unit:
         raise ValueError(f"kind is {kind!r}")
     if not isinstance(life, str) or (kind == "snapshot" and not is_utc(life)):
         raise ValueError(f"life is {life!r}")
-    return Unit(cast(Kind, kind), unquote(typed(document, "keyspace", str)), table, unquote(tag), life)
+    keyspace = unquote(typed(document, "keyspace", str))
+    return Unit(cast(Kind, kind), keyspace, table, unquote(tag), life)
 
 
 def load_listing(body: bytes) -> Listing[Known]:
@@ -699,7 +700,8 @@ def moment_text(moment: str) -> str:
     """Return a moment for people: 2026-11-21 20:24."""
     if not moment:
         return "never"
-    return datetime.fromtimestamp(seconds_of(moment), timezone.utc).strftime("%Y-%m-%d %H:%MZ")
+    whole = datetime.fromtimestamp(seconds_of(moment), timezone.utc)
+    return whole.strftime("%Y-%m-%d %H:%MZ")
 
 
 # Snapshots of some token ranges only (Cassandra's DiagnosticSnapshotService): never what a table was.
@@ -1079,7 +1081,8 @@ class FileStore(Store):
     def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
         """Store one file, stopping three times to wait for the others of its group. The fourth time it is stored."""
         path = self._path(key)
-        temporary = f"{self._unfinished}/{os.getpid()}-{random.getrandbits(64):016x}"
+        number = random.getrandbits(64)
+        temporary = f"{self._unfinished}/{os.getpid()}-{number:016x}"
         with self._faults():
             file = open(temporary, "xb", buffering=0)  # noqa: SIM115 - it is closed at the end, as it is unlinked
         try:
@@ -2868,7 +2871,8 @@ class Ledger:
             self.broken = ""
 
     def _write(self, into: str, rows: Iterable[tuple[object, ...]]) -> None:
-        self._change(f"INSERT OR REPLACE INTO {into}", [(*row, self._sum(row)) for row in rows])
+        summed = [(*row, self._sum(row)) for row in rows]
+        self._change(f"INSERT OR REPLACE INTO {into}", summed)
 
     def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FileBytes, Remembered]:
         """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
@@ -3004,7 +3008,8 @@ def mark_of(name: str, fingerprint: Fingerprint) -> int:
     if name.endswith("TOC.txt"):
         size = mtime_ns = 0
     text = f"{name}\0{inode:x}.{size:x}.{mtime_ns:x}"
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    told = text.encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(told, digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -3187,7 +3192,8 @@ class PinDirectory:
                 return ""
             except OSError as error:
                 problems[path] = error
-        said = "; ".join(f"{quote(path)}: {error.strerror}" for path, error in problems.items())
+        each = [f"{quote(path)}: {error.strerror}" for path, error in problems.items()]
+        said = "; ".join(each)
         user = user_name(os.geteuid())
         text = f"user {user} cannot link files of {quote(self.root)} into pins ({said})"
         if any(error.errno == errno.EROFS for error in problems.values()):
@@ -3278,7 +3284,8 @@ class PinDirectory:
                     if name.startswith("#"):
                         name = _read_name(f"{path}/{name}.name")
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
-                    files[source, name] = Pinned(source, name, entry.path, self.id, Fingerprint.of(info), *who)
+                    fingerprint = Fingerprint.of(info)
+                    files[source, name] = Pinned(source, name, entry.path, self.id, fingerprint, *who)
         return Pins(files, tuple((source, name) for name in self.lost(relative, life)))
 
     def lost(self, relative: str, life: str) -> list[str]:
@@ -3293,7 +3300,8 @@ class PinDirectory:
         """Say durably which names are given up."""
         path = f"{self.directory(relative, life)}/lost"
         if names:
-            write_file(path, "\n".join(map(quote, sorted(names))).encode())
+            lines = [quote(name) for name in sorted(names)]
+            write_file(path, "\n".join(lines).encode())
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -3640,7 +3648,8 @@ class Pinner(threading.Thread):
             why = disk.check()
         except Fault as fault:
             why = str(fault)
-        had_tables = any(place.is_table for place in self._places.values() if place.disk is disk)
+        ours = [place for place in self._places.values() if place.disk is disk]
+        had_tables = any(place.is_table for place in ours)
         if why == _EMPTY and self._filters.include and not had_tables:
             return False  # archived commit logs go as soon as they are stored
         if not why and not self._filters.include and not had_tables and not any(tables_in(disk.root)):
@@ -3898,7 +3907,8 @@ class Pinner(threading.Thread):
             self._tidy(place.disk, place.relative, place.life)
             return
         self._counts["found"] += linked
-        self._post(Touched(replace(place.unit, life=place.life), place.disk, place.relative, linked, time.time()))
+        unit = replace(place.unit, life=place.life)
+        self._post(Touched(unit, place.disk, place.relative, linked, time.time()))
         if place.is_tag:
             self._pin_manifests_again(place)
             if place.held < 0 and self._may_hold > 0:
@@ -4569,7 +4579,8 @@ def add_up(listings: Sequence[Listing[Known]]) -> Listing[Known] | None:
     files: dict[FilePath, Known] = {}
     for listing in listings:
         files.update((entry.path, entry) for entry in listing.files)
-    return replace(listings[-1], files=tuple(files.values()), complete=any(one.complete for one in listings))
+    complete = any(listing.complete for listing in listings)
+    return replace(listings[-1], files=tuple(files.values()), complete=complete)
 
 
 def bytes_of(files: Iterable[Pinned | Known]) -> set[FileBytes]:
@@ -4591,7 +4602,8 @@ def listed_snapshot(store: Store, node: str, view: BucketView, unit: Unit, pins:
     life whose listing has our manifest, or the one that is called like our pin directories, listed before its
     manifest came. Where there is none, it gets the name of the manifest's mtime, which survives the loss of all memory.
     """
-    folders = by_folder(_listing_keys(store, unit_prefix(node, replace(unit, life=""))))
+    whole_tag = replace(unit, life="")
+    folders = by_folder(_listing_keys(store, unit_prefix(node, whole_tag)))
     new = replace(unit, life=manifest_time(pins.values()) or unit.life)
     own = unit_prefix(node, unit)
     named = unit_prefix(node, new)
@@ -4624,7 +4636,8 @@ def listed_incrementals(
     prefix = unit_prefix(node, unit)
     # A file is listed after it was written.
     oldest = min((pin.fingerprint.written for pin in pins.values()), default=0.0)
-    listings = _read_listings(store, node, _listing_keys(store, prefix, after=prefix + utc(oldest)))
+    keys = _listing_keys(store, prefix, after=prefix + utc(oldest))
+    listings = _read_listings(store, node, keys)
     ours = bytes_of(pins.values())
     entries = itertools.chain.from_iterable(listing.files for listing in listings)
     found = {entry.path: entry for entry in entries if (entry.path, entry.fingerprint) in ours}
@@ -4666,7 +4679,8 @@ def publish(
             log.error("gone from the store and from this node, not listed path=%s", quote("/".join(entry.path)))
             missing.append(entry.name)
     complete = draft.complete and not missing
-    confirmed = replace(draft, complete=complete, files=tuple(stored), missing=(*draft.missing, *missing))
+    all_missing = (*draft.missing, *missing)
+    confirmed = replace(draft, complete=complete, files=tuple(stored), missing=all_missing)
     listing = cast(Listing[Stored], confirmed)
     key = listing_key(listing)
     body = dump_listing(listing)
@@ -5326,12 +5340,14 @@ class Backup:
         self.ledger.remember(fact, "1")
 
     def _record(self, work: Round, entries: Iterable[Known]) -> None:
-        self.ledger.record(work.unit.place, [(work.waiting.disk_of(entry.directory), entry) for entry in entries])
+        disks = [(work.waiting.disk_of(entry.directory), entry) for entry in entries]
+        self.ledger.record(work.unit.place, disks)
 
     def _remember_listed(self, work: Round) -> None:
         marks: dict[str, set[int]] = {}
         for entry in work.files.values():
-            marks.setdefault(entry.directory, set()).add(mark_of(entry.name, entry.fingerprint))
+            here = marks.setdefault(entry.directory, set())
+            here.add(mark_of(entry.name, entry.fingerprint))
         # In backups/ all lives count alike, so there they have one name.
         life = work.unit.life if work.unit.kind == "snapshot" else ""
         self.ledger.add_listed(life, self.clock(), marks)
@@ -5385,7 +5401,8 @@ class Backup:
     def _remember_stored(self, work: Round, entries: Sequence[Stored]) -> None:
         """Remember what the store has just confirmed: at once, for a crash. What we forget is sent a second time."""
         self._check_bucket(work)
-        self.ledger.record(work.unit.place, [(work.pins[entry.path].disk, entry) for entry in entries])
+        rows = [(work.pins[entry.path].disk, entry) for entry in entries]
+        self.ledger.record(work.unit.place, rows)
         good_until = self.ledger.now() + CONFIRMED_S
         for entry in entries:
             found = Remembered(entry.key, entry.etag, entry.crc32, good_until)
@@ -5527,7 +5544,8 @@ class Backup:
         left = await self.ask(self._pinner.let_go, work.unit, files, work.lost, frozenset(work.delete))
         if work.failed:
             path, error = next(iter(work.failed.items()))
-            what = f"{len(work.failed)} files are refused, {quote(os.path.join(*path))}: {error}"
+            name = quote(os.path.join(*path))
+            what = f"{len(work.failed)} files are refused, {name}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
         return None if left <= len(kept) else QUIET_S
 
@@ -5996,9 +6014,7 @@ class Daemon:
         owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
         bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
         if self._options.adopt and not owner and not self._options.name:
-            raise Usage(
-                f"no node {backup.node} is there to adopt", "pass the old node as --name; `cassbackup list` shows it"
-            )
+            raise Usage(f"no node {backup.node} is there to adopt", "pass the old node, as `list` shows it, as --name")
         if not self._options.adopt:
             check_owner(owner, machine, f"{backup.node} in {backup.store.url}")
         if owner.get("machine_id") != machine:
@@ -6281,7 +6297,8 @@ class Daemon:
         state, backup, now, tables = self._state, self._backup, time.time(), self._tables()
         # Asked first: what the pinner has found waits in the queue or as a unit by the time that it is idle. And only
         # the bucket itself tells whether what the ledger calls listed is there.
-        quiet = self._pinner.idle.is_set() and self._news.empty() and backup.connected.is_set()
+        idle = self._pinner.idle.is_set() and self._news.empty()
+        quiet = idle and backup.connected.is_set()
         waiting, oldest = backup.units.values(), _oldest_of(backup.units)
         failing, failures = self._workers.failing(), self._failures()
         since, before = self._speeds[0]
@@ -6602,7 +6619,8 @@ def read_listing(store: Patient, node: str, info: ListingInfo) -> Listing[Known]
     """Read a listing. Raises Corrupt as `check_listing` does, and Missing."""
     if info.body > _LISTING_BYTES:
         raise Corrupt(f"{quote(info.key)} has {info.body} bytes", "that is no listing of ours")
-    return check_listing(node, info.key, b"".join(store.get(info.key, 0, info.body)))
+    body = b"".join(store.get(info.key, 0, info.body))
+    return check_listing(node, info.key, body)
 
 
 def names_bad(store: Patient, node: str, bad: Collection[str], infos: Iterable[ListingInfo]) -> bool:
@@ -6955,7 +6973,9 @@ class SSTable:
     def age(self) -> Age:
         """Return what sorts SSTables of one table: numbers, and after them UUIDs, whose text sorts by time."""
         words = os.path.basename(self.name).split("-")
-        number = words[-1 if words[-1].isdecimal() else 1]  # <ks>-<table>-ka-1 until 2.1
+        number = words[1]
+        if words[-1].isdecimal():
+            number = words[-1]  # <ks>-<table>-ka-1 until 2.1
         if number.isdecimal():
             return 0, int(number), ""
         return 1, 0, number
@@ -7124,7 +7144,8 @@ class Chosen:
         listing = self.base.listing
         if listing:
             state = "" if listing.complete else "INCOMPLETE "
-            text = f"{state}snapshot {quote(listing.unit.tag)}@{listing.unit.life}, ended {utc(self.base.end)}"
+            snapshot = f"{quote(listing.unit.tag)}@{listing.unit.life}"
+            text = f"{state}snapshot {snapshot}, ended {utc(self.base.end)}"
         elif self.base.end:
             text = f"empty since it was truncated or dropped at {utc(self.base.end)}"
         if self.added:
@@ -7189,7 +7210,8 @@ def choose_at(
     schema = schema_in(base.listing) if base.listing else None
     added = len(chosen) - of_base
     files = tuple(chosen.values())
-    return Chosen(keyspace, table, files, base, added, schema, tuple(dict.fromkeys(lacking)))
+    once_each = tuple(dict.fromkeys(lacking))
+    return Chosen(keyspace, table, files, base, added, schema, once_each)
 
 
 def created_at(table: str) -> float:
@@ -7197,7 +7219,8 @@ def created_at(table: str) -> float:
     told = table_id_of(table)[1]
     if told[12:13] != "1":
         return 0.0
-    ticks = int(told[13:16] + told[8:12] + told[:8], 16)
+    digits = told[13:16] + told[8:12] + told[:8]
+    ticks = int(digits, 16)
     return (ticks - _UUID_EPOCH) / 1e7
 
 
@@ -7593,8 +7616,11 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
     for one in left_out(before.values(), newest, taken):
         what = f"{one.unit.place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
         reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
-    listings = spread(reader.read, [one.listings for one in newest], reader.threads)
-    return [choose_at(one.unit.keyspace, one.unit.table, base_on(one), ()) for one in listings]
+    tables = []
+    for listing in spread(reader.read, [one.listings for one in newest], reader.threads):
+        unit, base = listing.unit, base_on(listing)
+        tables.append(choose_at(unit.keyspace, unit.table, base, ()))
+    return tables
 
 
 def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chosen]:
@@ -7726,7 +7752,8 @@ def place_sstables(one: Chosen, roots: Mapping[str, str], folder: str) -> Iterat
         names.add(name)
         own = len(os.path.basename(sstable.name))
         for entry in sstable.files:
-            yield Placed(entry, roots[sstable.home], f"{folder}/{name}{entry.name[own:]}")
+            component = entry.name[own:]
+            yield Placed(entry, roots[sstable.home], f"{folder}/{name}{component}")
 
 
 def place_staged(tables: Sequence[Chosen], into: str) -> Iterator[Placed]:
@@ -8057,7 +8084,9 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
         roots.update(data_directories())
     if not any(one.keyspace == "system_schema" for one in plan.tables):  # with which the ids come back, too
         check_table_ids(roots, plan.tables)
-    tops = [os.path.join(root, one.keyspace, one.table) for root in sorted(roots) for one in plan.tables]
+    tops = []
+    for root in sorted(roots):
+        tops += [os.path.join(root, one.keyspace, one.table) for one in plan.tables]
     return receive_safely(bucket, tops, plan.files)
 
 
@@ -8439,7 +8468,8 @@ def _kept_by_options(ranked: Sequence[Candidate], options: PruneOptions, now: fl
     for why, count, period in periods:
         newest: dict[str, Unit] = {}
         for one in ranked:
-            newest.setdefault(datetime.fromtimestamp(one.taken, timezone.utc).strftime(period), one.unit)
+            moment = datetime.fromtimestamp(one.taken, timezone.utc)
+            newest.setdefault(moment.strftime(period), one.unit)
         for unit in itertools.islice(newest.values(), count):
             kept.setdefault(unit, why)
     return kept
@@ -8704,8 +8734,10 @@ class Pruning:
         snapshots = snapshots_of(infos)
         objects: dict[str, tuple[str, int]] = {}  # what many snapshots name is in memory once
         for snapshot, listings in zip(snapshots, spread(read, snapshots, self._threads), strict=True):
-            entries = itertools.chain(*(listing.files for listing in listings))
-            named = [objects.setdefault(entry.key, (entry.key, entry.size)) for entry in entries]
+            named = []
+            for entry in itertools.chain(*(listing.files for listing in listings)):
+                pair = (entry.key, entry.size)
+                named.append(objects.setdefault(entry.key, pair))
             newest = listings[-1]
             whole = cast(Listing[Known], add_up(listings))  # what a restore of it would want
             telling = [entry for entry in whole.files if entry.name.endswith((MANIFEST, "-Data.db"))]
@@ -9361,7 +9393,8 @@ def _node_lane(name: str, history: History, begin: float, now: float) -> Lane:
     for place in history.tables:
         table = table_id_of(place)[0].replace("/", ".", 1)
         tables.append(Lane(table, history.losses(place, begin, now), []))
-    worst = [max(column) for column in zip(*(table.losses for table in tables), strict=True)]
+    columns_of_all = zip(*(table.losses for table in tables), strict=True)
+    worst = [max(column) for column in columns_of_all]
     return Lane(name, worst, _worst_first(tables))
 
 
@@ -9390,7 +9423,8 @@ def _write_page(out: str, page: str) -> None:
     try:
         write_file(out, page.encode())
     except OSError as error:
-        what = f"user id {os.geteuid()} cannot write {quote(out)} ({error.strerror})"
+        user = os.geteuid()
+        what = f"user id {user} cannot write {quote(out)} ({error.strerror})"
         raise Fault(what, "choose another --out, or run as another user") from None
 
 
@@ -9592,7 +9626,8 @@ def check_taken(options: SnapshotOptions, tag: str) -> None:
 def listing_of(bucket: Bucket, bad: frozenset[str], manifest: str) -> str:
     """Return the key of a good listing that has the manifest.json that is at this path now, "" if there is none."""
     fingerprint = Fingerprint.of(os.stat(manifest))
-    unit = unit_of("/", "/".join(manifest.split("/")[-5:-1]), "")
+    folders = manifest.split("/")[-5:-1]
+    unit = unit_of("/", "/".join(folders), "")
     keys = _listing_keys(bucket.store, unit_prefix(bucket.here, unit))
     for listing in _read_listings(bucket.store, bucket.here, keys):
         is_good = listing.complete and not any(entry.key in bad for entry in listing.files)
@@ -9839,11 +9874,13 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
 
 def _node_text(page: Mapping[str, Any]) -> str:
     node = page["name"]
-    taken: list[Sequence[object]] = [(f"snapshots of {node}", "taken", "tables", "files", "bytes", "")]
+    head = (f"snapshots of {node}", "taken", "tables", "files", "bytes", "")
+    taken: list[Sequence[object]] = [head]
     for one in page["snapshots"]:
         name = f"{one['tag']}@{one['life'][:15]}"
         when = moment_text(one["life"])
-        taken.append((name, when, one["tables"], one["files"], size_text(one["bytes"]), one["state"]))
+        size = size_text(one["bytes"])
+        taken.append((name, when, one["tables"], one["files"], size, one["state"]))
     covered = [(f"incrementals of {node}", "from", "to")]
     for place, (first, newest) in page["incrementals"].items():
         covered.append((place, moment_text(first), moment_text(newest)))
@@ -10409,7 +10446,8 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
             words = flags[option.key]
             given[variable] = words, "flag"
             environ[variable] = words if isinstance(words, str) else " ".join(words)
-    values["origins"] = tuple(f"{variable} ({place})" for variable, (_, place) in given.items())
+    origins = [f"{variable} ({place})" for variable, (_, place) in given.items()]
+    values["origins"] = tuple(origins)
     # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
     for option in COMMANDS[name].options:
         text, place = given.get(option.variable, (option.default, "default"))
