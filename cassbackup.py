@@ -6888,11 +6888,14 @@ def choose_nodes(bucket: Bucket, choice: NodeChoice) -> list[NodeInfo]:
 
 def pruned_until(store: Patient, node: str) -> dict[str, float]:
     """Return of each table when the newest file of backups/ was written that prune has let go. Raises Corrupt."""
-    document = newest_document(store, f"{node}.listings/pruned/")
-    try:
-        return {str(place): float(moment) for place, moment in document.get("tables", {}).items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise Corrupt(f"{node}.listings/pruned/ is damaged: {error}", "delete its newest object") from None
+    until: dict[str, float] = {}
+    for info, document in read_documents(store, f"{node}.listings/pruned/"):  # of two prunes at once there are two
+        try:
+            for place, moment in document["tables"].items():
+                until[place] = max(float(moment), until.get(place, 0.0))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise Corrupt(f"{quote(info.key)} is damaged: {error!r}", "delete it") from None
+    return until
 
 
 def find_objects(store: Patient, keys: Iterable[str], threads: int) -> dict[str, ObjectInfo]:
@@ -7241,7 +7244,8 @@ def newest_of_names(tables: Iterable[Chosen], before: float) -> list[Chosen]:
         if was_created or one.base.end or one.sstables or one.lacking:  # else nothing was heard of it by then
             rival = living.setdefault(one.called, one)
             living[one.called] = max(rival, one, key=claim)
-    return list(living.values())
+    # Of one that was created only, nothing is in the bucket.
+    return [one for one in living.values() if one.base.end or one.sstables or one.lacking]
 
 
 # ======================================================================================================
@@ -8634,8 +8638,9 @@ class Pruning:
         self._keys = KeySets()
         self._due: list[str] = []  # files of marks that are a day old: each is the name of a set, too
         self._records: list[tuple[str, dict[str, Any]]] = []  # tag records to be written anew: folder, document
-        self._over: list[str] = []  # tag records, and what else tells of listings, that go
-        self._cut = pruned_until(self._store, node)  # with what goes of backups/ now
+        # Documents that tell of listings, and go before them. Those in pruned/ are written anew, with what goes now.
+        self._over = [info.key for info in self._list(".listings/pruned/")]
+        self._cut = pruned_until(self._store, node)
         self._began = 0.0  # the listings are read from then on
         self._came = set[str]()  # listings that came since
         self._looked = -math.inf
@@ -8690,7 +8695,9 @@ class Pruning:
     def _plan_listings(self) -> None:
         """Decide what goes, a table at a time."""
         # Read before the listings: what one of these names, and is no listing then, is gone.
+        tags = {info.key for info in self._list(".listings/tags/")}
         records = tag_records(self._store, self.node)
+        self._over += sorted(tags - records.keys())  # a prune that died, or another one at once, has written it anew
         marks = list(read_documents(self._store, f"{self.node}.listings/bad/"))
         bad = read_bad_keys(self._store, self.node)
         there = listings_of(self._store, self.node, strict=True)
@@ -8719,8 +8726,10 @@ class Pruning:
             stays = self._stays(info, listing, bases)
             self._note(stays, [info], objects)
             if not stays and info.unit.kind == "incremental":
-                written = [entry.fingerprint.written for entry in listing.files]
-                self._cut[info.unit.place] = max([self._cut.get(info.unit.place, 0.0), *written])
+                moments = [self._cut.get(info.unit.place, 0.0), *(one.written for one in sstables_of(listing))]
+                if listing.lost:
+                    moments.append(seconds_of(listing.taken))
+                self._cut[info.unit.place] = max(moments)
         self._tell(found, kept)
 
     def _note(self, stays: bool, listings: Iterable[ListingInfo], objects: Iterable[tuple[str, int]]) -> None:
@@ -8829,8 +8838,7 @@ class Pruning:
             put_dated(self._store, f"{self.node}.pending-delete", {"keys": keys, "deleted": False})
         for folder, record in self._records:
             put_dated(self._store, folder, record)
-        if self._cut:
-            self._over += [info.key for info in self._list(".listings/pruned/")]
+        if self._cut and not self._options.retire:
             put_dated(self._store, f"{self.node}.listings/pruned", {"tables": self._cut})
         # Before the listings: a record that names a listing which is gone is for somebody else's deletions.
         for keys in in_batches(self._over, _BATCH_KEYS):
