@@ -4646,9 +4646,13 @@ def listed_incrementals(
 
 
 def newest_snapshots(store: Store, node: str, unit: Unit) -> list[Listing[Known]]:
-    """Return the newest complete snapshot of a table, and the newest one after it that is incomplete, if any."""
+    """Return the newest complete snapshot of a table, and the newest one after it that is incomplete, if any.
+
+    One of some token ranges is neither.
+    """
     prefix = table_prefix(node, unit.keyspace, unit.table)
-    keys = _listing_keys(store, f"{prefix}snapshots/")
+    there = _listing_keys(store, f"{prefix}snapshots/")
+    keys = [key for key in there if not is_partial(Unit("snapshot", tag=key.split("/")[-3]))]
     keys.sort(key=os.path.basename)  # it begins with the UTC
     complete = [key for key in keys if "-complete-" in os.path.basename(key)]
     later = keys[keys.index(complete[-1]) + 1 :] if complete else keys
@@ -7453,7 +7457,6 @@ class Reader:
     threads: int
     node: str
     bad: frozenset[str]
-    pruned: Mapping[str, float] = field(default_factory=dict)  # pruned_until
     # What cannot be read, or was lost. Several threads append to it: that a list takes at once, without a lock.
     lacking: list[str] = field(default_factory=list)
 
@@ -7526,10 +7529,6 @@ def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
     batches = spread(reader.read, since, reader.threads)
     unit = infos[0].unit
     chosen = choose_at(unit.keyspace, unit.table, base, batches, before, reader.bad)
-    cut = reader.pruned.get(unit.place, 0.0)
-    if base.end < min(cut, before):
-        what = f"prune has let go what was flushed until {moment_text(utc(cut))}; --tag restores a snapshot as it is"
-        chosen = replace(chosen, lacking=(*chosen.lacking, what))
     if base.listing:
         return chosen
     chosen = replace(chosen, schema=nearest_schema(reader, snapshots, before))
@@ -7538,6 +7537,15 @@ def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
         return chosen
     what = f"none of its snapshots by then is whole: {some_of(torn)}; --tag restores what one has"
     return replace(chosen, lacking=(*chosen.lacking, what))
+
+
+def less_pruned(one: Chosen, pruned: Mapping[str, float], before: float) -> Chosen:
+    """Note as lacking what prune may have let go of backups/ between the base of a table and a moment."""
+    cut = pruned.get(f"{one.keyspace}/{one.table}", 0.0)
+    if one.base.end >= min(cut, before):
+        return one
+    what = f"prune has let go what was flushed until {moment_text(utc(cut))}; --tag restores a snapshot as it is"
+    return replace(one, lacking=(*one.lacking, what))
 
 
 def note_gone(reader: Reader, tables: Sequence[Chosen], recorded: Iterable[ListingInfo], before: float) -> None:
@@ -7557,8 +7565,9 @@ def choose_moment(
     # Few tables at once, so that the threads are enough to read the listings of each side by side.
     at_once = max(1, min(4, len(folders)))
     of_each = replace(reader, threads=max(1, reader.threads // at_once))
-    found = spread(functools.partial(choose_table, of_each, before), folders, at_once)
-    tables = newest_of_names(filter(None, found), before)
+    found = list(spread(functools.partial(choose_table, of_each, before), folders, at_once))
+    pruned = pruned_until(reader.store, reader.node)  # it may run just now: it tells so before it deletes a listing
+    tables = newest_of_names([less_pruned(one, pruned, before) for one in found if one], before)
     note_gone(reader, tables, recorded, before)
     if tables or reader.lacking:
         return tables
@@ -7840,7 +7849,7 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
         raise Usage(f"{utc(at)} is in the future", f"it is {utc(now)} by the store's clock")
     before = options.at or now + _SLACK_S  # the node's clock may be ahead
     bad = read_bad_keys(bucket.store, node.name)
-    reader = Reader(bucket.store, bucket.threads, node.name, bad, pruned_until(bucket.store, node.name))
+    reader = Reader(bucket.store, bucket.threads, node.name, bad)
     moment = utc(at)
     where = into
     tables: list[Chosen] = []
@@ -8638,9 +8647,10 @@ class Pruning:
         self._keys = KeySets()
         self._due: list[str] = []  # files of marks that are a day old: each is the name of a set, too
         self._records: list[tuple[str, dict[str, Any]]] = []  # tag records to be written anew: folder, document
-        # Documents that tell of listings, and go before them. Those in pruned/ are written anew, with what goes now.
-        self._over = [info.key for info in self._list(".listings/pruned/")]
-        self._cut = pruned_until(self._store, node)
+        self._over: list[str] = []  # tag records, and what else tells of listings, that go
+        self._told = [info.key for info in self._list(".listings/pruned/")]
+        self._was_cut = pruned_until(self._store, node)  # what they tell
+        self._cut = dict(self._was_cut)  # with what goes of backups/ now
         self._began = 0.0  # the listings are read from then on
         self._came = set[str]()  # listings that came since
         self._looked = -math.inf
@@ -8683,7 +8693,8 @@ class Pruning:
         heard = 0.0
         for what, folder in ((_EXPIRES, ".listings/"), (_GOES, "/")):
             for info in self._list(folder):
-                heard = max(heard, info.modified)
+                if info.key not in self._told:  # that was prune
+                    heard = max(heard, info.modified)
                 self._keys.add(what, [(info.key, info.size)])
         if self._began - heard < _SILENT_S:
             what = f"{self.node} was heard of at {utc(heard)}"
@@ -8703,10 +8714,11 @@ class Pruning:
         there = listings_of(self._store, self.node, strict=True)
         for _, group in itertools.groupby(there, lambda info: info.unit.place):
             self._plan_table(list(group), bad)
+        oldest = min((one["taken"] for one in self.snapshots if one["stays"]), default="")
         for key, record in records.items():
-            self._plan_record(key, record)
+            self._plan_record(key, record, "" if self._options.tag else oldest)
         if not self._options.tag:
-            self._plan_rest()
+            self._plan_rest(oldest)
         self._plan_marks(marks)
         self._keys.subtract(_GOES, _NAMED)
 
@@ -8794,26 +8806,26 @@ class Pruning:
         if 2 * going > there and not self._options.force:
             self.doubts.append(f"{going} of {there} {what} would go")
 
-    def _plan_record(self, key: str, record: dict[str, Any]) -> None:
-        """Have a tag record of which some listings go written anew, and let one go that names none which stays."""
+    def _plan_record(self, key: str, record: dict[str, Any], oldest: str) -> None:
+        """Have a tag record of which some listings go written anew, and let one go that names none which stays.
+
+        What it names, and somebody else has deleted, nothing else tells of: that stays until it is older than `oldest`.
+        """
         listings: list[str] = record["listings"]
         expired = [one for one in listings if self._keys.has(_EXPIRES, one)]
-        is_over = not any(self._keys.has(_REMAINS, one) for one in listings)
-        kept = [one["taken"] for one in self.snapshots if one["stays"]]
-        if not expired and record["taken"] >= min(kept, default=""):
-            is_over = False  # not we have deleted what it names, and nothing else tells of it
-        if expired or is_over:
+        left = [one for one in listings if one not in expired]
+        if record["taken"] < oldest and not any(self._keys.has(_REMAINS, one) for one in left):
+            left = []
+        if expired or not left:
             self._over.append(key)
-        if expired and not is_over:
-            left = [one for one in listings if one not in expired]
+        if expired and left:
             anew = {**record, "listings": left, "pruned": record["pruned"] + expired}
             self._records.append((key.rpartition("/")[0], anew))
 
-    def _plan_rest(self) -> None:
+    def _plan_rest(self, oldest: str) -> None:
         """Let go objects that no listing ever named, and documents that tell of nothing any more."""
         old = (info for info in self._list("/") if self._began - info.modified > _SILENT_S)
         self._keys.add(_GOES, ((info.key, info.size) for info in old))
-        oldest = min((one["taken"] for one in self.snapshots if one["stays"]), default="")
         beats = [info.key for info in self._list(".listings/heartbeat/") if utc(info.modified) < oldest]
         nodes = [info.key for info in self._list(".listings/node.")]
         self._expire(*beats, *nodes[:-1])
@@ -8838,7 +8850,8 @@ class Pruning:
             put_dated(self._store, f"{self.node}.pending-delete", {"keys": keys, "deleted": False})
         for folder, record in self._records:
             put_dated(self._store, folder, record)
-        if self._cut and not self._options.retire:
+        if self._cut != self._was_cut:
+            self._over += self._told
             put_dated(self._store, f"{self.node}.listings/pruned", {"tables": self._cut})
         # Before the listings: a record that names a listing which is gone is for somebody else's deletions.
         for keys in in_batches(self._over, _BATCH_KEYS):

@@ -649,6 +649,14 @@ def test_a_table_is_not_restored_to_a_moment_before_it_was_created() -> None:
     assert [chosen.table for chosen in story.chosen(6 * DAY)] == [tables[2]]
 
 
+def test_a_table_that_was_made_again_and_not_heard_of_yet_is_restored_empty_not_as_the_older_one() -> None:
+    story, tables = Story(), [f"users-{id_of(day * DAY, day)}" for day in (0, 2)]
+    story.snapshot(1 * DAY, nb(1, 0.5 * DAY), table=tables[0])
+    story.snapshot(3 * DAY, nb(1, 2.9 * DAY, 2), table=tables[1])
+    for at, table, count in ((1.9, tables[0], 1), (2.5, tables[1], 0), (3, tables[1], 1)):
+        assert [(one.table, len(one.sstables), one.lacking) for one in story.chosen(at * DAY)] == [(table, count, ())]
+
+
 def test_a_table_made_again_whose_flush_was_seen_late_is_the_living_one() -> None:
     story = Story()
     story.snapshot(2 * DAY, nb(2, 1.5 * DAY), tag=tag_of("dropped", 2 * DAY))
@@ -736,6 +744,10 @@ def test_a_table_that_the_newest_of_a_tag_lacks_is_named_unless_it_was_dropped_p
     reader = story.reader
     choose_tag(reader, folders, "daily")
     assert [SECOND in what for what in reader.lacking] == [True]
+    reader.lacking.clear()
+    story.snapshot(2.5 * DAY, nb(3, 0), tag="daily")
+    choose_tag(reader, folders, "daily")
+    assert [SECOND in what for what in reader.lacking] == [True], "two takings lack it"
     reader.lacking.clear()
     choose_tag(reader, folders, "daily@20261102")
     choose_tag(reader, folders, "daily@20261103")
@@ -1209,16 +1221,21 @@ def test_what_lies_among_the_listings_and_is_none_is_told(name: str) -> None:
         listing_info(NODE, ObjectInfo(f"{NODE}.listings/{name}", 1, "", 0.0))
 
 
-@pytest.mark.parametrize("name", ["owner.json", f"node.{utc(BEGIN)}.json", "heartbeat/x.json", "tags/daily/x.json"])
+@pytest.mark.parametrize(
+    "name", ["owner.json", f"node.{utc(BEGIN)}.json", "heartbeat/x.json", "tags/daily/x.json", "pruned/x"]
+)
 def test_other_pages_among_the_listings_are_no_listings(name: str) -> None:
     assert listing_info(NODE, ObjectInfo(f"{NODE}.listings/{name}", 1, "", 0.0)) is None
 
 
-@pytest.mark.parametrize("keyspace", ["bad", "heartbeat", "tags", "archive", "snapshots", "backups", "é", "a%b"])
+@pytest.mark.parametrize(
+    "keyspace", ["bad", "heartbeat", "pruned", "tags", "archive", "snapshots", "backups", "é", "a%b"]
+)
 def test_a_keyspace_called_like_a_folder_of_ours_is_read_as_what_it_is(keyspace: str) -> None:
     bucket: Any = Bucket()
     for unit in (replace(TRUSTED, keyspace=keyspace), Unit("incremental", keyspace, FIRST)):
         key = unit_prefix(NODE, unit) + f"{utc(BEGIN)}-complete-1-1.json"
+        assert key.split("/")[1] not in {"archive", "bad", "heartbeat", "pruned", "tags"}
         info = listing_info(NODE, bucket.put(key, b"", BEGIN + 5))
         assert info
         assert (info.unit, info.when) == (unit, BEGIN + 5)

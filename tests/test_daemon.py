@@ -24,8 +24,10 @@ from conftest import Daemon, Run
 from faultproxy import BlackHole, Call, Delay, FaultProxy, assert_written_once, s3_error
 from scene import Scene, area_of, assert_no_pin_is_left, pins, wait_for
 from servers import Bucket, FileBucket
+from shelf import DAY, EPOCH, NODE, Door, Shelf, snapshot, unit_of
 from tree import Node
 
+import cassbackup
 from cassbackup import (
     Backup,
     Fingerprint,
@@ -881,6 +883,58 @@ def test_a_loss_is_told_until_a_snapshot_taken_since_is_complete_p8(tmp_path: Pa
     assert list(ledger.facts("lost:")) == ["ks1/users"]
     backup._note_snapshot(replace(before, taken=backup.clock()))
     assert ledger.facts("lost:") == {}
+    ledger.remember("lost:ks1/users", utc(time.time() + 365 * DAY))
+    backup._note_snapshot(replace(before, taken=backup.clock()))
+    assert ledger.facts("lost:") == {}, "the clock was ahead when it was lost"
+    ledger.close()
+
+
+def test_of_an_archive_or_a_table_that_is_gone_a_loss_is_told_for_a_day_as_no_snapshot_comes_p8(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path / "ledger.db"), "")
+    daemon: Any = SimpleNamespace(_backup=SimpleNamespace(ledger=ledger))
+    places = ["/d/archive", "ks1/dropped-1", "ks1/users-1"]
+    for hours, told in ((0, places), (23, places), (25, places[2:])):
+        for place in places:
+            ledger.remember(f"lost:{place}", utc(time.time() - hours * 3600))
+        assert cassbackup.Daemon._lost(daemon, ["ks1/users-1"]) == told
+    ledger.close()
+
+
+def test_what_compaction_wrote_anew_is_as_old_as_it_was_and_an_empty_table_needs_no_snapshot_p8(tmp_path: Path) -> None:
+    ledger, node, now = Ledger(str(tmp_path / "ledger.db"), ""), Node(tmp_path / "cassandra"), time.time()
+    users = node.table("ks1", "users")
+    place = f"ks1/{users.directory}"
+
+    def oldest(absent: str = "") -> float | None:
+        async def find() -> float | None:
+            async def on_disk(what: Callable[..., Any], *args: Any) -> Any:
+                return what(*args)
+
+            scanned = asyncio.Event()
+            scanned.set()
+            state = SimpleNamespace(tables={place}, absent=absent)
+            backup = SimpleNamespace(ledger=ledger, scanned=scanned)
+            daemon: Any = SimpleNamespace(_backup=backup, _state=state, _roots=node.data_dirs, _on_disk=on_disk)
+            finding = asyncio.create_task(cassbackup.Daemon._find_oldest(daemon))
+            while not finding.done() and not hasattr(daemon, "_oldest"):
+                await asyncio.sleep(0)
+            finding.cancel()  # it rests
+            found: dict[str, float] = daemon._oldest
+            return found.get(place)
+
+        return asyncio.run(find())
+
+    assert oldest() is None
+    os.utime(users.flush().path("Data.db"), (now - 30 * 3600, now - 30 * 3600))
+    assert oldest() == pytest.approx(now - 30 * 3600)
+    users.compact()
+    assert min(one.path("Data.db").stat().st_mtime for one in users.sstables) > now - 60
+    assert oldest() == pytest.approx(now - 30 * 3600)
+    users.truncate()
+    assert oldest(absent="a disk") == pytest.approx(now - 30 * 3600), "it may have some"
+    assert oldest() is None
+    users.flush()
+    assert oldest() == pytest.approx(now, abs=60)
     ledger.close()
 
 
@@ -901,6 +955,63 @@ def test_an_incomplete_snapshot_is_told_until_a_complete_one_that_was_taken_sinc
     assert note(second, True) is True, "that was taken before"
     assert note(third, True) is False, "the rest has come"
     assert note(fourth, False, "dropped-1795292678000-users") is False, "no other comes"
+    ledger.close()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_snapshot_that_is_dated_by_a_clock_that_was_ahead_hides_none_that_is_taken_since_p8(
+    tmp_path: Path, complete: bool
+) -> None:
+    ledger = Ledger(str(tmp_path / "ledger.db"), "")
+    backup = Backup(None, None, None, ledger)  # type: ignore[arg-type]
+
+    def note(taken: str, complete: bool, tag: str = "daily") -> tuple[str, str]:
+        unit = Unit("snapshot", "ks1", "users", tag, taken)
+        backup._note_snapshot(Listing("node1", unit, taken, backup.clock(), complete, ()))
+        return ledger.fact("complete:ks1/users"), ledger.fact("incomplete:ks1/users")
+
+    ahead, first, second, third = utc(time.time() + 365 * DAY), *(backup.clock() for _ in range(3))
+    note(ahead, complete)
+    assert note(first, False)[1] == first
+    assert note(second, True) == (f"{second}\tdaily", "")
+    for complete in (True, False):
+        assert note(third, complete, "RepairedDataMismatch-20261102") == (f"{second}\tdaily", ""), "of some ranges"
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("taken", "complete", "incomplete"),
+    [
+        (("monday", "tuesday?"), "monday", True),
+        (("monday", "tuesday?", "RepairedDataMismatch-20261102"), "monday", True),
+        (("monday", "tuesday?", "RepairedDataMismatch-20261102?"), "monday", True),
+        (("monday?", "tuesday"), "tuesday", False),
+        (("monday?",), "", True),
+        ((), "", False),
+    ],
+)
+def test_a_daemon_whose_ledger_was_lost_learns_from_the_bucket_whether_the_newest_snapshot_is_complete_p8(
+    tmp_path: Path, taken: tuple[str, ...], complete: str, incomplete: bool
+) -> None:
+    shelf = Shelf()
+    for day, tag in enumerate(taken):
+        shelf.add(snapshot(tag.strip("?"), EPOCH + day * DAY, complete="?" not in tag))
+    ledger, unit = Ledger(str(tmp_path / "ledger.db"), ""), unit_of("", EPOCH)
+
+    async def learn() -> None:
+        async def work_at(_what: str, _urgent: bool, job: Callable[..., Any], *args: Any) -> Any:
+            return job(*args)
+
+        workers: Any = SimpleNamespace(run=work_at)
+        backup = Backup(None, None, workers, ledger)  # type: ignore[arg-type]
+        backup.store, backup.node = Door(shelf), NODE
+        waiting = SimpleNamespace(disk_of=lambda _: "disk")
+        work: Any = SimpleNamespace(unit=unit, bucket="", waiting=waiting)
+        await backup._learn_snapshot(work)
+
+    asyncio.run(learn())
+    assert ledger.fact(f"complete:{unit.place}").partition("\t")[2] == complete
+    assert bool(ledger.fact(f"incomplete:{unit.place}")) == incomplete
     ledger.close()
 
 

@@ -6,6 +6,7 @@ P1 and P7, over random interleavings of prunes that die and daemons that publish
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -163,6 +164,32 @@ def test_what_verify_has_marked_bad_is_not_the_last_good_one_and_no_mark_makes_a
     assert len(table.kept(now, keep_last=1)) == 10
 
 
+@pytest.mark.parametrize(
+    ("told", "left"),
+    [
+        (({1: "absent"}, {2: "size"}, {}), [0, 1, 2]),
+        (({1: "absent"}, {2: "size"}, {1: "good"}, {}), [1, 2, 3]),
+        (({1: "absent"}, {1: "good"}, {2: "size"}), [2]),
+        (({1: "absent"}, {1: "good"}, {1: "checksum"}, {}), [2, 3]),
+        (({9: "absent"}, {}), [1]),
+        (({}, {}), [1]),
+        ((), []),
+    ],
+)
+def test_what_verify_wrote_goes_once_all_that_it_calls_bad_is_good_again_or_named_by_nothing(
+    told: Sequence[dict[int, str]], left: list[int]
+) -> None:
+    shelf = filled("monday", "tuesday")
+    keys = {day + 1: batch(EPOCH + day * DAY, f"nb-{day + 2}-big-Data.db").files[0].key for day in (0, 1, 8)}
+    for number, marks in enumerate(told):
+        found = [{"key": keys[one], "found": what, "at": ""} for one, what in marks.items()]
+        shelf.put(f"{NODE}.listings/bad/{number}.json", cb.dump_document(keys=found))
+    bad = cb.read_bad_keys(Door(shelf), NODE)  # type: ignore[arg-type]
+    run(shelf, keep_last=2, confirm=True)
+    assert [int(key.split("/")[-1][0]) for key in sorted(shelf.keys(f"{NODE}.listings/bad/"))] == left
+    assert cb.read_bad_keys(Door(shelf), NODE) == bad - {keys[9]}  # type: ignore[arg-type]
+
+
 def test_that_a_table_was_emptied_is_not_forgotten_while_an_older_snapshot_is_kept() -> None:
     tag = f"truncated-{int((EPOCH + DAY) * 1000)}-users"
     table = Table(snapshot("a", EPOCH), snapshot(tag, EPOCH + DAY))
@@ -239,6 +266,18 @@ def test_backups_stay_from_a_day_before_the_oldest_snapshot_that_is_kept_was_com
     assert ["nb-2" in str(table.listings[key]) for key in table.gone(at + 9 * DAY, keep_last=1)] == [True]
 
 
+def test_that_files_of_backups_were_lost_is_told_as_long_as_a_restore_may_want_them_however_old_those_beside_are() -> (
+    None
+):
+    at = EPOCH + 5 * DAY
+    old, young = (
+        replace(batch(when, "nb-1-big-Data.db", mtime=EPOCH), complete=False, lost=(cb.Lost("nb-9-big-Data.db", ""),))
+        for when in (at - 2 * DAY, at + HOUR)
+    )
+    table = Table(snapshot("a", at, [("nb-5-big-Data.db", EPOCH)]), old, young)
+    assert table.gone(at + 9 * DAY, keep_last=1) == {cb.listing_key(old)}
+
+
 def test_without_a_good_snapshot_everything_of_a_table_stays_p7() -> None:
     table = Table(snapshot("half", EPOCH, complete=False), batch(EPOCH, "nb-1-big-Data.db"))
     assert table.gone(EPOCH + 900 * DAY, keep_last=1) == set()
@@ -284,6 +323,41 @@ def test_a_restore_to_any_moment_from_a_kept_snapshot_chooses_the_same_before_an
             base = after.base(at)
             chosen = [cb.choose_at(KEYSPACE, TABLE, base, side.batches(), at) for side in (before, after)]
             assert chosen[0].sstables == chosen[1].sstables
+
+
+def restored(
+    shelf: Shelf, at: float, turn: Callable[[], None] = lambda: None
+) -> tuple[list[tuple[str, int]], list[str]]:
+    """Return what a restore to a moment would bring, and what it lacks."""
+    bucket = cb.Bucket(cb.Patient(Door(shelf, turn), 1.0), 1)
+    page = cb.restore(bucket, cb.RestoreOptions(node=NODE, at=at, into="/nowhere", dry_run=True)).document
+    return [(one["from"], one["sstables"]) for one in page["tables"]], page["lacking"]
+
+
+def test_a_restore_to_a_moment_whose_flushes_prune_has_let_go_is_lacking_and_within_the_window_the_same_p7(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shelf = Shelf()
+    shelf.add(snapshot("weekly", EPOCH), *(snapshot(f"d{day}", EPOCH + day * DAY) for day in (20, 21, 22)))
+    shelf.add(*(batch(EPOCH + day * DAY + HOUR, f"nb-{day}-big-Data.db") for day in range(23)))
+    shelf.now = EPOCH + 23 * DAY
+    between, within = EPOCH + 10 * DAY, [EPOCH + 21 * DAY, EPOCH + 21.5 * DAY, shelf.now]
+    before = {at: restored(shelf, at) for at in (between, *within)}
+    assert not any(lacking for _, lacking in before.values())
+    for days, let_go in ((3, 18), (2, 19), (2, 19)):
+        shelf.now += HOUR
+        run(shelf, keep_daily=days, keep_weekly=9, confirm=True, force=True)
+        (document,) = documents(shelf, "listings/pruned")
+        assert document["tables"] == {f"{KEYSPACE}/{TABLE}": EPOCH + let_go * DAY + HOUR}
+    assert "prune has let go what was flushed until" in "".join(restored(shelf, between)[1])
+    assert restored(shelf, EPOCH)[1] == [], "of what was flushed since then, it wants nothing"
+    for at in within:
+        assert restored(shelf, at) == before[at]
+    bucket: Any = cb.Bucket(cb.Patient(Door(shelf), 1.0), 1)
+    caplog.clear()
+    assert cb.verify(bucket, cb.VerifyOptions(node=NODE)).code == cb.list_(bucket, cb.ListOptions()).code == cb.DONE
+    assert cb.view_bucket(bucket.store, NODE, None).bad == set()
+    assert caplog.text == ""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -762,6 +836,83 @@ def test_a_record_of_which_some_listings_go_is_written_anew_before_they_go() -> 
     assert over not in shelf.objects
 
 
+def test_a_restore_never_lacks_in_silence_what_a_prune_lets_go_meanwhile_p7() -> None:
+    at, earlier = EPOCH + 10 * DAY, EPOCH - DAY
+    for step in itertools.count(1):
+        shelf = Shelf()
+        shelf.add(snapshot("weekly", EPOCH), *(snapshot(f"d{day}", EPOCH + day * DAY) for day in (20, 21, 22)))
+        shelf.add(*(batch(EPOCH + day * DAY + HOUR, f"nb-{day}-big-Data.db") for day in (5, 20)))
+        shelf.put(f"{NODE}.listings/pruned/{utc(earlier)}.json", cb.dump_document(tables={f"{KEYSPACE}/x": earlier}))
+        shelf.now = EPOCH + 23 * DAY
+        steps = itertools.count(1)
+
+        def turn(shelf: Shelf = shelf, steps: Iterator[int] = steps, step: int = step) -> None:
+            if next(steps) == step:
+                run(shelf, keep_daily=2, keep_weekly=9, confirm=True)
+
+        with contextlib.suppress(cb.Missing):
+            (found,), lacking = restored(shelf, at, turn)
+            assert lacking or found[1] == 1, step
+        if next(steps) <= step:
+            break
+    assert step > 8
+
+
+def test_of_two_prunes_at_once_neither_forgets_what_the_other_has_let_go_of_backups_p7() -> None:
+    shelf = filled("monday", "tuesday", "friday", "saturday")
+    first, second = (
+        cb.Pruning(cb.Bucket(Door(shelf), 1), NODE, PruneOptions(keep_last=keep))  # type: ignore[arg-type]
+        for keep in (1, 2)
+    )
+    first.plan()
+    second.plan()
+    first.confirm()
+    second.confirm()
+    assert f"what was flushed until {cb.moment_text(utc(EPOCH + DAY))}" in str(restored(shelf, shelf.now - 3 * DAY)[1])
+    shelf.add(snapshot("sunday", shelf.now))
+    run(shelf, keep_last=1, confirm=True, force=True)
+    (document,) = documents(shelf, "listings/pruned")
+    assert document["tables"] == {f"{KEYSPACE}/{TABLE}": EPOCH + 2 * DAY}
+
+
+def latest_lacks(shelf: Shelf) -> list[str]:
+    """Return which listings a restore of everything misses."""
+    return [what.split()[0] for what in restored(shelf, shelf.now)[1] if "prune did not delete it" in what]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("terms", [{"keep_last": 7}, {"keep_last": 2}, {"tag": "friday"}, {"tag": "saturday"}])
+def test_a_listing_that_somebody_else_deleted_is_missed_after_prune_as_before_p7(
+    terms: dict[str, Any], alone: bool
+) -> None:
+    shelf = filled("monday", "tuesday", "friday", "saturday")
+    shelf.add(snapshot("friday", EPOCH + 2 * DAY + HOUR, table=OTHER))
+    friday = sorted(key for key in shelf.named if "/friday/" in key)
+    lost = next(key for key in friday if OTHER in key)
+    named = {"tag": "friday", "taken": utc(EPOCH + 2 * DAY + HOUR), "listings": [lost] if alone else friday}
+    shelf.put(f"{NODE}.listings/tags/friday/{utc(shelf.now)}.json", cb.dump_document(**named))
+    shelf.objects.pop(lost)
+    shelf.named.pop(lost)
+    for _ in range(3):
+        assert latest_lacks(shelf) == [lost]
+        with contextlib.suppress(cb.Missing):
+            run(shelf, **terms, confirm=True)
+        shelf.now += HOUR
+    shelf.add(snapshot("sunday", shelf.now, table=OTHER))
+    shelf.add(snapshot("sunday", shelf.now))
+    assert latest_lacks(shelf) == []
+
+
+def test_a_record_that_goes_goes_before_the_listings_that_it_names() -> None:
+    """Else who reads it in between would take them for somebody else's deletions."""
+    shelf = filled("monday", "tuesday", "friday")
+    gone = record(shelf, "monday", EPOCH + HOUR, [key for key in shelf.named if "/monday/" in key])
+    door: Any = Door(shelf)
+    cb.prune(cb.Bucket(door, 1), PruneOptions(node=NODE, keep_last=2, confirm=True))
+    deleted = [line.removeprefix("delete ") for line in door.asked if line.startswith("delete ")]
+    assert (deleted[0], any("/monday/2" in key and "complete" in key for key in deleted)) == (gone, True)
+
+
 def test_a_tag_that_is_not_there_is_told_and_the_last_good_one_needs_force() -> None:
     shelf = filled("monday", "tuesday")
     with pytest.raises(cb.Missing, match="no snapshot is called 'mondya': there are monday, tuesday"):
@@ -827,6 +978,8 @@ def test_archives_go_by_age_alone_and_only_if_an_age_is_given() -> None:
 def test_a_node_is_retired_when_it_was_silent_for_thirty_days_and_no_other_is_touched() -> None:
     shelf = filled("monday", "tuesday")
     shelf.put(f"{NODE}.listings/owner.json", cb.dump_document(id="x"))
+    pruned = cb.dump_document(tables={f"{KEYSPACE}/{TABLE}": EPOCH})
+    shelf.put(f"{NODE}.listings/pruned/{utc(EPOCH)}.json", pruned)
     for key, (body, _) in list(shelf.objects.items()):
         for other in ("node10", "node1.example"):
             shelf.objects[other + key.removeprefix(NODE)] = (body, shelf.now)
@@ -836,6 +989,8 @@ def test_a_node_is_retired_when_it_was_silent_for_thirty_days_and_no_other_is_to
     with pytest.raises(cb.Usage, match="30 days"):
         run(shelf, "", retire=NODE, confirm=True)
     shelf.now += 2 * DAY
+    shelf.put(f"{NODE}.listings/pruned/{utc(shelf.now)}.json", pruned)  # by a prune of all nodes
+    before = set(shelf.objects)
     with pytest.raises(cb.Missing, match=r"full name is needed here; there are node1.example, node1, node10"):
         run(shelf, "", retire="node", confirm=True)
     for wrong in ("node1/", "node1/var"):

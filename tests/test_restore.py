@@ -39,6 +39,7 @@ from cassbackup import (
     Corrupt,
     Fault,
     Fingerprint,
+    Known,
     Listing,
     Lost,
     Missing,
@@ -909,6 +910,21 @@ def test_what_cannot_be_done_is_said(daily: Shelf, into: Path, options: Json, co
     assert not into.exists()
 
 
+def test_of_cassandras_own_keyspaces_none_is_staged_unless_named_and_of_its_roles_that_is_told(
+    shelf: Shelf, node: Node, into: Path
+) -> None:
+    for keyspace in ("system", "system_auth", "system_foo"):  # the last is somebody's own
+        node.table(keyspace, "roles").flush()
+    node.snapshot("daily")
+    shelf.keep(node, "daily")
+    told = "system_auth, which has roles and grants, is left out; --table system_auth takes it"
+    for options in ({"tag": "daily"}, {"latest": True}):
+        answer = shelf.restore(into=into / "all", **options)
+        assert (answer.code, told in answer.document["notes"], os.listdir(into / "all")) == (DONE, True, ["system_foo"])
+    answer = shelf.restore(tag="daily", table=("system_auth",), into=into / "roles")
+    assert (answer.code, told in answer.document["notes"], os.listdir(into / "roles")) == (DONE, False, ["system_auth"])
+
+
 def test_a_snapshot_that_lacks_files_comes_back_only_when_asked_and_with_exit_3(
     shelf: Shelf, node: Node, into: Path
 ) -> None:
@@ -984,6 +1000,19 @@ def test_a_disk_that_is_too_small_is_not_filled(
     with pytest.raises(Fault, match="do not fit"):
         daily.restore(tag="daily", into=into)
     assert not tree(into)
+
+
+def test_two_directories_on_one_disk_share_its_room(tmp_path: Path) -> None:
+    disk = os.statvfs(tmp_path)
+    large = Fingerprint(1, int(disk.f_bavail * disk.f_frsize * 0.7), 1)
+    entry = Known("/d", "nb-1-big-Data.db", large, 0o644, "", "", "00000000", "node1/d", "")
+    roots = [tmp_path / name for name in ("data1", "data2")]
+    for root in roots:
+        root.mkdir()
+    placed = [Placed(entry, str(root), "ks1/users/nb-1-big-Data.db") for root in roots]
+    cassbackup.check_space(placed[:1])
+    with pytest.raises(Fault, match=r"2 files of .* do not fit"):
+        cassbackup.check_space(placed)
 
 
 def test_a_live_data_directory_is_no_target(daily: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

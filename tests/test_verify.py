@@ -208,6 +208,26 @@ def test_only_what_was_selected_is_checked(bench: Bench) -> None:
     }  # fmt: skip
 
 
+def test_the_latest_are_also_the_flushes_that_a_restore_adds_to_the_newest_snapshot_as_it_began_before_it_ended(
+    bench: Bench,
+) -> None:
+    (tuesday,), earlier = snapshots("tuesday"), batch(EPOCH - HOUR, "nb-7-big-Data.db")
+    flushed = batch(EPOCH + DAY - HOUR / 2, "nb-8-big-Data.db")
+    bench.add(*snapshots("monday"), tuesday, earlier, flushed)
+    for one in (earlier, flushed):
+        bench.bucket.delete(one.files[0].key)
+    assert list(bench.bad(latest=True)) == [flushed.files[0].key]
+
+
+def test_a_snapshot_dated_by_a_clock_that_was_ahead_is_not_all_that_is_latest(bench: Bench) -> None:
+    now = bench.store.now()
+    bench.add(snapshot("early", now - 2 * DAY, FILES[:1]), snapshot("ahead", now + 300 * DAY, listed=now - 3 * DAY))
+    newest = snapshot("newest", now - DAY, FILES[1:])
+    bench.add(newest)
+    bench.bucket.delete(newest.files[0].key)
+    assert list(bench.bad(latest=True)) == [newest.files[0].key]
+
+
 def test_a_time_means_all_tables_of_that_snapshot(bench: Bench) -> None:
     bench.add(snapshot("monday", EPOCH, FILES), snapshot("monday", EPOCH + 1, FILES, table=OTHER))
     (whole,) = bench.verify(tag="monday").document["nodes"]
@@ -457,6 +477,28 @@ def test_a_repair_that_finds_nothing_still_says_when_it_looked(bench: Bench) -> 
     assert bench.verify(repair=True).code == cb.DONE
     assert bench.marks() == []
     assert cb.view_bucket(bench.store, NODE, None).verified > EPOCH
+
+
+@pytest.mark.parametrize("found", ["gone", "unreadable", "denied"])
+def test_a_repair_that_could_not_read_everything_marks_nothing_and_does_not_say_that_the_node_was_verified(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    keys = bench.add(*snapshots("monday", "tuesday"))
+    if found == "gone":
+        record(bench, utc(EPOCH), "monday", keys[:1])
+        bench.bucket.delete(keys[0])
+    elif found == "unreadable":
+        bench.bucket.put(keys[0], b"{")
+    else:
+        monkeypatch.setattr(cb, "check_object", refuse)
+    answer = bench.verify(repair=True)
+    assert (answer.code, {one["found"] for one in answer.document["nodes"][0]["bad"]}) == (cb.FAILED, {found})
+    assert "marked in" not in answer.text
+    assert cb.view_bucket(bench.store, NODE, None).verified == 0
+
+
+def refuse(*args: object) -> None:
+    raise cb.Denied("403 AccessDenied", "")
 
 
 def test_a_weekly_timer_leaves_its_trace_for_the_metrics(bench: Bench) -> None:
