@@ -360,6 +360,23 @@ def test_a_restore_to_a_moment_whose_flushes_prune_has_let_go_is_lacking_and_wit
     assert caplog.text == ""
 
 
+def test_a_loss_that_prune_lets_go_is_lacking_as_before_and_an_index_made_since_takes_nothing_away_p7() -> None:
+    shelf = Shelf()
+    shelf.add(snapshot("monthly", EPOCH), snapshot("daily", EPOCH + 20 * DAY))
+    lost = batch(EPOCH + 2 * DAY)
+    shelf.add(replace(lost, complete=False, lost=(cb.Lost("nb-9-big-Data.db", ""),)))
+    data, toc = (
+        batch(EPOCH + DAY, name, mtime=at)
+        for name, at in (("nb-1-big-Data.db", EPOCH), ("nb-1-big-TOC.txt", EPOCH + 22 * DAY))
+    )
+    shelf.add(replace(data, files=data.files + toc.files))
+    shelf.now = EPOCH + 23 * DAY
+    then, now = EPOCH + 3 * DAY, shelf.now
+    assert [len(restored(shelf, at)[1]) for at in (then, now)] == [1, 0]
+    run(shelf, keep_last=1, keep_monthly=3, confirm=True, force=True)
+    assert [len(restored(shelf, at)[1]) for at in (then, now)] == [1, 0]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The protocol: prunes and daemons, one operation of the store at a time, in any order
 
