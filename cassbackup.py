@@ -4042,7 +4042,7 @@ class Pinner(threading.Thread):
         """Return how much is left of a pin directory; close it if that is nothing."""
         left = disk.tidy(disk.directory(relative, life))
         if left or not os.path.exists(f"{disk.path}/id"):  # else the disk of the pins is away, with what it holds
-            return left or 1
+            return left or sys.maxsize  # nobody knows how much
         homes = self._pins.get(life, set())
         homes.discard((disk, relative))
         if not homes:
@@ -5959,8 +5959,10 @@ class Daemon:
                 self._state, self._alive = news, time.monotonic()
                 if news.scanned:
                     self._backup.scanned.set()
+                if news.absent or news.refused:
+                    self._blind = time.time()
                 if not news.scanned or news.absent or news.refused:  # what the scan after that finds may be old
-                    self._first_scan, self._blind = math.inf, time.time()
+                    self._first_scan = math.inf
                 elif news.scanned > self._blind:
                     self._first_scan = min(self._first_scan, time.time())
             elif isinstance(news, Exception):
@@ -6017,7 +6019,7 @@ class Daemon:
         machine = machine_id() or self._disks[0].id
         owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
         bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
-        if self._options.adopt and not owner and not self._options.name:
+        if self._options.adopt and not (owner or ledger.bucket or self._options.name):
             raise Usage(f"no node {backup.node} is there to adopt", "pass the old node, as `list` shows it, as --name")
         if not self._options.adopt:
             check_owner(owner, machine, f"{backup.node} in {backup.store.url}")
@@ -9588,9 +9590,9 @@ def status(options: StatusOptions) -> Answer:
             if is_done or not options.wait:
                 break
             why = why_behind(document, options)
-            if why != said:
-                log.warning("waiting, the daemon says error=%s", quote("; ".join(why) or "all is well again"))
-            said = why
+            if why and not said:
+                log.warning("waiting, but the daemon is behind error=%s", quote("; ".join(why)))
+            said = said or why
             time.sleep(0.5)
     except Missing as fault:
         return Answer(BEHIND, {"behind": [str(fault)]}, f"BEHIND  {fault}")

@@ -218,6 +218,14 @@ def test_a_daemon_whose_name_was_taken_over_meanwhile_ends_with_exit_2_and_store
     assert kept(scene.bucket).keys() - before.keys() == {"node1.listings/owner.20991231T000000.000000Z.json"}
 
 
+def test_a_run_that_has_listed_everything_tells_a_restore_up_to_when_p8(scene: Scene, node: Node) -> None:
+    node.table("ks1", "users").flush()
+    node.snapshot("daily")
+    began = cassbackup.utc(time.time())
+    scene.once(*node.data_dirs)
+    assert newest_heartbeat(scene.bucket)["listed_through"] > began
+
+
 def test_nothing_is_adopted_where_nobody_has_the_name_and_none_was_given(scene: Scene, node: Node) -> None:
     daemon = scene._launch(*node.data_dirs, bucket=scene.bucket, args=("--adopt", "--name", ""), env=scene.environ)
     assert daemon.process.wait(60) == 2
