@@ -1061,7 +1061,7 @@ class FileStore(Store):
         synced = set[str]()
         results: list[Any] = [None] * len(items)
         files = [self._store(key, source, synced) for key, source in items]
-        for _ in range(4):
+        for _ in ("written", "durable", "visible", "durable by its name"):
             for number, file in enumerate(files):
                 try:
                     results[number] = results[number] or next(file)
@@ -1079,7 +1079,7 @@ class FileStore(Store):
             raise Unmounted(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
 
     def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
-        """Store one file, stopping three times to wait for the others of its group. The fourth time it is stored."""
+        """Store one file, and wait after each of put_all's steps for the others of its group."""
         path = self._path(key)
         number = random.getrandbits(64)
         temporary = f"{self._unfinished}/{os.getpid()}-{number:016x}"
@@ -1091,11 +1091,11 @@ class FileStore(Store):
                 info = os.fstat(file.fileno())
                 # So the kernel begins to write, and nobody waits for it yet.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                yield None
+                yield None  # written
                 os.fsync(file.fileno())
-                yield None
+                yield None  # durable
             folders = self._link(temporary, path)
-            yield None
+            yield None  # visible
             with self._faults():
                 for folder in folders - synced:
                     self._sync_folder(folder)
@@ -3060,8 +3060,12 @@ class Filters:
 
     def unmatched(self, names: Collection[str]) -> Iterator[str]:
         """Yield the filters that fit none of the keyspaces and ks.tables there are. Tags come and go: not theirs."""
-        keyspaces, excluded = ("keyspace", self.keyspace), ("exclude-keyspace", self.exclude_keyspace)
-        for option, patterns in (keyspaces, excluded, ("exclude-table", self.exclude_table)):
+        given = {
+            "keyspace": self.keyspace,
+            "exclude-keyspace": self.exclude_keyspace,
+            "exclude-table": self.exclude_table,
+        }
+        for option, patterns in given.items():
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     yield f"--{option} {pattern}"
@@ -4791,7 +4795,7 @@ class Workers:
     async def retry(self, operation: str, attempt: Callable[[], Awaitable[T]], most_s: float = math.inf) -> T:
         """Await an attempt, again and again while the store does not answer."""
         note = functools.partial(self.note, operation)
-        return await retry(attempt, min(most_s, self._patience_s), note, self._patience_s == math.inf)
+        return await retry(attempt, min(most_s, self._patience_s), note, may_be_mounted=self._patience_s == math.inf)
 
     async def _pinning_first(self) -> None:
         """Wait while there is something to pin, but for two seconds at most.
@@ -6954,6 +6958,11 @@ def origin_of(unit: Unit, entry: Known) -> tuple[str, str]:
     return home, f"{below[1:]}/"
 
 
+def generation_at(words: Sequence[str]) -> int:
+    """Return which word of an SSTable's name is its generation: nb-1-big, until 2.1 <ks>-<table>-ka-1."""
+    return -1 if words[-1].isdecimal() else 1
+
+
 @dataclass(frozen=True, slots=True)
 class SSTable:
     """An SSTable as one listing knows it."""
@@ -6982,9 +6991,7 @@ class SSTable:
     def age(self) -> Age:
         """Return what sorts SSTables of one table: numbers, and after them UUIDs, whose text sorts by time."""
         words = os.path.basename(self.name).split("-")
-        number = words[1]
-        if words[-1].isdecimal():
-            number = words[-1]  # <ks>-<table>-ka-1 until 2.1
+        number = words[generation_at(words)]
         if number.isdecimal():
             return 0, int(number), ""
         return 1, 0, number
@@ -7751,7 +7758,7 @@ def renamed(name: str, generation: int) -> str:
     """Return an SSTable's name with another generation: nb-7-big."""
     folder, slash, name = name.rpartition("/")
     words = name.split("-")
-    words[-1 if words[-1].isdecimal() else 1] = str(generation)
+    words[generation_at(words)] = str(generation)
     return folder + slash + "-".join(words)
 
 
@@ -8322,7 +8329,7 @@ class Verification:
             found = "denied" if isinstance(fault, Denied) else "failed"
             return Finding(found, f"cannot be read: {fault.what}")
 
-    def _is_recorded(self, info: ListingInfo) -> bool:
+    def _is_in_a_record(self, info: ListingInfo) -> bool:
         return info.key in {one.key for one in recorded_listings(self._store, self._node)}
 
     def _is_pruned(self, finding: Finding, users: Sequence[ListingInfo]) -> bool:
@@ -8335,7 +8342,7 @@ class Verification:
         # Two listings that tell different things of one key cannot both be right, so each is checked.
         named: dict[tuple[str, int, str], tuple[Known, list[ListingInfo]]] = {}
         for info, listing in zip(selected, spread(self._read, selected, self._threads), strict=True):
-            if isinstance(listing, Missing) and not self._is_recorded(info):
+            if isinstance(listing, Missing) and not self._is_in_a_record(info):
                 continue  # prune has let it go since
             if isinstance(listing, Fault):
                 self._note(info.key, Finding("unreadable", listing.what), [info], False)
@@ -9674,7 +9681,7 @@ def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     return sorted(set(found.values()))  # one for all data directories
 
 
-def _is_recorded(bucket: Bucket, keys: Iterable[str]) -> bool:
+def _was_recorded_before(bucket: Bucket, keys: Iterable[str]) -> bool:
     """Tell whether an earlier run has recorded all these listings as a tag's."""
     records = tag_records(bucket.store, bucket.here).values()
     return any(set(keys) <= set(record["listings"]) for record in records)
@@ -9811,7 +9818,7 @@ def snapshot(options: SnapshotOptions) -> Answer:
     try:
         _store_tag(options, tag)
         keys = find_listings(bucket, manifests_of(options, tag))
-        if not is_new and _is_recorded(bucket, keys):
+        if not is_new and _was_recorded_before(bucket, keys):
             hint = f"nodetool clearsnapshot -t {tag}, or pass another --tag"
             raise Fault(f"{tag} was taken and stored by an earlier run, and none was taken now", hint)
         record_tag(bucket, tag, keys, nodetool, options.cqlsh)
