@@ -1663,6 +1663,10 @@ class _Remote(Store):
                 self._refuses = True
         return info
 
+    def _unreadable(self, error: Exception) -> Unreachable:
+        what = f"{self.url}: an answer cannot be read ({error})"
+        return Unreachable(what, "is this the right kind of server? Is there a proxy or a portal between?")
+
     def _check_free(self, key: str) -> None:
         if self.head(key):
             raise Conflict(f"{quote(key)} is taken")
@@ -2214,10 +2218,7 @@ class S3Store(_Remote):
             # The store has answered before: whoever gives the credentials is away for a while.
             raise unanswered(self.url, error, "" if self._date[0] else _CREDENTIALS) from error
         except (ValueError, ResponseParserError) as error:  # botocore reads sizes and times in it
-            what = f"{self.url}: an answer cannot be read ({error})"
-            raise Unreachable(
-                what, "is this the right kind of server? Is there a proxy or a portal between?"
-            ) from error
+            raise self._unreadable(error) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
             raise unanswered(self.url, error, _CREDENTIALS) from error
 
@@ -2346,7 +2347,7 @@ class GCSStore(_Remote):
     def head(self, key: str) -> ObjectInfo | None:
         with self._faults(key):
             blob = self._bucket.get_blob(self._prefix + key, **self._limits)
-        return self._info(blob) if blob else None
+            return self._info(blob) if blob else None
 
     def holds(self, info: ObjectInfo, source: Source, crc32: str) -> bool:
         if info.crc32:
@@ -2354,10 +2355,11 @@ class GCSStore(_Remote):
         # A session cannot tell a CRC-32 that is known at its end. CRC-32C is what GCS itself knows of every object.
         with self._faults(info.key):
             blob = self._bucket.get_blob(self._prefix + info.key, **self._limits)
+            theirs = blob.crc32c if blob else ""
         crc32c = 0
         for piece in pieces(source):
             crc32c = self._crc32c(piece, crc32c)
-        return blob is not None and blob.crc32c == _base64_crc(crc32c)
+        return bool(theirs == _base64_crc(crc32c))
 
     def _info(self, blob: Any) -> ObjectInfo:
         key = blob.name.removeprefix(self._prefix)
@@ -2416,6 +2418,8 @@ class GCSStore(_Remote):
             if getattr(error, "retryable", False):  # whoever gives tokens is away for a while
                 cure = ""
             raise unanswered(self.url, error, cure) from error
+        except (AttributeError, TypeError, ValueError) as error:  # the SDK takes any JSON for what it has asked for
+            raise self._unreadable(error) from error
 
 
 def open_store(url: str, options: StoreOptions, new: bool = True) -> Store:
@@ -3665,6 +3669,7 @@ class Pinner(threading.Thread):
             return False
         if self._absent.pop(disk.root, None):
             log.warning("data directory is there path=%s", quote(disk.root))
+            self._tell_all_pinned([disk])  # whose units wait for it
         if disk not in self._opened:
             self._recover(disk)  # where that fails, it is tried again
             self._opened.add(disk)
@@ -3690,6 +3695,12 @@ class Pinner(threading.Thread):
     def _tell_pinned(self, disk: PinDirectory, relative: str, life: str) -> None:
         found = min(seconds_of(life), time.time())  # a clock that was once ahead has named lives in the future
         self._post(Touched(unit_of(disk.root, relative, life), disk, relative, 0, found))
+
+    def _tell_all_pinned(self, disks: Collection[PinDirectory]) -> None:
+        for life, homes in self._pins.items():
+            for disk, relative in homes:
+                if disk in disks:
+                    self._tell_pinned(disk, relative, life)
 
     def _resume(self, disk: PinDirectory, relative: str, life: str) -> Place | None:
         """Return the place in which a life goes on, if it does. What is listed of backups/ has no life.
@@ -4108,9 +4119,7 @@ class Pinner(threading.Thread):
         for place in self._places.values():
             place.listed = set()
             self._dirty[place] = None
-        for life, homes in self._pins.items():
-            for disk, relative in homes:
-                self._tell_pinned(disk, relative, life)  # what was listed, and is pinned all the same
+        self._tell_all_pinned(self._disks)  # what was listed, and is pinned all the same
         self._scanned = 0.0
         self._report()
         # Before we answer: whoever takes us for idle must find all of it pinned.

@@ -34,6 +34,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -541,6 +542,7 @@ class FaultProxy:
         self._rules: list[Rule] = []
         self._trace: list[Event] = []
         self.uploads: dict[str, str] = {}  # GCS resumable upload: key
+        self.lead_s = 0.0  # so far ahead is the store's clock, by the Date of its replies
         self._sockets: set[socket.socket] = set()
         self._listener = self._listen(0)
         self._port = self._listener.getsockname()[1]
@@ -724,6 +726,9 @@ class Exchange:
         passed = head.without("connection", "keep-alive")
         passed.start = "HTTP/1.1 " + head.start.split(" ", 1)[1]
         passed.headers.append(("Connection", "keep-alive" if keep else "close"))
+        if self.proxy.lead_s:
+            passed = passed.without("date")
+            passed.headers.append(("Date", formatdate(time.time() + self.proxy.lead_s, usegmt=True)))
         body: Iterable[bytes] = ()
         if has_body:
             body = (wire for wire, _ in read_body(self.store.file, head, until_eof=True))

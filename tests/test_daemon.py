@@ -732,6 +732,26 @@ def test_a_listing_that_was_under_way_when_the_bucket_was_made_anew_does_not_cou
     wait_for(lambda: scene.listings("snapshot") and is_restorable(), 60)
 
 
+def test_a_machine_that_was_set_back_to_an_earlier_state_takes_no_word_of_then_for_true_p1(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    """Its own clocks tell nothing of the weeks in which prune, on another machine, went on."""
+    node.incremental = False
+    for name in ("members", "users"):
+        node.table("ks1", name).flush()
+    scene.start(*node.data_dirs)
+    node.snapshot("monday")
+    scene.settled()
+    between.lead_s = 40 * 86400.0
+    scene.bucket.delete(*(key for key in scene.file_keys() if key.endswith("-Data.db")))
+    for table in node.tables:
+        table.snapshot("tuesday")
+        scene.settled(40)
+    objects, found = scene.bucket.objects(), scene.listings("snapshot")[2:]
+    assert [(one.of.tag, one.state) for one in found] == 2 * [("tuesday", "complete")]
+    assert [entry.key for one in found for entry in one.entries if entry.key not in objects] == []
+
+
 @pytest.mark.slow
 def test_a_data_directory_that_goes_away_is_red_until_it_is_back_p8(scene: Scene, node: Node) -> None:
     users = node.table("ks1", "users")
@@ -739,18 +759,46 @@ def test_a_data_directory_that_goes_away_is_red_until_it_is_back_p8(scene: Scene
     scene.start(*node.data_dirs, args=("--reconcile", "1s", "--heartbeat", "1s"))
     assert scene.settled()["behind"] == []
     (data,) = node.data_dirs
+    os.kill(scene.daemon.pid, signal.SIGSTOP)
+    written = utc(time.time())
+    late = users.directories()[0] / "backups" / users.flush().path("Index.db").name
+    late = late.rename(node.root / late.name)
     away = data.rename(data.with_name("away"))
-    gone = utc(time.time())
+    os.kill(scene.daemon.pid, signal.SIGCONT)
     wait_for(lambda: str(data) in " ".join(scene.page()["behind"]))
     since = utc(time.time())
     wait_for(lambda: newest_heartbeat(scene.bucket)["scanned"] > since)
-    assert newest_heartbeat(scene.bucket)["listed_through"] < gone, "nobody sees what is written to it"
+    assert newest_heartbeat(scene.bucket)["listed_through"] < written, "nobody sees what is written to it"
     away.rename(data)
+    wait_for(lambda: newest_heartbeat(scene.bucket)["pending_units"])
+    assert newest_heartbeat(scene.bucket)["listed_through"] < written, "it was written before it was found"
+    late.rename(users.directories()[0] / "backups" / late.name)
     wait_for(lambda: scene.page()["behind"] == [])
     wait_for(lambda: newest_heartbeat(scene.bucket)["listed_through"] > since)
     users.flush()
     scene.settled()
     scene.assert_all_is_listed(node.history)
+
+
+def test_what_is_pinned_on_a_disk_that_goes_away_is_listed_as_soon_as_it_is_back_p8(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    node.table("ks1", "users").flush()
+    scene.start(*node.data_dirs, args=("--reconcile", "1s"))
+    scene.settled()
+    between.down()
+    node.snapshot("daily")
+    scene.until_found(8 + 10)
+    node.clear()
+    away = node.root.rename(node.root.with_name("away"))
+    wait_for(lambda: "data directory away" in " ".join(scene.page()["behind"]))
+    between.up()
+    wait_for(lambda: "its pin directory is away" in " ".join(scene.page()["behind"]))
+    away.rename(node.root)
+    wait_for(lambda: not scene.page()["pending"]["units"], 30)  # it would be tried again after a minute anyhow
+    assert scene.settled()["behind"] == []
+    scene.assert_all_is_listed(node.history)
+    assert_no_pin_is_left(area_of(node))
 
 
 @pytest.mark.slow
@@ -801,6 +849,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs the right to mount")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Take all room of a disk."""
+    with contextlib.suppress(OSError), (disk / "full").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 @pytest.mark.slow
@@ -860,11 +915,12 @@ def test_a_disk_that_is_full_to_the_last_block_gives_pins_up_all_the_same(
     scene.until_found(len(list(node.history.files())))
     node.clear("daily")
     users.sstables[0].remove()
-    with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
-        while file.write(b"\0" * 4096) == 4096:
-            pass
+    fill(small_disk)
     wait_for(lambda: "LOST" in scene.daemon.log())
     wait_for(lambda: os.statvfs(small_disk).f_bavail > 1000)
+    scene.daemon.kill()
+    fill(small_disk)
+    scene.restart()  # there is no room to write the names of what is lost once more
 
 
 def test_the_newest_sstable_of_a_table_stays_in_backups_though_a_backlog_is_listed_newest_first() -> None:
@@ -1062,9 +1118,7 @@ def test_a_daemon_that_starts_on_a_full_disk_stores_what_is_there(scene: Scene, 
     scene.daemon.kill()
     users.flush()
     node.snapshot("daily")
-    with contextlib.suppress(OSError), (small_disk / "full").open("wb", 0) as file:
-        while True:
-            file.write(bytes(4096))
+    fill(small_disk)
     scene.restart()
     wait_for(lambda: any(found.state == "complete" for found in scene.listings("snapshot")))
     scene.settled()

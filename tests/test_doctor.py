@@ -276,6 +276,8 @@ def test_no_right_to_delete_is_good_and_the_probe_does_not_pile_up(in_s3: Doctor
         found = in_s3()["bucket"]
         assert (found["result"], "may not delete, which is good for a daemon" in found["detail"]) == ("ok", True)
     assert list(in_s3.bucket.keys()) == ["node1.doctor"]
+    faulty.on("PUT", "node1.doctor", s3_error(403, "AccessDenied"), count=None)
+    assert in_s3()["bucket"]["detail"].startswith("put: "), "that the key is taken says HEAD, too"
 
 
 @pytest.mark.skipif(not machine_id(), reason="this machine has no machine-id")

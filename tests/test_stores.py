@@ -1125,6 +1125,7 @@ BURSTS: dict[str, Action] = {
     "400-digest": s3_error(400, "BadDigest"),
     "error-in-200": Respond(200, XML + b"<Error><Code>InternalError</Code><Message>x</Message></Error>"),
     "portal": Respond(200, b"<html><body>Please log in</body></html>", {"Content-Type": "text/html"}),
+    "page": Respond(200, b"OK", {"ETag": 'W/"2-nOO9QiTIwXgNtWtBJezz8kv3SLc"'}),  # as many frameworks answer
     "nothing": Respond(200),
     "reset": Drop("before"),
     "reset-late": Drop("sent"),
@@ -1473,6 +1474,14 @@ def test_a_list_that_cannot_be_read_is_no_traceback(weak: Store, faulty: FaultPr
         keys(weak)
 
 
+@pytest.mark.parametrize("status", [200, 203])  # of a 200 botocore makes a 500, but before 2023 it did not
+def test_a_page_that_is_no_xml_is_no_list(weak: Store, faulty: FaultProxy, status: int) -> None:
+    faulty.on("GET", "list-type", Respond(status, b"<!DOCTYPE html><meta charset=utf-8>&nbsp;<br>"), count=None)
+    for ask in (lambda: keys(weak), lambda: weak.prefixes("")):
+        with pytest.raises(Unreachable):
+            ask()
+
+
 def test_a_server_that_deletes_no_batches_is_asked_for_one_key_after_the_other(
     weak: Store, faulty: FaultProxy, moto: Bucket
 ) -> None:
@@ -1552,6 +1561,18 @@ def test_gcs_tells_an_absent_object_from_an_absent_bucket(gcs: Bucket, proxy: Pr
     faulty.on("", "", google_error("The specified bucket does not exist."), count=None)
     for ask in (lambda: keys(store), lambda: read(store, KEY), lambda: store._put_body(KEY, BODY)):  # type: ignore[attr-defined]
         with pytest.raises(Denied, match="does not exist"):
+            ask()
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"status": "ok"}'])
+def test_json_that_is_no_answer_to_a_question_of_ours_is_neither_an_empty_bucket_nor_a_traceback(
+    gcs: Bucket, proxy: Proxied, opened: Opener, body: bytes
+) -> None:
+    faulty = proxy(gcs)
+    store = opened(gcs, faulty.url)
+    faulty.on("GET", "", Respond(200, body), count=None)
+    for ask in (lambda: keys(store), lambda: store.prefixes(""), lambda: store.head(KEY)):
+        with pytest.raises(Unreachable, match="a proxy or a portal between"):
             ask()
 
 
