@@ -153,7 +153,8 @@ DAY_S: Final = 24 * 3600.0
 STOP_S: Final = 30.0  # what is under way at SIGTERM may take so long to end
 
 KEY_BYTES: Final = 900  # S3 and GCS end a key at 1,024 bytes; room for the prefix and @crc32.<UTC>
-NAME_BYTES: Final = 200  # a component of a key, so that file:// can hold it too (NAME_MAX is 255)
+NAME_MAX: Final = 255  # bytes of a name in a file system, and so of what file:// can hold
+NAME_BYTES: Final = 200  # a file's name in a key: @<crc32>.<UTC> may follow
 
 # Cassandra's own (SchemaConstants); anybody may call one of his system_something.
 SYSTEM_KEYSPACES: Final = (
@@ -434,10 +435,10 @@ def hash_name(text: str) -> str:
     return hashlib.sha1(text.encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()
 
 
-def component(name: str, slash: str = "/") -> str:
+def component(name: str, slash: str = "/", most: int = NAME_BYTES) -> str:
     """Return a name as a component of a key. Too long, it is hashed; quote never begins a name with %%."""
     quoted = quote(name, slash)
-    if len(quoted.encode()) <= NAME_BYTES:
+    if len(quoted.encode()) <= most:
         return quoted
     return "%%" + hash_name(name)
 
@@ -525,11 +526,11 @@ class Clock:
 
 
 def table_prefix(node: str, keyspace: str, table: str) -> str:
-    """Return the prefix of all listings of a table."""
-    first = component(keyspace)
+    """Return the prefix of all listings of a table. Who reads a listing's key must find the true names in it."""
+    first = component(keyspace, most=NAME_MAX)
     if keyspace in _OUR_FOLDERS:
         first = "%%" + keyspace  # prune deletes what is old in heartbeat/ and bad/
-    return f"{node}.listings/{first}/{component(table)}/"
+    return f"{node}.listings/{first}/{component(table, most=NAME_MAX)}/"
 
 
 def unit_prefix(node: str, unit: Unit) -> str:
@@ -539,7 +540,7 @@ def unit_prefix(node: str, unit: Unit) -> str:
     table = table_prefix(node, unit.keyspace, unit.table)
     if unit.kind == "incremental":
         return table + "backups/"
-    tag = f"{table}snapshots/{component(unit.tag)}/"
+    tag = f"{table}snapshots/{component(unit.tag, most=NAME_MAX)}/"
     return f"{tag}{unit.life}/" if unit.life else tag
 
 
@@ -2720,7 +2721,7 @@ def yaml_texts(text: str, key: str) -> list[str]:
 
 
 def configured_directories() -> list[str]:
-    """Return the data directories that cassandra.yaml names.
+    """Return the data directories that cassandra.yaml names. Raises Usage where it names that of system tables alone.
 
     Since 4.0 Cassandra may keep its own tables, and with them host id, tokens and schema, on a disk of their own
     (CASSANDRA-14793).
@@ -2729,7 +2730,11 @@ def configured_directories() -> list[str]:
         if os.path.exists(path):
             with open(path, errors="surrogateescape") as file:
                 text = file.read()
-            return yaml_texts(text, "data_file_directories") + yaml_texts(text, "local_system_data_file_directory")
+            data = yaml_texts(text, "data_file_directories")
+            system = yaml_texts(text, "local_system_data_file_directory")
+            if system and not data:  # then Cassandra has its data below its own home
+                raise Usage(f"{path} names no data_file_directories", "name all data directories as PATHs")
+            return data + system
     return []
 
 
@@ -3061,6 +3066,10 @@ class Filters:
         if self.only_tag or not self.include or not self.include.search(path):
             return False
         return not (self.exclude and self.exclude.search(path))
+
+    def is_archive(self, root: str) -> bool:
+        """Tell whether a path is one of archived commit logs: those go as soon as they are stored."""
+        return self.wants_file(f"{root}/CommitLog-7-1.log")
 
     def unmatched(self, names: Collection[str]) -> Iterator[str]:
         """Yield the filters that fit none of the keyspaces and ks.tables there are. Tags come and go: not theirs."""
@@ -3658,9 +3667,10 @@ class Pinner(threading.Thread):
             why = str(fault)
         ours = [place for place in self._places.values() if place.disk is disk]
         had_tables = any(place.is_table for place in ours)
-        if why == _EMPTY and self._filters.include and not had_tables:
-            return False  # archived commit logs go as soon as they are stored
-        if not why and not self._filters.include and not had_tables and not any(tables_in(disk.root)):
+        is_archive = self._filters.is_archive(disk.root)
+        if why == _EMPTY and is_archive and not had_tables:
+            return False
+        if not why and not is_archive and not had_tables and not any(tables_in(disk.root)):
             why = "it has no tables: name the directory above the keyspaces"  # as Cassandra's own always has
         if why:
             if disk.root not in self._absent:
@@ -4406,9 +4416,18 @@ def newest_document(store: Store, prefix: str) -> dict[str, Any]:
 
 def read_documents(store: Store, folder: str) -> Iterator[tuple[ObjectInfo, dict[str, Any]]]:
     """Yield the JSON objects in a folder, in the order of their keys. Raises Corrupt, Usage."""
-    for info in store.list(folder):
-        with contextlib.suppress(Missing):  # deleted since the list
-            yield info, load_document(info.key, read_object(store, info.key))
+    after = ""
+    is_whole = False
+    while not is_whole:
+        is_whole = True
+        for info in store.list(folder, after):
+            after = info.key
+            try:
+                document = load_document(info.key, read_object(store, info.key))
+            except Missing:  # deleted since the list: what was written in its place before that comes after it
+                is_whole = False
+                break
+            yield info, document
 
 
 def check_owner(owner: Mapping[str, Any], machine: str, what: str) -> None:
@@ -6708,7 +6727,7 @@ def group_snapshots(snapshots: Iterable[Snapshot]) -> list[list[Snapshot]]:
 def is_meant(snapshot: Snapshot, word: str) -> bool:
     """Tell whether TAG, or TAG@<the beginning of its UTC>, means a snapshot; "" means all. A tag may hold an @ too."""
     unit = snapshot.unit
-    if word in ("", unit.tag) or component(word, "%2F") == unit.tag:
+    if word in ("", unit.tag) or component(word, "%2F", NAME_MAX) == unit.tag:
         return True
     tag, _, life = word.rpartition("@")
     return unit.tag == tag and unit.life.startswith(life)
@@ -6747,7 +6766,8 @@ def tag_records(store: Patient, node: str) -> dict[str, dict[str, Any]]:
             raise Corrupt(f"{quote(info.key)} cannot be read ({error!r})", "put it right or delete it") from None
         # Prune writes a record anew, and then deletes the old one; where it died in between, both are there.
         if life in newest:
-            del records[newest[life]]
+            pruned += [key for key in records.pop(newest[life])["pruned"] if key not in pruned]
+            record["listings"] = [key for key in listings if key not in pruned]
         newest[life] = info.key
         records[info.key] = record
     return records
@@ -7339,9 +7359,9 @@ def open_folder(placed: Placed) -> Iterator[int]:
         for part in placed.path.split("/")[:-1]:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(part, 0o755, dir_fd=fd)
-                if os.geteuid() == 0:
-                    os.chown(part, *owner, dir_fd=fd, follow_symlinks=False)
                 os.fsync(fd)
+            if os.geteuid() == 0:  # each time: a run that was killed may have made it
+                os.chown(part, *owner, dir_fd=fd, follow_symlinks=False)
             below = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
             os.close(fd)
             fd = below
@@ -7560,7 +7580,7 @@ def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
 def less_pruned(one: Chosen, pruned: Mapping[str, float], before: float) -> Chosen:
     """Note as lacking what prune may have let go of backups/ between the base of a table and a moment."""
     cut = pruned.get(f"{one.keyspace}/{one.table}", 0.0)
-    if one.base.end >= min(cut, before):
+    if one.base.end >= min(cut, before) or created_at(one.table) > before:
         return one
     what = f"prune has let go what was flushed until {moment_text(utc(cut))}; --tag restores a snapshot as it is"
     return replace(one, lacking=(*one.lacking, what))
@@ -7894,6 +7914,10 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
     notes = list(notes_on(reader, tables, at if is_moment else 0.0))
     if options.schema_only:
         notes.extend(f"{one}: no schema.cql" for one in tables if not one.schema)
+    if options.archive:
+        others = map(unquote, bucket.store.prefixes(f"{node.name}.listings/archive/"))
+        below = [other for other in others if other.startswith(os.path.normpath(options.archive) + "/")]
+        notes.extend(f"{quote(other)} is an archive of its own: restore it, too" for other in below)
     is_all = not (options.table or options.in_place or options.archive)
     if is_all and "system_auth" in bucket.store.prefixes(f"{node.name}.listings/"):
         notes.append("system_auth, which has roles and grants, is left out; --table system_auth takes it")
@@ -7927,7 +7951,9 @@ def make_target(into: str) -> None:
             raise Usage(f"{quote(into)} is in the data directory {quote(above)}", "choose another --into")
         above = os.path.dirname(above)
     try:
-        os.makedirs(into, exist_ok=True)
+        if not os.path.isdir(into):
+            os.makedirs(into)
+            os.chmod(into, 0o755)  # sudo may come with a umask of 077, and Cassandra must read what it imports
         if not os.access(into, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
@@ -7938,9 +7964,10 @@ def make_target(into: str) -> None:
 def check_target(top: str, placed: Sequence[Placed]) -> None:
     """Refuse a directory that holds anything but what an earlier run of this restore left. Raises Usage."""
     planned = {one.whole_path: one.entry.size for one in placed}
+    is_staged = any(one.root == top for one in placed)
     for folder, folders, names in os.walk(top):
         names += [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        if folder == top:
+        if folder == top and not is_staged:  # there these are keyspaces
             folders[:] = [name for name in folders if name not in ("snapshots", "backups")]
         for name in names:
             path = os.path.join(folder, name)
@@ -8111,14 +8138,21 @@ def restore_in_place(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dic
     roots = {one.root for one in plan.files}
     # What lies in a data directory that gets no file is read by Cassandra all the same.
     roots.update(os.path.abspath(word.rpartition("=")[2]) for word in options.data_dir)
-    if not options.data_dir:
-        roots.update(data_directories())
+    with contextlib.suppress(Usage):
+        live = set(data_directories())
+        if not options.data_dir or roots & live:
+            roots |= live
     if not any(one.keyspace == "system_schema" for one in plan.tables):  # with which the ids come back, too
         check_table_ids(roots, plan.tables)
     tops = []
     for root in sorted(roots):
         tops += [os.path.join(root, one.keyspace, one.table) for one in plan.tables]
-    return receive_safely(bucket, tops, plan.files)
+    wrong = receive_safely(bucket, tops, plan.files)
+    pids = cassandra_pids()
+    if pids:
+        what = f"Cassandra was started meanwhile (pid {' '.join(pids)}), and has seen a part of these files"
+        raise Fault(what, "stop it, empty the directories of these tables, and restore again")
+    return wrong
 
 
 def advice(plan: Plan, options: RestoreOptions) -> str:
@@ -8282,8 +8316,9 @@ class Verification:
             for info in infos:
                 recorded.pop(info.key, None)
             self._check_table(infos)
+        still = {info.key for info in recorded_listings(self._store, self._node)} if recorded else set()
         for key, info in sorted(recorded.items()):
-            if self._select([info]):
+            if key in still and self._select([info]):
                 self._listings += 1
                 self._note(key, Finding("gone", "is gone, and prune did not delete it"), [info], False)
         if not self._listings:
@@ -8726,7 +8761,8 @@ class Pruning:
         # Read before the listings: what one of these names, and is no listing then, is gone.
         tags = {info.key for info in self._list(".listings/tags/")}
         records = tag_records(self._store, self.node)
-        self._over += sorted(tags - records.keys())  # a prune that died, or another one at once, has written it anew
+        doubles = sorted(tags - records.keys())  # a prune that died, or another one at once, has written it anew
+        self._over += doubles
         marks = list(read_documents(self._store, f"{self.node}.listings/bad/"))
         bad = read_bad_keys(self._store, self.node)
         there = listings_of(self._store, self.node, strict=True)
@@ -8734,7 +8770,8 @@ class Pruning:
             self._plan_table(list(group), bad)
         oldest = min((one["taken"] for one in self.snapshots if one["stays"]), default="")
         for key, record in records.items():
-            self._plan_record(key, record, "" if self._options.tag else oldest)
+            is_double = any(one.startswith(f"{key.rpartition('/')[0]}/") for one in doubles)
+            self._plan_record(key, record, "" if self._options.tag else oldest, is_double)
         if not self._options.tag:
             self._plan_rest(oldest)
         self._plan_marks(marks)
@@ -8756,7 +8793,10 @@ class Pruning:
             stays = self._stays(info, listing, bases)
             self._note(stays, [info], objects)
             if not stays and info.unit.kind == "incremental":
-                moments = [self._cut.get(info.unit.place, 0.0), *(one.written for one in sstables_of(listing))]
+                end = min(base.end for base in bases)  # from there on nothing is lacking
+                seen = seconds_of(listing.taken)  # an import may have kept its old times
+                moments = [self._cut.get(info.unit.place, 0.0)]
+                moments += [min(end, max(one.written, seen)) for one in sstables_of(listing)]
                 if listing.lost:
                     moments.append(seconds_of(listing.taken))
                 self._cut[info.unit.place] = max(moments)
@@ -8824,7 +8864,7 @@ class Pruning:
         if 2 * going > there and not self._options.force:
             self.doubts.append(f"{going} of {there} {what} would go")
 
-    def _plan_record(self, key: str, record: dict[str, Any], oldest: str) -> None:
+    def _plan_record(self, key: str, record: dict[str, Any], oldest: str, is_double: bool) -> None:
         """Have a tag record of which some listings go written anew, and let one go that names none which stays.
 
         What it names, and somebody else has deleted, nothing else tells of: that stays until it is older than `oldest`.
@@ -8834,9 +8874,9 @@ class Pruning:
         left = [one for one in listings if one not in expired]
         if record["taken"] < oldest and not any(self._keys.has(_REMAINS, one) for one in left):
             left = []
-        if expired or not left:
+        if expired or is_double or not left:
             self._over.append(key)
-        if expired and left:
+        if left and (expired or is_double):
             anew = {**record, "listings": left, "pruned": record["pruned"] + expired}
             self._records.append((key.rpartition("/")[0], anew))
 
@@ -9036,13 +9076,18 @@ def _check_user(options: DoctorOptions) -> str:
 
 def _check_data(options: DoctorOptions) -> str:
     named = {os.path.realpath(path) for path in data_directories(options.paths)}
-    for path in configured_directories():
+    configured = list[str]()
+    with contextlib.suppress(Usage):
+        configured = configured_directories()
+    for path in configured:
         if os.path.realpath(path) not in named:
             raise Fault(f"{quote(path)} of cassandra.yaml is not backed up", "name it as a PATH, too")
     names = set[str]()
     count = 0
     for root in data_directories(options.paths):
         tables = list(tables_in(root))
+        if not tables and options.filters.is_archive(root):
+            continue
         if not tables:
             where = f"{root}/data" if "data" in os.listdir(root) else "the directory above the keyspaces"
             raise Fault(f"{quote(root)} has no tables", f"name {where}")
@@ -9805,10 +9850,10 @@ def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> bool:
 
 def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool) -> None:
     """Clear snapshots of ours that an earlier run could not clear, and that are listed by now."""
-    manifests = manifests_of(options, f"{_OWN_TAG}*")
+    manifests = manifests_of(options, f"{_OWN_TAG}{'[0-9]' * 8}T{'[0-9]' * 4}Z")
     tags = {path.split("/")[-2] for path in manifests}
     for tag in sorted(tags):
-        with contextlib.suppress(Fault):
+        with contextlib.suppress(Fault, OSError):  # it may go at any moment: Cassandra's own TTL, another run
             find_listings(bucket, manifests_of(options, tag))
             nodetool("clearsnapshot", "-t", tag)
 
@@ -9820,6 +9865,9 @@ def snapshot(options: SnapshotOptions) -> Answer:
     tag = options.tag or f"{_OWN_TAG}{minute}Z"
     if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,199}", tag) or tag in (".", ".."):
         raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, _ . and -, no - in front")
+    for keyspace in options.keyspaces:
+        if not options.filters.wants_directory(keyspace):
+            raise Usage(f"the settings leave {keyspace} out", "see CASSBACKUP_KEYSPACE and CASSBACKUP_EXCLUDE_KEYSPACE")
     bucket = open_bucket(options)
     _agree_with_daemon(options, bucket)
     _clear_earlier(bucket, options, nodetool)
@@ -9835,7 +9883,7 @@ def snapshot(options: SnapshotOptions) -> Answer:
         log.warning("the snapshot stays on disk tag=%s hint=run this again, or: nodetool clearsnapshot -t %s", tag, tag)
         raise
     if not options.keep:
-        nodetool("clearsnapshot", "-t", tag)
+        nodetool("clearsnapshot", "-t", tag, *options.keyspaces)  # another's may have a snapshot of this name
     text = f"{tag}: {len(keys)} tables, listed complete in {bucket.store.url}"
     return Answer(DONE, {"tag": tag, "tables": len(keys), "listings": keys}, text)
 
@@ -10085,6 +10133,7 @@ _TABLES = asked("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; gl
 _LATEST = asked("--latest", "", "", "the newest there is of each table")
 _ALL = asked("--all-nodes", "", "", "every node of the bucket, or of --cluster")
 _PATHS = Option("paths", "PATH", (), "data directories, with a / in each (default: as cassandra.yaml says)")
+_INCLUDE = Option("--include -i", "REGEX", "", "archives: also files outside snapshots/ and backups/ at such paths")
 _PIN_DIR = Option("--pin-dir", "DIR", "", "hold files here, on the data's mount (default: .cassbackup beside the data)")
 _LISTEN = Option("--metrics-listen", "ADDR", "", "answer Prometheus at [HOST]:PORT (HOST: 127.0.0.1)")
 _STATE = Option("--state-dir", "DIR", "", "ledger, socket, lock (default: /var/lib/cassbackup or ~/.local/state/...)")
@@ -10127,7 +10176,7 @@ _WATCH = (
     asked("--adopt", "", "", "take a node's name over from another machine: rebuilt around its disk"),
     asked("--full", "", "", "send everything, even what is stored under another snapshot"),
     Option("--exclude-tag", "GLOB", (), "not the snapshots with these tags"),
-    Option("--include -i", "REGEX", "", "archives: also files outside snapshots/ and backups/ at such paths"),
+    _INCLUDE,
     Option("--exclude -e", "REGEX", "", "of those, not the ones at such paths"),
     Option("--delete-uploaded-incrementals", "", "", "delete an SSTable from backups/ once listed complete"),
     _PIN_DIR,
@@ -10201,7 +10250,7 @@ _REPORT = (
     asked("--out", "FILE", "cassbackup-report.html", "where the page goes; - is stdout"),
     *(_THREADS, _JSON),
 )
-_TRIED = (_PIN_DIR._replace(help=""), _LISTEN._replace(help=""))  # the daemon's
+_TRIED = (_PIN_DIR._replace(help=""), _LISTEN._replace(help=""), _INCLUDE._replace(help=""))  # the daemon's
 _DOCTOR = (_PATHS, _NODETOOL, _NAME, *_ENCRYPT, _JSON, *_TRIED)
 _LIST = (_TAG, _TABLES, _THREADS, _JSON)
 _COMMON = (
