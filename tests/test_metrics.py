@@ -252,7 +252,7 @@ def test_an_address_that_cannot_be_read_is_named(scene: Scene, node: Node, addre
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The alerts, and what the README says of them
+# The alerts, and what is said of them
 
 
 def promtool(*args: object) -> subprocess.CompletedProcess[str]:
@@ -277,12 +277,10 @@ def test_what_alerts_dashboard_and_readme_name_exists(scene: Scene, node: Node) 
     families = [*text_string_to_metric_families(textfile_of_once(scene, node).read_text())]
     names = {sample.name for family in families for sample in family.samples}
     names |= {family.name + "_total" * (family.type == "counter") for family in families}  # also those without a series
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert len(names_in(ALERTS)) > 10
     assert names_in(ALERTS) - names == set()
     assert names_in(DASHBOARD) - names == set()
     assert names_in(REPOSITORY / "README.md") - names == set()
-    assert [alert for alert in alerts() if alert not in readme] == []
 
 
 def test_the_handbook_explains_every_metric_and_every_alert() -> None:
