@@ -3067,9 +3067,12 @@ class Filters:
             return False
         return not (self.exclude and self.exclude.search(path))
 
-    def is_archive(self, root: str) -> bool:
-        """Tell whether a path is one of archived commit logs: those go as soon as they are stored."""
-        return self.wants_file(f"{root}/CommitLog-7-1.log")
+    def may_be_archive(self, root: str) -> bool:
+        """Tell whether a path without tables may be one of archives: those go as soon as they are stored."""
+        configured = list[str]()
+        with contextlib.suppress(Usage):
+            configured = configured_directories()
+        return self.include is not None and root not in map(os.path.abspath, configured)
 
     def unmatched(self, names: Collection[str]) -> Iterator[str]:
         """Yield the filters that fit none of the keyspaces and ks.tables there are. Tags come and go: not theirs."""
@@ -3667,10 +3670,10 @@ class Pinner(threading.Thread):
             why = str(fault)
         ours = [place for place in self._places.values() if place.disk is disk]
         had_tables = any(place.is_table for place in ours)
-        is_archive = self._filters.is_archive(disk.root)
-        if why == _EMPTY and is_archive and not had_tables:
+        may_be_archive = not had_tables and self._filters.may_be_archive(disk.root)
+        if why == _EMPTY and may_be_archive:
             return False
-        if not why and not is_archive and not had_tables and not any(tables_in(disk.root)):
+        if not why and not may_be_archive and not had_tables and not any(tables_in(disk.root)):
             why = "it has no tables: name the directory above the keyspaces"  # as Cassandra's own always has
         if why:
             if disk.root not in self._absent:
@@ -7360,7 +7363,8 @@ def open_folder(placed: Placed) -> Iterator[int]:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(part, 0o755, dir_fd=fd)
                 os.fsync(fd)
-            if os.geteuid() == 0:  # each time: a run that was killed may have made it
+            if os.geteuid() == 0 and os.stat(part, dir_fd=fd, follow_symlinks=False).st_uid == 0:
+                # Also what was there: a run that was killed may have made it.
                 os.chown(part, *owner, dir_fd=fd, follow_symlinks=False)
             below = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
             os.close(fd)
@@ -7951,9 +7955,11 @@ def make_target(into: str) -> None:
             raise Usage(f"{quote(into)} is in the data directory {quote(above)}", "choose another --into")
         above = os.path.dirname(above)
     try:
-        if not os.path.isdir(into):
-            os.makedirs(into)
-            os.chmod(into, 0o755)  # sudo may come with a umask of 077, and Cassandra must read what it imports
+        mask = os.umask(0o022)  # sudo may come with one of 077, and Cassandra must read what it imports
+        try:
+            os.makedirs(into, exist_ok=True)
+        finally:
+            os.umask(mask)
         if not os.access(into, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
@@ -9086,7 +9092,7 @@ def _check_data(options: DoctorOptions) -> str:
     count = 0
     for root in data_directories(options.paths):
         tables = list(tables_in(root))
-        if not tables and options.filters.is_archive(root):
+        if not tables and options.filters.may_be_archive(root):
             continue
         if not tables:
             where = f"{root}/data" if "data" in os.listdir(root) else "the directory above the keyspaces"
@@ -9682,7 +9688,8 @@ class SnapshotOptions(BucketOptions):
 def wanted_tables(options: SnapshotOptions, roots: Iterable[str]) -> list[str]:
     """Return the tables that are to be stored, as keyspace/table-id."""
     there = {place for root in roots for place in tables_in(root)}
-    return sorted(filter(options.filters.wants_directory, there))
+    wanted = sorted(filter(options.filters.wants_directory, there))
+    return [place for place in wanted if not options.keyspaces or place.split("/")[0] in options.keyspaces]
 
 
 def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
@@ -9699,8 +9706,6 @@ def check_taken(options: SnapshotOptions, tag: str) -> None:
     """Refuse a tag that some tables lack: a `nodetool snapshot` that was broken off leaves it so. Raises Fault."""
     roots = data_directories(options.paths)
     tables = wanted_tables(options, roots)
-    if options.keyspaces:
-        tables = [place for place in tables if place.split("/")[0] in options.keyspaces]
     manifests, bare = read_tag(roots, tables, tag)
     if manifests and bare:
         hint = f"it was broken off: nodetool clearsnapshot -t {tag}, and run this again"
@@ -9850,6 +9855,7 @@ def _take(nodetool: Nodetool, options: SnapshotOptions, tag: str) -> bool:
 
 def _clear_earlier(bucket: Bucket, options: SnapshotOptions, nodetool: Nodetool) -> None:
     """Clear snapshots of ours that an earlier run could not clear, and that are listed by now."""
+    options = replace(options, keyspaces=())  # a tag is cleared in all of them
     manifests = manifests_of(options, f"{_OWN_TAG}{'[0-9]' * 8}T{'[0-9]' * 4}Z")
     tags = {path.split("/")[-2] for path in manifests}
     for tag in sorted(tags):
