@@ -3063,16 +3063,17 @@ class Filters:
 
     def wants_file(self, path: str) -> bool:
         """Tell whether a file outside snapshots/ and backups/ is wanted."""
-        if self.only_tag or not self.include or not self.include.search(path):
-            return False
-        return not (self.exclude and self.exclude.search(path))
+        return not self.only_tag and self._includes(path)
 
-    def may_be_archive(self, root: str) -> bool:
-        """Tell whether a path without tables may be one of archives: those go as soon as they are stored."""
-        configured = list[str]()
-        with contextlib.suppress(Usage):
-            configured = configured_directories()
-        return self.include is not None and root not in map(os.path.abspath, configured)
+    def _includes(self, path: str) -> bool:
+        return bool(self.include and self.include.search(path)) and not (self.exclude and self.exclude.search(path))
+
+    def is_archive(self, root: str, roots: Iterable[str]) -> bool:
+        """Tell whether one of all paths is, or may be, one of archived files: those go as soon as they are stored."""
+        told = [path for path in roots if self._includes(f"{path}/CommitLog-7-1.log")]
+        if told:
+            return root in told
+        return self.include is not None  # archived files have other names, as .gz: nothing can be told
 
     def unmatched(self, names: Collection[str]) -> Iterator[str]:
         """Yield the filters that fit none of the keyspaces and ks.tables there are. Tags come and go: not theirs."""
@@ -3670,10 +3671,10 @@ class Pinner(threading.Thread):
             why = str(fault)
         ours = [place for place in self._places.values() if place.disk is disk]
         had_tables = any(place.is_table for place in ours)
-        may_be_archive = not had_tables and self._filters.may_be_archive(disk.root)
-        if why == _EMPTY and may_be_archive:
+        is_archive = self._filters.is_archive(disk.root, [other.root for other in self._disks])
+        if why == _EMPTY and is_archive and not had_tables:
             return False
-        if not why and not may_be_archive and not had_tables and not any(tables_in(disk.root)):
+        if not why and not is_archive and not had_tables and not any(tables_in(disk.root)):
             why = "it has no tables: name the directory above the keyspaces"  # as Cassandra's own always has
         if why:
             if disk.root not in self._absent:
@@ -9090,9 +9091,10 @@ def _check_data(options: DoctorOptions) -> str:
             raise Fault(f"{quote(path)} of cassandra.yaml is not backed up", "name it as a PATH, too")
     names = set[str]()
     count = 0
-    for root in data_directories(options.paths):
+    roots = data_directories(options.paths)
+    for root in roots:
         tables = list(tables_in(root))
-        if not tables and options.filters.may_be_archive(root):
+        if not tables and options.filters.is_archive(root, roots):
             continue
         if not tables:
             where = f"{root}/data" if "data" in os.listdir(root) else "the directory above the keyspaces"

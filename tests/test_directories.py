@@ -41,6 +41,14 @@ def test_the_disk_of_cassandras_own_tables_is_a_data_directory_too(yaml: Path) -
     assert data_directories(["/mine"]) == ["/mine"]
 
 
+def test_a_yaml_that_names_the_disk_of_cassandras_own_tables_alone_is_refused(yaml: Path) -> None:
+    """The others are then below Cassandra's home, wherever that is."""
+    yaml.write_text("# data_file_directories: [/d1]\nlocal_system_data_file_directory: /system-disk\n")
+    with pytest.raises(Usage, match="names no data_file_directories"):
+        data_directories()
+    assert data_directories(["/mine"]) == ["/mine"]
+
+
 def test_a_data_directory_inside_another_is_refused(yaml: Path) -> None:
     yaml.write_text("data_file_directories: [/d1, /d1/more]\n")
     with pytest.raises(Usage, match="inside another"):

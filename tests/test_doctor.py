@@ -169,6 +169,18 @@ def test_a_path_too_high_or_too_deep_is_told_before_it_protects_nothing(
     assert found["cure"] == cure.format(root=doctor.node.root)
 
 
+@pytest.mark.parametrize("include", ["/archive/", r"\.log\.gz$"])
+def test_an_archive_among_the_paths_needs_no_tables_but_must_be_there(
+    doctor: Doctor, tmp_path: Path, include: str
+) -> None:
+    paths = [*doctor.node.data_dirs, tmp_path / "archive"]
+    assert doctor("--include", include, paths=paths)["link"]["result"] == "bad"
+    paths[-1].mkdir()
+    found = doctor("--include", include, paths=paths)
+    assert [name for name in NAMES if found[name]["result"] == "bad"] == []
+    assert found["data"]["detail"] == "1 tables"
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [

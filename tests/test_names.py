@@ -23,6 +23,7 @@ from cassbackup import (
     Known,
     Listing,
     Lost,
+    ObjectInfo,
     Stored,
     Unit,
     Usage,
@@ -32,6 +33,7 @@ from cassbackup import (
     hex32,
     is_utc,
     later,
+    listing_info,
     listing_key,
     load_document,
     load_listing,
@@ -228,6 +230,16 @@ def test_a_keyspace_may_be_called_like_a_folder_of_ours(word: str) -> None:
 @pytest.mark.parametrize("name", ["owner", "node", "%%tags"])
 def test_no_other_keyspace_is_spelt_like_one_of_those(name: str) -> None:
     assert not unit_prefix(NODE, Unit("incremental", name, "t")).startswith(f"{NODE}.listings/%%tags/")
+
+
+@pytest.mark.parametrize("table", ["t" * 222 + "-" + "5a" * 16, "t" * 300])
+def test_a_name_that_a_file_system_can_hold_is_read_from_a_listings_key(table: str) -> None:
+    """Of a table that was truncated, its tag tells so: hashed, it would tell nothing."""
+    unit = Unit("snapshot", "k" * 222, table, f"truncated-1795970591634-{table[:222]}", utc(1))
+    key = listing_key(Listing(NODE, unit, utc(1), utc(2), True, ()))
+    found = listing_info(NODE, ObjectInfo(key, 1, "", 0.0))
+    assert (found is not None and found.unit == unit) == (len(table) <= 255)
+    assert all(len(part) <= 255 for part in key.split("/"))
 
 
 # ------------------------------------------------------------------------------------------------------------

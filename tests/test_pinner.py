@@ -653,6 +653,32 @@ def test_archived_files_are_pinned_however_they_come(tmp_path: Path, start: Star
     assert desk.copies() == {str(logs / "CommitLog-3.log"): [Copy.of(b"written, and again")]}
 
 
+def test_beside_an_archive_a_data_directory_without_tables_is_told(tmp_path: Path, start: Start) -> None:
+    roots = [tmp_path / name for name in ("archive", "data", "other")]
+    for root in roots:
+        root.mkdir()
+    (roots[2] / "commitlog").mkdir()
+    desk = start(*roots, include=re.compile("/archive/"))
+    assert desk.state.absent.keys() == {str(root) for root in roots[1:]}
+
+
+@pytest.mark.parametrize("include", ["/archive/", r"\.log\.gz$"])
+def test_an_archive_is_one_however_its_files_are_called_and_for_who_stores_one_tag_too(
+    tmp_path: Path, node: Node, start: Start, include: str
+) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    node.table("ks1", "users").flush()
+    for names in ((), ("CommitLog-7-1.log.gz",)):
+        for name in names:
+            (archive / name).write_bytes(b"log")
+        for tag, found in (("daily", ()), ("", names)):
+            desk = start(*node.data_dirs, archive, include=re.compile(include), only_tag=tag)
+            pinned = [path for path in desk.copies() if path.startswith(f"{archive}/")]
+            assert (desk.state.absent, pinned) == ({}, [f"{archive}/{name}" for name in found])
+            desk.end()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Which life of a tag
 

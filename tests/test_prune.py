@@ -377,6 +377,37 @@ def test_a_loss_that_prune_lets_go_is_lacking_as_before_and_an_index_made_since_
     assert [len(restored(shelf, at)[1]) for at in (then, now)] == [1, 0]
 
 
+def test_an_import_with_old_times_that_prune_lets_go_is_lacking_until_the_snapshots_that_stay_p7() -> None:
+    """Those have what was found in backups/ late, after an outage."""
+    shelf, old, late = Shelf(), ("nb-1-big-Data.db", EPOCH - DAY), ("nb-2-big-Data.db", EPOCH - DAY)
+    shelf.add(snapshot("weekly", EPOCH, [old]))
+    shelf.add(*(snapshot(f"d{day}", EPOCH + day * DAY, [old, late]) for day in (20, 21, 22)))
+    shelf.add(batch(EPOCH + 5 * DAY, "nb-5-big-Data.db", mtime=EPOCH - 50 * DAY))
+    shelf.add(batch(EPOCH + 22.5 * DAY, late[0], mtime=late[1]))
+    shelf.now = EPOCH + 23 * DAY
+    moments = [EPOCH + day * DAY for day in (10, 21, 22.2)]
+    assert [restored(shelf, at)[1] for at in moments] == [[], [], []]
+    run(shelf, keep_daily=2, keep_weekly=9, confirm=True, force=True)
+    assert [len(restored(shelf, at)[1]) for at in moments] == [1, 0, 0]
+    assert not [key for key in shelf.named if "/backups/" in key]
+
+
+def test_a_table_that_was_created_after_the_moment_lacks_nothing_whatever_prune_let_go_of_it() -> None:
+    young = "young-a1c98000f40011f08000000000000009"  # of 18 January
+    shelf, old = Shelf(), [("nb-1-big-Data.db", EPOCH - DAY)]
+    shelf.add(*(snapshot(f"w{day}", EPOCH + day * DAY, old) for day in (0, 7, 14, 21, 28)))
+    for day in (21, 28):
+        shelf.add(snapshot(f"w{day}", EPOCH + day * DAY + 60, [("nb-1-big-Data.db", EPOCH + 18 * DAY)], table=young))
+    shelf.add(batch(EPOCH + 18 * DAY, "nb-1-big-Data.db", table=young))
+    shelf.now = EPOCH + 29 * DAY
+    before = restored(shelf, EPOCH + 10 * DAY)
+    assert before[1] == []
+    run(shelf, keep_last=4, confirm=True, force=True)
+    assert documents(shelf, "listings/pruned")[0]["tables"].keys() == {f"{KEYSPACE}/{young}"}
+    assert restored(shelf, EPOCH + 10 * DAY) == before
+    assert len(restored(shelf, EPOCH + 19 * DAY)[1]) == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The protocol: prunes and daemons, one operation of the store at a time, in any order
 
@@ -853,26 +884,68 @@ def test_a_record_of_which_some_listings_go_is_written_anew_before_they_go() -> 
     assert over not in shelf.objects
 
 
-def test_a_restore_never_lacks_in_silence_what_a_prune_lets_go_meanwhile_p7() -> None:
-    at, earlier = EPOCH + 10 * DAY, EPOCH - DAY
+def meanwhile(fill: Callable[[], Shelf], **terms: Any) -> Iterator[tuple[Shelf, Callable[[], None]]]:
+    """Yield a shelf anew, with what is to be called before each operation: a prune runs, each time one step later."""
     for step in itertools.count(1):
-        shelf = Shelf()
-        shelf.add(snapshot("weekly", EPOCH), *(snapshot(f"d{day}", EPOCH + day * DAY) for day in (20, 21, 22)))
-        shelf.add(*(batch(EPOCH + day * DAY + HOUR, f"nb-{day}-big-Data.db") for day in (5, 20)))
-        shelf.put(f"{NODE}.listings/pruned/{utc(earlier)}.json", cb.dump_document(tables={f"{KEYSPACE}/x": earlier}))
-        shelf.now = EPOCH + 23 * DAY
-        steps = itertools.count(1)
+        shelf, steps = fill(), itertools.count(1)
 
         def turn(shelf: Shelf = shelf, steps: Iterator[int] = steps, step: int = step) -> None:
             if next(steps) == step:
-                run(shelf, keep_daily=2, keep_weekly=9, confirm=True)
+                run(shelf, **terms, confirm=True, force=True)
 
-        with contextlib.suppress(cb.Missing):
-            (found,), lacking = restored(shelf, at, turn)
-            assert lacking or found[1] == 1, step
+        yield shelf, turn
         if next(steps) <= step:
-            break
-    assert step > 8
+            assert step > 8
+            return
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_restore_never_lacks_in_silence_what_a_prune_lets_go_meanwhile_p7(is_cut: bool) -> None:
+    """Nor, where an earlier one has cut the table, while what tells of that is replaced."""
+    earlier, terms = EPOCH - DAY, {"keep_daily": 2, "keep_weekly": 9}
+
+    def fill() -> Shelf:
+        shelf = Shelf()
+        shelf.add(snapshot("weekly", EPOCH), *(snapshot(f"d{day}", EPOCH + day * DAY) for day in (20, 21, 22)))
+        shelf.add(*(batch(EPOCH + day * DAY + HOUR, f"nb-{day}-big-Data.db") for day in (5, 20)))
+        shelf.now = EPOCH + 23 * DAY
+        if is_cut:
+            run(shelf, **terms, confirm=True)
+            shelf.add(*(snapshot(f"d{day}", EPOCH + day * DAY) for day in (23, 24)))
+            shelf.now = EPOCH + 24.5 * DAY
+        else:
+            other = {f"{KEYSPACE}/x": earlier}
+            shelf.put(f"{NODE}.listings/pruned/{utc(earlier)}.json", cb.dump_document(tables=other))
+        return shelf
+
+    for shelf, turn in meanwhile(fill, **terms):
+        with contextlib.suppress(cb.Missing):
+            (found,), lacking = restored(shelf, EPOCH + 10 * DAY, turn)
+            assert lacking or (found[1] == 1 and not is_cut)
+
+
+def filled_of_two() -> Shelf:
+    """Return a shelf with a record of monday: one of its two tables has nothing else."""
+    shelf = filled("monday", "tuesday", "friday", "saturday")
+    shelf.add(snapshot("monday", EPOCH + HOUR, table=OTHER))
+    record(shelf, "monday", EPOCH + HOUR, sorted(key for key in shelf.named if "/monday/" in key))
+    return shelf
+
+
+def test_a_tag_never_lacks_a_table_in_silence_while_prune_writes_its_record_anew_p7() -> None:
+    for shelf, turn in meanwhile(filled_of_two, keep_last=2):
+        bucket = cb.Bucket(cb.Patient(Door(shelf, turn), 1.0), 1)
+        with contextlib.suppress(cb.Missing):
+            options = cb.RestoreOptions(node=NODE, tag="monday", into="/nowhere", dry_run=True)
+            page = cb.restore(bucket, options).document
+            assert page["lacking"] or len(page["tables"]) == 2
+
+
+def test_verify_does_not_miss_what_a_prune_lets_go_meanwhile() -> None:
+    for shelf, turn in meanwhile(filled_of_two, keep_last=2):
+        bucket = cb.Bucket(cb.Patient(Door(shelf, turn), 1.0), 1)
+        answer = cb.verify(bucket, cb.VerifyOptions(node=NODE))
+        assert answer.code == cb.DONE, answer.text
 
 
 def test_of_two_prunes_at_once_neither_forgets_what_the_other_has_let_go_of_backups_p7() -> None:
@@ -890,6 +963,29 @@ def test_of_two_prunes_at_once_neither_forgets_what_the_other_has_let_go_of_back
     run(shelf, keep_last=1, confirm=True, force=True)
     (document,) = documents(shelf, "listings/pruned")
     assert document["tables"] == {f"{KEYSPACE}/{TABLE}": EPOCH + 2 * DAY}
+
+
+def test_of_two_prunes_at_once_with_other_terms_a_record_tells_what_either_let_go_p7() -> None:
+    shelf, third = filled_of_two(), "third-" + "7c" * 16
+    shelf.add(*(snapshot(tag, EPOCH + hour * HOUR, table=third) for hour, tag in enumerate(["monday", "x", "y"], 1)))
+    monday = sorted(key for key in shelf.named if "/monday/" in key)
+    record(shelf, "monday", EPOCH + DAY, monday)
+    one, two = (
+        cb.Pruning(cb.Bucket(Door(shelf), 1), NODE, options)  # type: ignore[arg-type]
+        for options in (PruneOptions(tag="monday"), PruneOptions(keep_last=3))
+    )
+    one.plan()
+    two.plan()
+    one.confirm()
+    two.confirm()
+    (left,) = [key for key in monday if key in shelf.named]
+    assert OTHER in left
+    bucket = cb.Bucket(cb.Patient(Door(shelf), 1.0), 1)
+    assert cb.verify(bucket, cb.VerifyOptions(node=NODE)).code == cb.DONE
+    run(shelf, keep_last=9, confirm=True)
+    assert cb.verify(bucket, cb.VerifyOptions(node=NODE)).code == cb.DONE
+    (document,) = documents(shelf, "listings/tags/monday")
+    assert (document["listings"], sorted(document["pruned"])) == ([left], [key for key in monday if key != left])
 
 
 def latest_lacks(shelf: Shelf) -> list[str]:

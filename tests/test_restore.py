@@ -836,6 +836,16 @@ def test_archived_files_come_back_and_over_nothing(shelf: Shelf, logs: Path, int
     assert tree(into) == {**tree(logs), "CommitLog-7-2.log": b"m" * 18}
 
 
+def test_a_directory_below_an_archive_is_told_to_be_one_of_its_own(shelf: Shelf, logs: Path, into: Path) -> None:
+    for name in (f"{logs}/deep er", f"{logs}-other"):
+        Path(name).mkdir()
+        (Path(name) / "CommitLog-7-9.log").write_bytes(b"9")
+        shelf.put_listing(Unit("archive", tag=name), [Path(name)])
+    answer = shelf.restore(archive=f"{logs}/", into=into, dry_run=True)
+    notes = [line for line in answer.text.splitlines() if "archive of its own" in line]
+    assert notes == [f"note: {logs}/deep er is an archive of its own: restore it, too"]
+
+
 def test_what_was_lost_before_it_could_be_archived_is_named(shelf: Shelf, logs: Path, into: Path) -> None:
     shelf.put_listing(Unit("archive", tag=str(logs)), [], lost=(Lost("CommitLog-7-9\x1b.log", "--max-pinned"),))
     answer = shelf.restore(archive=str(logs), into=into, incomplete=True)
@@ -1081,6 +1091,41 @@ def test_a_link_that_comes_while_a_restore_runs_is_not_followed_p6(shelf: Shelf,
         pass
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_directory_that_a_killed_run_has_made_gets_its_owner(shelf: Shelf, into: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    os.chown(tmp_path / "file", 12345, 23456)
+    (entry,) = (one for one in shelf.entries(tmp_path) if one.name == "file")
+    (into / "ks1").mkdir(parents=True)
+    with open_folder(Placed(entry, str(into), "ks1/users/file")):
+        pass
+    owners = [(path.stat().st_uid, path.stat().st_gid) for path in (into / "ks1", into / "ks1" / "users")]
+    assert owners == [(12345, 23456)] * 2
+    assert into.stat().st_uid == 0
+
+
+def test_a_target_that_is_made_can_be_read_by_cassandra_whatever_the_umask_is(daily: Shelf, into: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        daily.restore(tag="daily", into=into / "deeper")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (into, into / "deeper")] == [0o755] * 2
+
+
+def test_a_staged_keyspace_that_is_called_backups_is_looked_into(shelf: Shelf, node: Node, into: Path) -> None:
+    node.table("backups", "users").flush()
+    node.snapshot("daily")
+    shelf.keep(node, "daily")
+    stranger = into / "backups" / "users" / "nb-99-big-Data.db"
+    stranger.parent.mkdir(parents=True)
+    stranger.write_bytes(b"theirs")
+    with pytest.raises(Usage, match=re.escape(f"{stranger} is not of this restore")):
+        shelf.restore(tag="daily", into=into)
+    stranger.unlink()
+    assert shelf.restore(tag="daily", into=into).code == DONE
+
+
 def test_a_target_that_may_not_be_written_names_user_and_directory(daily: Shelf, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for target in ("/proc/nowhere", tmp_path / "file" / "below"):
@@ -1259,6 +1304,18 @@ def test_in_place_what_lies_in_another_data_directory_is_seen(stopped: tuple[She
         in_place(shelf, same_node=True, data_dir=(f"{first}={first}", f"{second}={second}", f"/gone={other}"))
 
 
+def test_in_place_what_lies_in_a_data_directory_that_is_not_named_is_seen(stopped: tuple[Shelf, Node]) -> None:
+    shelf, node = stopped
+    first, second = node.data_dirs
+    with empty(node):
+        stranger = second / "ks1" / node.tables[0].directory / "nb-99-big-Data.db"
+        stranger.parent.mkdir(parents=True)
+        stranger.write_bytes(b"stranger")
+        with pytest.raises(Usage, match="nb-99-big-Data"):
+            in_place(shelf, same_node=True, data_dir=(str(first),))
+        assert list(live(node).values()) == [b"stranger"]
+
+
 def test_in_place_an_sstable_that_is_of_no_backup_is_refused(stopped: tuple[Shelf, Node]) -> None:
     shelf, node = stopped
     folders = node.tables[0].directories()
@@ -1284,6 +1341,17 @@ def test_in_place_a_running_cassandra_is_not_touched(
     monkeypatch.setattr(cassbackup, "cassandra_pids", lambda: ["4711"])
     with empty(node), pytest.raises(Usage, match=r"Cassandra is running .*4711"):
         in_place(shelf, same_node=True)
+
+
+def test_in_place_a_cassandra_that_starts_meanwhile_is_no_success(
+    stopped: tuple[Shelf, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, node = stopped
+    with empty(node) as was:
+        monkeypatch.setattr(cassbackup, "cassandra_pids", lambda: ["4711"] if live(node) else [])
+        with pytest.raises(Fault, match=r"Cassandra was started meanwhile \(pid 4711\)") as found:
+            in_place(shelf, same_node=True)
+        assert (found.value.code, live(node)) == (FAILED, was)
 
 
 # ------------------------------------------------------------------------------------------------------------

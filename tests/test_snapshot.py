@@ -22,6 +22,7 @@ from conftest import Daemon, Run
 from faultproxy import BlackHole, FaultProxy, kill
 from scene import Scene, wait_for
 from servers import Bucket, FileBucket
+from shelf import Door, Shelf
 from tree import Node
 
 import cassbackup
@@ -51,8 +52,9 @@ if words[0] == "snapshot":
         (folder / "manifest.json").write_text(json.dumps({"files": names}))
         (folder / "schema.cql").write_text("CREATE TABLE IF NOT EXISTS x.y (z int PRIMARY KEY);")
 elif words[0] == "clearsnapshot":
-    for folder in data.glob("*/*/snapshots/" + tag):
-        shutil.rmtree(folder)
+    for keyspace in words[3:] or ["*"]:
+        for folder in data.glob(keyspace + "/*/snapshots/" + tag):
+            shutil.rmtree(folder)
 elif words[0] == "info":
     print("ID                     : 0c9a5c3e-1111-2222-3333-444455556666")
     print("Data Center            : dc1\\nRack                   : r1")
@@ -256,8 +258,22 @@ def test_the_default_tag_is_the_minute_and_earlier_ones_of_ours_are_cleared_when
     assert time.strftime(minute, began) <= first <= time.strftime(minute, time.gmtime())
     old = "cassbackup-20200101T0000Z"
     subprocess.run([*snapshots.nodetool.split(), "snapshot", "-t", old], check=True)
+    snapshots("-t", "cassbackup-mine", "--keep")
+    assert snapshots.on_disk() == {old, "cassbackup-mine"}
     snapshots("-t", "weekly")
-    assert snapshots.on_disk() == {old}  # not listed: it stays
+    assert snapshots.on_disk() == {old, "cassbackup-mine"}  # not listed, and nobody's default: they stay
+
+
+def test_an_earlier_snapshot_that_goes_while_it_is_looked_for_stops_no_run(tmp_path: Path, node: Node) -> None:
+    node.table("ks1", "users").flush()
+    node.snapshot("cassbackup-20200101T0000Z")
+    door: Any = Door(Shelf(), node.clear)
+    paths = tuple(map(str, node.data_dirs))
+    options = cassbackup.SnapshotOptions({}, str(tmp_path), cassbackup.StoreOptions(), paths=paths)
+    cassbackup._clear_earlier(
+        cassbackup.Bucket(cassbackup.Patient(door, 1.0), 1, "node1"), options, cassbackup.Nodetool("false")
+    )
+    assert len(door.asked) == 1
 
 
 def test_a_tag_that_nodetool_has_taken_of_some_tables_only_is_no_snapshot_of_all_p8(snapshots: Snapshots) -> None:
@@ -272,6 +288,13 @@ def test_a_tag_that_nodetool_has_taken_of_some_tables_only_is_no_snapshot_of_all
     snapshots.node.clear("weekly")
     snapshots("-t", "weekly")
     assert snapshots.listed("weekly") == snapshots.tables
+
+
+def test_a_snapshot_of_some_keyspaces_clears_no_other_of_its_name(snapshots: Snapshots) -> None:
+    other = snapshots.node.tables[2]
+    snapshots.node.snapshot("weekly", [other])
+    snapshots("ks1", "-t", "weekly")
+    assert [path.parents[1].name for path in snapshots.data.glob("*/*/snapshots/weekly")] == [other.directory]
 
 
 def test_a_tag_is_read_with_its_manifests_and_the_tables_that_lack_one(node: Node) -> None:
@@ -305,6 +328,7 @@ def test_a_daemon_that_stores_elsewhere_is_not_waited_for(snapshots: Snapshots) 
     [
         (("-t", "a/b"), "tag"),
         (("-t", ".."), "tag"),
+        (("-t", "weekly", "ks1", "system", "--exclude-keyspace", "sys*"), "the settings leave system out"),
         (("-t", "weekly", "--nodetool", "sh -c 'printf \\\\377 >&2; exit 1'"), "running"),
         (("-t", "weekly", "--nodetool", "/nonexistent/nodetool"), "--nodetool"),
         (("-t", "weekly", "--nodetool", "false"), "running"),
