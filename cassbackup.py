@@ -3070,7 +3070,8 @@ class Filters:
 
     def is_archive(self, root: str, roots: Iterable[str]) -> bool:
         """Tell whether one of all paths is, or may be, one of archived files: those go as soon as they are stored."""
-        told = [path for path in roots if self._includes(f"{path}/CommitLog-7-1.log")]
+        spelt = self.include.pattern.replace("\\", "") if self.include else ""
+        told = [path for path in roots if f"{path}/" in spelt or self._includes(f"{path}/CommitLog-7-1.log")]
         if told:
             return root in told
         return self.include is not None  # archived files have other names, as .gz: nothing can be told

@@ -662,6 +662,16 @@ def test_beside_an_archive_a_data_directory_without_tables_is_told(tmp_path: Pat
     assert desk.state.absent.keys() == {str(root) for root in roots[1:]}
 
 
+def test_of_two_archives_each_may_have_files_of_its_own_names(tmp_path: Path, start: Start) -> None:
+    roots = [tmp_path / name for name in ("commitlog", "fql", "data")]
+    for root in roots:
+        root.mkdir()
+    (roots[1] / "1.cq4").write_bytes(b"query")
+    desk = start(*roots, include=re.compile(rf"/commitlog/|{re.escape(str(roots[1]))}/.*\.cq4$"))
+    assert desk.state.absent.keys() == {str(roots[2])}
+    assert [path for path in desk.copies() if "/fql/" in path] == [f"{roots[1]}/1.cq4"]
+
+
 @pytest.mark.parametrize("include", ["/archive/", r"\.log\.gz$"])
 def test_an_archive_is_one_however_its_files_are_called_and_for_who_stores_one_tag_too(
     tmp_path: Path, node: Node, start: Start, include: str
