@@ -3070,6 +3070,8 @@ class Filters:
 
     def is_archive(self, root: str, roots: Iterable[str]) -> bool:
         """Tell whether one of all paths is, or may be, one of archived files: those go as soon as they are stored."""
+        # Archives are empty most of the time, so what lies in them tells nothing: only the pattern does. It fits a
+        # commit log there, or has the path written out, perhaps escaped, before names of another kind.
         spelt = self.include.pattern.replace("\\", "") if self.include else ""
         told = [path for path in roots if f"{path}/" in spelt or self._includes(f"{path}/CommitLog-7-1.log")]
         if told:
