@@ -353,6 +353,14 @@ class Daemon:
         """Send SIGKILL and wait for the end."""
         kill_group(self.process)
 
+    @contextlib.contextmanager
+    def held_still(self) -> Iterator[None]:
+        """Stop the process for a while; the kernel has stopped every thread of it when the block begins."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
+        yield
+        os.kill(self.pid, signal.SIGCONT)
+
     def stop(self, timeout: float = 60) -> int:
         """Send SIGTERM and return the exit code; systemd waits for so long (TimeoutStopSec)."""
         self.process.send_signal(signal.SIGTERM)

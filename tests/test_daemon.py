@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -759,12 +758,11 @@ def test_a_data_directory_that_goes_away_is_red_until_it_is_back_p8(scene: Scene
     scene.start(*node.data_dirs, args=("--reconcile", "1s", "--heartbeat", "1s"))
     assert scene.settled()["behind"] == []
     (data,) = node.data_dirs
-    os.kill(scene.daemon.pid, signal.SIGSTOP)
-    written = utc(time.time())
-    late = users.directories()[0] / "backups" / users.flush().path("Index.db").name
-    late = late.rename(node.root / late.name)
-    away = data.rename(data.with_name("away"))
-    os.kill(scene.daemon.pid, signal.SIGCONT)
+    with scene.daemon.held_still():
+        written = utc(time.time())
+        late = users.directories()[0] / "backups" / users.flush().path("Index.db").name
+        late = late.rename(node.root / late.name)
+        away = data.rename(data.with_name("away"))
     wait_for(lambda: str(data) in " ".join(scene.page()["behind"]))
     since = utc(time.time())
     wait_for(lambda: newest_heartbeat(scene.bucket)["scanned"] > since)
@@ -1093,11 +1091,10 @@ def test_status_is_red_while_a_full_disk_takes_neither_link_nor_mark_and_all_is_
     node.snapshot("daily")
     assert scene.settled()["behind"] == []
     assert_no_pin_is_left(area_of(node))  # or they would make room below
-    os.kill(scene.daemon.pid, signal.SIGSTOP)
-    users.flush()
-    disk = os.statvfs(small_disk)
-    inodes(disk.f_files - disk.f_ffree + 1)  # for the directory of the pins, and none of them
-    os.kill(scene.daemon.pid, signal.SIGCONT)
+    with scene.daemon.held_still():
+        users.flush()
+        disk = os.statvfs(small_disk)
+        inodes(disk.f_files - disk.f_ffree + 1)  # for the directory of the pins, and none of them
     wait_for(lambda: scene.page()["counts"].get("refused", 0) >= 8)
     for _ in range(12):  # whatever it is trying just now
         assert f"not stored, see the log: {users.directories()[0]}/backups" in " ".join(scene.page()["behind"])
