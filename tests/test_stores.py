@@ -871,6 +871,13 @@ def test_a_reply_of_any_shape_is_read_and_the_next_one_too(moto: Bucket, opened:
         assert read(store, KEY) == b"abcde"
 
 
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nServer: x\r\n", b"\r\n\r\n", b"hello\n\n"])
+def test_what_ends_before_the_body_is_no_empty_object_p1(moto: Bucket, opened: Opener, head: bytes) -> None:
+    """An empty listing would pass for a corrupt one, an empty file for a bad one."""
+    with pytest.raises(Unreachable):
+        read(opened(moto, serve(head)), KEY)
+
+
 def test_a_reply_that_ends_early_is_unreachable(moto: Bucket, opened: Opener) -> None:
     head = b"HTTP/1.1 %b\r\nETag: x\r\nContent-Length: 7\r\n\r\nabc"
     with pytest.raises(Unreachable, match="broke off 4 bytes early"):
