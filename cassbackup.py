@@ -922,33 +922,6 @@ def pauses(patience_s: float) -> Iterator[float]:
         yield wait
 
 
-async def retry(
-    attempt: Callable[[], Awaitable[T]],
-    patience_s: float,
-    note: Callable[[Fault | None], None],
-    may_be_mounted: bool = True,
-) -> T:
-    """Try until the store answers; sleep between tries without a thread. Only Unreachable is tried again.
-
-    `note` hears of each failure of the store, and of success as None. A daemon waits until a disk is mounted.
-    """
-    waits = pauses(patience_s)
-    while True:
-        try:
-            result = await attempt()
-        except (Unreachable, Denied) as fault:
-            note(fault)
-            wait = None if isinstance(fault, Denied) else next(waits, None)
-            if isinstance(fault, Unmounted) and not may_be_mounted:  # a command says so at once
-                wait = None
-            if wait is None:
-                raise
-            await asyncio.sleep(wait)
-        else:
-            note(None)
-            return result
-
-
 def _pause(waits: Iterator[float], fault: Unreachable) -> None:
     """Sleep, or raise the fault where patience has ended, or where a person must mount a disk or correct a path."""
     wait = next(waits, None)
@@ -4769,9 +4742,26 @@ class Workers:
         return await self.retry(operation, functools.partial(self.once, operation, urgent, job, *args))
 
     async def retry(self, operation: str, attempt: Callable[[], Awaitable[T]], most_s: float = math.inf) -> T:
-        """Await an attempt, again and again while the store does not answer."""
-        note = functools.partial(self.note, operation)
-        return await retry(attempt, min(most_s, self._patience_s), note, may_be_mounted=self._patience_s == math.inf)
+        """Await an attempt, again and again while the store does not answer; sleep between tries without a thread.
+
+        A daemon waits until a disk is mounted; a command says at once that it is not.
+        """
+        waits = pauses(min(most_s, self._patience_s))
+        is_command = self._patience_s < math.inf
+        while True:
+            try:
+                result = await attempt()
+            except (Unreachable, Denied) as fault:
+                self.note(operation, fault)
+                if isinstance(fault, Denied) or (is_command and isinstance(fault, Unmounted)):
+                    raise
+                wait = next(waits, None)
+                if wait is None:
+                    raise
+                await asyncio.sleep(wait)
+            else:
+                self.note(operation, None)
+                return result
 
     async def _pinning_first(self) -> None:
         """Wait while there is something to pin, but for two seconds at most.

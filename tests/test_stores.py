@@ -74,7 +74,6 @@ from cassbackup import (
     open_store,
     pauses,
     read_object,
-    retry,
     sign,
     unanswered,
 )
@@ -473,6 +472,13 @@ def test_a_directory_that_does_not_exist_is_named_with_both_reasons(tmp_path: Pa
             ask()
 
 
+def run_with_patience(patience_s: float, attempt: Callable[[], Any], note: Callable[[Any], None]) -> Any:
+    """Let a daemon's workers, or with some patience those of --once, try something until the store answers."""
+    workers = cassbackup.Workers(threading.Event(), 1, patience_s)
+    workers.note = lambda _, fault: note(fault)  # type: ignore[method-assign]
+    return asyncio.run(workers.retry("attempt", attempt))
+
+
 def test_a_command_does_not_wait_for_a_disk_and_a_daemon_does(tmp_path: Path, naps: list[float]) -> None:
     store = open_store(f"file://{tmp_path}/nowhere", StoreOptions(), new=False)
     for ask in (lambda: [*Patient(store, 60.0).list("")], lambda: Patient(store, 60.0).prefixes("")):
@@ -487,10 +493,10 @@ def test_a_command_does_not_wait_for_a_disk_and_a_daemon_does(tmp_path: Path, na
             Path(tmp_path / "nowhere" / "x").write_bytes(b"")
         return keys(store)
 
-    assert asyncio.run(retry(attempt, math.inf, tries.append)) == ["x"]
+    assert run_with_patience(math.inf, attempt, tries.append) == ["x"]
     shutil.rmtree(tmp_path / "nowhere")
     with pytest.raises(Unreachable, match="does not exist"):
-        asyncio.run(retry(attempt, 60.0, lambda _: None, False))  # of --once
+        run_with_patience(60.0, attempt, tries.append)  # of --once
 
 
 def test_a_file_system_without_hard_links_is_named(local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1841,7 +1847,7 @@ def test_retry_asks_again_for_what_may_pass_and_tells_of_each_failure(monkeypatc
         return "done"
 
     def run(patience: float) -> str:
-        return asyncio.run(retry(attempt, patience, lambda fault: told.append(str(fault))))
+        return run_with_patience(patience, attempt, lambda fault: told.append(str(fault)))
 
     assert run(math.inf) == "done"
     for kind in (Denied, Conflict, Corrupt):

@@ -105,8 +105,8 @@ MUTANTS = {
         "if entry.key in certain or _is_there(", "if True or _is_there(", "test_judge.py", "p1_what_is_absent"
     ),
     "a retry that holds its thread": Mutant(
-        "            await asyncio.sleep(wait)\n        else:\n            note(None)",
-        "            time.sleep(wait)\n        else:\n            note(None)",
+        "                await asyncio.sleep(wait)\n            else:\n                self.note(",
+        "                time.sleep(wait)\n            else:\n                self.note(",
         "test_stores.py",
         "retry_asks_again",
     ),
