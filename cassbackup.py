@@ -2854,7 +2854,6 @@ class Ledger:
     def forget_directory(self, directory: str) -> None:
         """Forget what is listed of a directory: it is gone."""
         self._change("DELETE FROM listed WHERE directory = ?", [(quote(directory),)])
-        self.remember(f"manifest:{directory}", "")
 
     def fact(self, name: str) -> str:
         """Return a remembered value, "" if there is none."""
@@ -5151,7 +5150,7 @@ class Backup:
         return bool(new_files or new_losses)
 
     def _note_snapshot(self, listing: Listing[Known]) -> None:
-        """Remember whether a snapshot is complete: `status` and `snapshot` ask for it."""
+        """Remember whether a snapshot is complete: `status` asks for it."""
         if is_partial(listing.unit):
             return  # it never is what the table was
         place, now = listing.unit.place, time.time()
@@ -5169,10 +5168,6 @@ class Backup:
             self.ledger.remember(f"complete:{place}", f"{listing.taken}\t{listing.unit.tag}")
         if listing.taken > lost:  # an earlier snapshot has not what was lost since
             self.ledger.remember(f"lost:{place}", "")
-        for entry in listing.files:
-            if entry.name == MANIFEST:
-                inode, _, mtime_ns = entry.fingerprint
-                self.ledger.remember(f"manifest:{entry.directory}", f"{inode} {mtime_ns}")
 
     # Incrementals, and archives
 
@@ -5765,7 +5760,7 @@ def _oldest_of(units: Mapping[Unit, Waiting]) -> dict[str, float]:
     return oldest
 
 
-def _oldest_data(roots: Sequence[str], places: Iterable[str]) -> dict[str, float]:
+def oldest_data(roots: Sequence[str], places: Iterable[str]) -> dict[str, float]:
     """Return when the oldest Data.db of each table was written, seconds since 1970; none where there is none."""
     oldest: dict[str, float] = {}
     for place in places:
@@ -5776,21 +5771,6 @@ def _oldest_data(roots: Sequence[str], places: Iterable[str]) -> dict[str, float
                         written = entry.stat(follow_symlinks=False).st_mtime
                         oldest[place] = min(written, oldest.get(place, written))
     return oldest
-
-
-def read_tag(roots: Sequence[str], tables: Iterable[str], tag: str) -> tuple[dict[str, Fingerprint], list[str]]:
-    """Return what there is of a tag: its manifest.json, by directory; and the tables that have SSTables, but none."""
-    manifests: dict[str, Fingerprint] = {}
-    bare = []
-    for table in tables:
-        before = len(manifests)
-        for root in roots:
-            directory = os.path.join(root, table, "snapshots", tag)
-            with contextlib.suppress(OSError):
-                manifests[directory] = Fingerprint.of(os.lstat(os.path.join(directory, MANIFEST)))
-        if len(manifests) == before and _oldest_data(roots, [table]):
-            bare.append(table)
-    return manifests, bare
 
 
 def _marks_there(directory: str) -> set[int]:
@@ -6123,7 +6103,7 @@ class Daemon:
         await self._backup.scanned.wait()
         places = sorted(self._state.tables)
         began = time.monotonic()
-        oldest = await self._on_disk(_oldest_data, self._roots, places)
+        oldest = await self._on_disk(oldest_data, self._roots, places)
         # Compaction writes what is old to new files: a table has data since its oldest file that we have ever seen,
         # for as long as it has any.
         ledger = self._backup.ledger
@@ -6232,31 +6212,7 @@ class Daemon:
         if do == "scan":
             await self._backup.ask(self._pinner.reconcile)
             return self.status()
-        if do == "wait":
-            return await self._wait_for(str(request["tag"]), tuple(map(str, request["keyspaces"])))
         raise Fault(f"there is no request {do!r}")
-
-    async def _wait_for(self, tag: str, keyspaces: tuple[str, ...]) -> dict[str, Any]:
-        """Tell whether a snapshot is listed: each manifest.json that is there now is in a complete listing."""
-        state = await self._backup.ask(self._pinner.reconcile)
-        tables = sorted(state.tables)
-        if keyspaces:
-            tables = [place for place in tables if place.split("/")[0] in keyspaces]
-        manifests, bare = await self._on_disk(read_tag, self._roots, tables, tag)
-        until = time.monotonic() + 4.0
-        while True:
-            waiting = list(bare)
-            for directory, fingerprint in manifests.items():
-                there = f"{fingerprint.inode} {fingerprint.mtime_ns}"
-                if self._backup.ledger.fact(f"manifest:{directory}") != there:
-                    waiting.append(quote(directory))
-            if not waiting or time.monotonic() > until:
-                break
-            await asyncio.sleep(0.1)
-        failures = [text for unit, text in self._backup.failures.items() if unit.tag == tag]
-        errors = [one.error for one in self._workers.failing().values()]
-        error = next(iter(failures + errors), "")
-        return {"done": not waiting, "tables": len(manifests), "waiting": waiting, "last_error": error}
 
     def _tables(self) -> dict[str, dict[str, Any]]:
         """Return of each table when its newest complete snapshot was taken, and since when it has data."""
@@ -6291,6 +6247,7 @@ class Daemon:
             "quiet": quiet,
             "lag_s": self._lag(),
             "oldest": oldest,
+            "tags": sorted({unit.tag for unit in backup.units}),
             "pending": {
                 "units": len(waiting),
                 "files": sum(one.files for one in waiting),
@@ -9638,12 +9595,12 @@ def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
     return found
 
 
-def check_taken(options: SnapshotOptions, tag: str) -> None:
+def check_taken(options: SnapshotOptions, tag: str, manifests: Iterable[str]) -> None:
     """Refuse a tag that some tables lack: a `nodetool snapshot` that was broken off leaves it so. Raises Fault."""
     roots = data_directories(options.paths)
-    tables = wanted_tables(options, roots)
-    manifests, bare = read_tag(roots, tables, tag)
-    if manifests and bare:
+    taken = {"/".join(path.split("/")[-5:-3]) for path in manifests}
+    bare = [place for place in wanted_tables(options, roots) if place not in taken and oldest_data(roots, [place])]
+    if taken and bare:
         hint = f"it was broken off: nodetool clearsnapshot -t {tag}, and run this again"
         raise Fault(tell(f"{len(bare)} tables have SSTables and no manifest.json of {tag}", bare), hint)
 
@@ -9671,7 +9628,7 @@ def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
         raise Fault("no manifest.json of the snapshot is on disk", f"Did somebody clear it? {_LEFT_OUT}")
     left = [path for path, key in found.items() if not key]
     if left:
-        hint = "if the rest was marked bad just now: take another snapshot in a minute"
+        hint = "`cassbackup status` says why; what was marked bad just now needs another snapshot, in a minute"
         raise Fault(tell(f"{len(left)} of {len(found)} tables are not listed complete and good", left), hint)
     return sorted(set(found.values()))  # one for all data directories
 
@@ -9727,36 +9684,29 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
     put_dated(bucket.store, f"{prefix}/tags/{component(tag, '%2F')}", record)
 
 
-def _is_listed_by_daemon(options: SnapshotOptions, tag: str) -> bool:
-    """Wait until the daemon has listed the tag. False: no daemon runs, or it has ended. Raises Fault."""
-    is_idle = False
-    while True:
-        try:
-            reply = ask_daemon(options.state_dir, {"do": "wait", "tag": tag, "keyspaces": options.keyspaces}, 60.0)
-            status = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
-        except Missing:
-            return False
-        if reply["done"]:
-            return True
-        waiting = reply["waiting"]
-        if is_idle:  # it has scanned this tag, works at none of these tables, and still they are not listed
-            what = tell(f"{len(waiting)} tables are not listed complete", waiting)
-            raise Fault(what, reply["last_error"] or _LEFT_OUT)
-        at_work = [one for one in waiting if any(place in one for place in status["oldest"])]
-        is_idle = status["quiet"] and not at_work
-        time.sleep(0.2)
+def _is_done_by_daemon(options: SnapshotOptions, tag: str) -> bool:
+    """Wait until a daemon has done with a tag, listed or not. False: no daemon runs, or it has ended. Raises Denied."""
+    began = time.time()
+    try:
+        ask_daemon(options.state_dir, {"do": "scan"}, 3600.0)
+        while True:
+            document = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
+            if document["scanned"] >= began and document["quiet"] and tag not in document["tags"]:
+                return True
+            time.sleep(0.5)
+    except Missing:
+        return False
 
 
 def _store_tag(options: SnapshotOptions, tag: str) -> None:
     """Have the daemon store a tag; where none runs, a process of our own."""
-    if _is_listed_by_daemon(options, tag):
+    if _is_done_by_daemon(options, tag):
         return
     words = [sys.executable, __file__, "watch", "--once", "--only-tag", tag, *data_directories(options.paths)]
     code = subprocess.run(words, env=options.environ, check=False).returncode
     # A daemon that was started meanwhile has the lock, and the work.
-    if code not in (DONE, BEHIND) and not _is_listed_by_daemon(options, tag):
+    if code not in (DONE, BEHIND) and not _is_done_by_daemon(options, tag):
         raise Fault(f"`cassbackup watch --once` ended with exit code {code}", "it said why")
-    check_taken(options, tag)
 
 
 def _agree_with_daemon(options: SnapshotOptions, bucket: Bucket) -> None:
@@ -9816,7 +9766,9 @@ def snapshot(options: SnapshotOptions) -> Answer:
     is_new = _take(nodetool, options, tag)
     try:
         _store_tag(options, tag)
-        keys = find_listings(bucket, manifests_of(options, tag))
+        manifests = manifests_of(options, tag)
+        check_taken(options, tag, manifests)
+        keys = find_listings(bucket, manifests)
         if not is_new and _was_recorded_before(bucket, keys):
             hint = f"nodetool clearsnapshot -t {tag}, or pass another --tag"
             raise Fault(f"{tag} was taken and stored by an earlier run, and none was taken now", hint)

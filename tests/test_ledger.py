@@ -202,10 +202,8 @@ def test_a_directory_that_is_gone_is_forgotten_and_its_neighbour_is_not(opened: 
     ledger = opened()
     for folder in ("/d", "/d1"):
         ledger.add_listed(LIFE, LIFE, {folder: {1}})
-        ledger.remember(f"manifest:{folder}", "12 34")
     ledger.forget_directory("/d")
     assert ledger.listed() == {"/d1": (LIFE, {1})}
-    assert ledger.facts("manifest:") == {"/d1": "12 34"}
 
 
 def test_bytes_that_nobody_spoke_of_for_long_are_forgotten(opened: Open) -> None:

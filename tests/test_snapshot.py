@@ -26,7 +26,7 @@ from shelf import Door, Shelf
 from tree import Node
 
 import cassbackup
-from cassbackup import Fingerprint, describe_schema, read_tag
+from cassbackup import describe_schema
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +162,7 @@ def test_a_daemon_answers_what_a_snapshot_waits_for_while_its_store_hangs(
     for table in snapshots.node.tables:
         table.flush()
     wait_for(lambda: hangs.hits >= 2)  # as many threads as urgent jobs have
-    reply = cassbackup.ask_daemon(str(snapshots.scene.state), {"do": "wait", "tag": "weekly", "keyspaces": []}, 20.0)
+    reply = cassbackup.ask_daemon(str(snapshots.scene.state), {"do": "scan"}, 20.0)
     assert "error" not in reply
     store.down()  # no test need wait for the end of that
 
@@ -295,19 +295,6 @@ def test_a_snapshot_of_some_keyspaces_clears_no_other_of_its_name(snapshots: Sna
     snapshots.node.snapshot("weekly", [other])
     snapshots("ks1", "-t", "weekly")
     assert [path.parents[1].name for path in snapshots.data.glob("*/*/snapshots/weekly")] == [other.directory]
-
-
-def test_a_tag_is_read_with_its_manifests_and_the_tables_that_lack_one(node: Node) -> None:
-    users, posts, empty = (node.table("ks1", name) for name in ("users", "posts", "empty"))
-    for table in (users, posts):
-        table.flush()
-    node.snapshot("daily", [users, empty])
-    roots = [str(root) for root in node.data_dirs]
-    manifests, bare = read_tag(roots, [f"ks1/{table.directory}" for table in node.tables], "daily")
-    folder = users.directories()[0] / "snapshots" / "daily"
-    assert manifests[str(folder)] == Fingerprint.of((folder / "manifest.json").stat())
-    assert len(manifests) == 2
-    assert bare == [f"ks1/{posts.directory}"]
 
 
 def test_tables_that_a_filter_leaves_out_are_not_waited_for(snapshots: Snapshots) -> None:
