@@ -888,8 +888,8 @@ class Store(Protocol):
     def prefixes(self, prefix: str) -> Sequence[str]:
         """Return the components that come next after a prefix ("" or ending in /) and have something below them."""
 
-    def delete(self, keys: Sequence[str]) -> dict[str, str]:
-        """Delete objects; return why for each that stayed. An absent one is no error."""
+    def delete(self, key: str) -> None:
+        """Delete an object. An absent one is no error. Raises Denied, Conflict: it stays."""
 
     def abandon_uploads(self, before: float, below: str = "") -> int:
         """End uploads in parts that began before a moment of the store's time; return how many.
@@ -994,8 +994,8 @@ class Patient(Store):
     def prefixes(self, prefix: str) -> Sequence[str]:
         return insist(lambda: self._store.prefixes(prefix), self._patience_s)
 
-    def delete(self, keys: Sequence[str]) -> dict[str, str]:
-        return insist(lambda: self._store.delete(keys), self._patience_s)
+    def delete(self, key: str) -> None:
+        insist(lambda: self._store.delete(key), self._patience_s)
 
     def now(self) -> float:
         return self._store.now()
@@ -1189,17 +1189,9 @@ class FileStore(Store):
         folders = [name for name in self._names(prefix.rstrip("/")) if name.endswith("/")]
         return [name[:-1] for name in folders if any(self.list(prefix + name))]
 
-    def delete(self, keys: Sequence[str]) -> dict[str, str]:
-        why = {}
-        for key in keys:
-            try:
-                with self._faults():
-                    os.unlink(self._path(key))
-            except Missing:
-                continue
-            except Fault as fault:
-                why[key] = fault.what
-        return why
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(Missing), self._faults():
+            os.unlink(self._path(key))
 
     def abandon_uploads(self, before: float, below: str = "") -> int:
         """Delete temporary files to which nobody has written since: other nodes may use the same directory."""
@@ -1797,10 +1789,6 @@ class S3Store(_Remote):
     def _amend(self, model: Any, params: dict[str, Any], **_: Any) -> None:
         """Add to a request what older versions of boto3 have no name for."""
         headers, operation = params["headers"], model.name
-        if operation == "DeleteObjects":  # many servers insist
-            headers["Content-MD5"] = _base64(_md5(params["body"]).digest())
-            headers.pop("x-amz-sdk-checksum-algorithm", None)
-            params["context"].pop("checksum", None)
         if operation == "CreateMultipartUpload":
             headers.update(self._kept)
         if operation in ("CreateMultipartUpload", "CompleteMultipartUpload") and self._checks is not False:
@@ -2063,37 +2051,15 @@ class S3Store(_Remote):
         found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
         return [name.removeprefix(self._prefix + prefix).rstrip("/") for name in found]
 
-    def delete(self, keys: Sequence[str]) -> dict[str, str]:
-        why = {}
-        for first in range(0, len(keys), 1000):
-            some = keys[first : first + 1000]
-            objects = [{"Key": self._prefix + key} for key in some]
-            try:
-                reply = self._call("delete_objects", "", Delete={"Objects": objects})
-            except _Unknown:
-                log.warning("store deletes no batches, so keys are deleted one by one store=%s", self.url)
-                why.update(self._delete_each(some))
-                continue
-            except Denied as fault:  # without the right to delete all stay
-                why.update(dict.fromkeys(some, fault.what))
-                continue
-            errors = reply.get("Errors", [])
-            if not errors and not reply.get("Deleted"):  # a portal's page would pass for "all are deleted"
-                raise self._no_answer("DeleteResult")
-            for error in errors:
-                key = error["Key"].removeprefix(self._prefix)
-                why[key] = f"{error['Code']}: {error.get('Message', '')}"
-        return why
-
-    def _delete_each(self, keys: Sequence[str]) -> dict[str, str]:
-        why = {}
-        for key in keys:
-            try:
-                with contextlib.suppress(Missing):
-                    self._call("delete_object", key)
-            except Denied as fault:
-                why[key] = fault.what
-        return why
+    def delete(self, key: str) -> None:
+        # One by one: not every server knows batches of S3's kind, and GCS has none.
+        with self._ask("DELETE", self._target(key), {}) as reply:
+            text = reply.read()
+        if reply.status == 204:  # a portal's page is no deletion
+            return
+        fault = self._refusal(key, reply, text, is_object=True)
+        if not isinstance(fault, Missing):
+            raise fault
 
     def abandon_uploads(self, before: float, below: str = "") -> int:
         # Others may have uploads in this bucket.
@@ -2301,18 +2267,9 @@ class GCSStore(_Remote):
             found = {name for page in self._pages(prefix=whole, delimiter="/") for name in page.prefixes}
         return [name.removeprefix(whole).rstrip("/") for name in sorted(found)]
 
-    def delete(self, keys: Sequence[str]) -> dict[str, str]:
-        with ThreadPoolExecutor(8) as pool:
-            reasons = [*pool.map(self._delete_one, keys)]
-        return {key: reason for key, reason in zip(keys, reasons, strict=True) if reason}
-
-    def _delete_one(self, key: str) -> str:
-        try:
-            with contextlib.suppress(Missing), self._faults(key, is_object=True):
-                self._bucket.blob(self._prefix + key).delete(**self._limits)
-        except (Conflict, Denied) as fault:
-            return fault.what
-        return ""
+    def delete(self, key: str) -> None:
+        with contextlib.suppress(Missing), self._faults(key, is_object=True):
+            self._bucket.blob(self._prefix + key).delete(**self._limits)
 
     # GCS has no list of sessions, and drops them by itself after a week: there are no uploads to abandon.
 
@@ -8849,9 +8806,18 @@ class Pruning:
                 self._keys.add(_NAMED, ((entry.key, entry.size) for entry in named))
 
     def _delete(self, keys: Sequence[str]) -> int:
-        refused = self._store.delete(keys)
+        reasons = spread(self._why_it_stays, keys, self._threads)
+        refused = {key: why for key, why in zip(keys, reasons, strict=True) if why}
         self.refused.update(refused)
         return len(keys) - len(refused)
+
+    def _why_it_stays(self, key: str) -> str:
+        """Delete an object. Return why it is still there, if it is."""
+        try:
+            self._store.delete(key)
+        except (Conflict, Denied) as fault:
+            return fault.what
+        return ""
 
     def document(self) -> dict[str, Any]:
         """Return what goes and what stays, as --json prints it."""
@@ -9079,9 +9045,13 @@ def _check_bucket(options: DoctorOptions) -> str:
             cures[fault.hint] = True
     if problems:
         with contextlib.suppress(Fault):  # what was refused after it had arrived would pass for good the next time
-            store.delete([key])
+            store.delete(key)
         raise Fault("; ".join(problems), "; ".join(cures))
-    kept = "may not delete, which is good for a daemon" if store.delete([key]) else "may delete"
+    kept = "may delete"
+    try:
+        store.delete(key)
+    except (Conflict, Denied):
+        kept = "may not delete, which is good for a daemon"
     ahead = abs(time.time() - store.now())
     if ahead > 60:
         raise Fault(

@@ -158,13 +158,11 @@ class Door:
         below = [key.removeprefix(prefix) for key in self.shelf.keys(prefix)]
         yield from sorted({key.split("/")[0] for key in below if "/" in key})
 
-    def delete(self, keys: Sequence[str]) -> dict[str, str]:
-        refused = {key: self.shelf.held[key] for key in keys if key in self.shelf.held}
-        for key in keys:
-            if key not in refused:
-                self._note("delete", key)
-                self.shelf.delete(key)
-        return refused
+    def delete(self, key: str) -> None:
+        if key in self.shelf.held:
+            raise cb.Denied(self.shelf.held[key])
+        self._note("delete", key)
+        self.shelf.delete(key)
 
     def _note(self, operation: str, what: str) -> None:
         self.turn()

@@ -232,7 +232,7 @@ class TestEveryStore:
             assert store.head(key) is not None
             if bucket.scheme != "gs" or not {"?", "%"} & set(key):  # the emulator unquotes twice
                 assert read(store, key) == key.encode()
-            assert store.delete([key]) == {}
+            store.delete(key)
         assert keys(store) == []
 
     def test_what_is_absent_is_missing(self, store: Store) -> None:
@@ -260,7 +260,8 @@ class TestEveryStore:
         assert sorted(store.prefixes("n1/")) == [".idx", "a", "é %2F"]
         assert list(store.prefixes("n1/a/")) == ["c"]
         assert list(store.prefixes("none/")) == list(store.prefixes("n1/a/c/")) == []
-        store.delete(["n10/x", "n1/a/c/d"])
+        for key in ("n10/x", "n1/a/c/d"):
+            store.delete(key)
         assert sorted(store.prefixes("")) == ["n1", "n1.listings"]
 
     def test_keys_are_listed_in_their_order_from_any_key_on(self, store: Store) -> None:
@@ -276,10 +277,9 @@ class TestEveryStore:
     def test_what_is_deleted_is_gone_and_may_be_deleted_again(self, store: Store) -> None:
         for key in ("n/a", "n/b/c", "n/b/d"):
             put(store, key)
-        assert store.delete(["n/a", "n/b/c", "n/absent"]) == {}
-        assert store.delete(["n/a"]) == {}
+        for key in ("n/a", "n/b/c", "n/absent", "n/a"):
+            store.delete(key)
         assert keys(store) == ["n/b/d"]
-        assert store.delete([]) == {}
 
     def test_p3_a_taken_key_is_refused_and_its_bytes_stay(self, store: Store, opened: Opener, bucket: Bucket) -> None:
         """P3 Written once: also by a new process, also where the server ignores If-None-Match."""
@@ -352,7 +352,8 @@ def test_a_list_has_as_many_pages_as_it_takes(store: Store, bucket: Bucket) -> N
     assert keys(store, "n/", many[-4]) == many[-3:]
     assert list(itertools.islice(store.list("n/", many[0]), 0, 2))[1].key == many[2]
     assert "n" in store.prefixes("")  # rclone keeps folders of which nothing is left
-    assert store.delete(many) == {}
+    for key in many:
+        store.delete(key)
     assert keys(store) == []
 
 
@@ -381,7 +382,7 @@ def test_no_key_leads_out_of_the_directory(tmp_bucket: FileBucket, local: Store,
     with pytest.raises(Missing):
         read(local, key)
     assert local.head(key) is None
-    local.delete([key])
+    local.delete(key)
     assert outside.read_bytes() == b"not yours"
 
 
@@ -1302,14 +1303,10 @@ def test_only_an_object_that_was_asked_for_is_missing(weak: Store, faulty: Fault
             ask()
 
 
-def test_without_the_right_to_delete_all_stays_and_is_said(weak: Store, faulty: FaultProxy, moto: Bucket) -> None:
-    faulty.on("POST", r"\?delete", s3_error(403, "AccessDenied"))
-    why = weak.delete(["first", "second"])
-    assert set(why) == {"first", "second"}
-    assert all("AccessDenied" in reason for reason in why.values())
-    error = b"<Error><Key>a</Key><Code>AccessDenied</Code><Message>no</Message></Error>"
-    faulty.on("POST", r"\?delete", Respond(200, XML + b"<DeleteResult>" + error + b"</DeleteResult>"))
-    assert weak.delete(["a", "first"]) == {"a": "AccessDenied: no"}
+def test_without_the_right_to_delete_it_stays_and_is_said(weak: Store, faulty: FaultProxy, moto: Bucket) -> None:
+    faulty.on("DELETE", "first", s3_error(403, "AccessDenied"))
+    with pytest.raises(Denied, match="AccessDenied"):
+        weak.delete("first")
     assert moto.keys() == ["first"]
 
 
@@ -1399,7 +1396,7 @@ def test_a_header_that_the_server_does_not_know_is_left_out(
     for body in (BODY, noise(LARGE)):
         with pytest.raises(Conflict):
             put(store, KEY + "1", body)
-    assert store.delete(["none"]) == {}
+    store.delete("none")
     assert moto.objects() == bodies
     if size == 20:
         assert caplog.text.count("refuses a header") == (2 if quirk == "both" else 1)
@@ -1495,20 +1492,6 @@ def test_a_page_that_is_no_xml_is_no_list(weak: Store, faulty: FaultProxy, statu
             ask()
 
 
-def test_a_server_that_deletes_no_batches_is_asked_for_one_key_after_the_other(
-    weak: Store, faulty: FaultProxy, moto: Bucket
-) -> None:
-    moto.empty()
-    put(weak, "one")
-    put(weak, "two")
-    faulty.on("POST", r"\?delete", s3_error(501, "NotImplemented"), count=None)
-    assert weak.delete(["one", "absent", "two"]) == {}
-    assert moto.keys() == []
-    put(weak, "one")
-    faulty.on("DELETE", "one", s3_error(403, "AccessDenied"))
-    assert "AccessDenied" in weak.delete(["one"])["one"]
-
-
 def test_a_list_that_is_cut_short_or_out_of_order_is_no_list(weak: Store, faulty: FaultProxy) -> None:
     for answer, trait in (
         (listing("a", "b", more="<IsTruncated>true</IsTruncated>"), "ListObjectsV2"),
@@ -1539,18 +1522,16 @@ def test_a_server_that_lists_no_uploads_is_used_all_the_same(
     assert moto.get(KEY) == noise(LARGE)
 
 
-def test_a_deletion_says_its_md5_and_a_server_that_ignores_range_is_named(weak: Store, faulty: FaultProxy) -> None:
-    weak.delete(["first"])
-    assert sent(faulty, "POST", r"\?delete").headers["content-md5"]
+def test_a_server_that_ignores_range_is_named(weak: Store, faulty: FaultProxy) -> None:
     faulty.on("GET", "node1/", Respond(200, b"all of it"))
     with pytest.raises(Denied, match="Range"):
         read(weak, KEY, 3)
 
 
 def test_a_portals_page_is_no_deletion(weak: Store, faulty: FaultProxy) -> None:
-    faulty.on("POST", r"\?delete", BURSTS["portal"])
+    faulty.on("DELETE", "first", BURSTS["portal"])
     with pytest.raises(Unreachable, match="is there a proxy or a portal between"):
-        weak.delete(["first"])
+        weak.delete("first")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1601,7 +1582,8 @@ def test_gcs_tells_who_may_not_delete_in_words_of_its_own_that_a_key_is_taken(
     put(store, KEY)  # sent twice at first, to learn whether the server overwrites
     with pytest.raises(Conflict):
         put(store, KEY)
-    assert "storage.objects.delete" in store.delete([KEY])[KEY]
+    with pytest.raises(Conflict, match=r"storage\.objects\.delete"):
+        store.delete(KEY)
 
 
 def test_gcs_tells_whose_bytes_a_large_object_has_without_a_download(

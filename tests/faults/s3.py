@@ -221,13 +221,11 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST" if "uploadId" in query:
                 made = strict.complete(query["uploadId"], body, headers)
                 self._xml("CompleteMultipartUploadResult", f"<ETag>{escape(made.etag)}</ETag>")
-            case "POST":  # ?delete
-                keys = [one.text or "" for one in ET.fromstring(body).iter() if one.tag.endswith("Key")]
-                for name in keys:
-                    strict.store.pop(name, None)
-                self._xml("DeleteResult", "".join(f"<Deleted><Key>{escape(name)}</Key></Deleted>" for name in keys))
+            case "DELETE" if "uploadId" in query:
+                strict.uploads.pop(query["uploadId"], None)
+                self._reply(204)
             case "DELETE":
-                strict.uploads.pop(query.get("uploadId", ""), None)
+                strict.store.pop(key, None)
                 self._reply(204)
             case _ if key and "uploadId" in query:
                 self._xml("ListPartsResult", "".join(self._parts(strict, query["uploadId"])))

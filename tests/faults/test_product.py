@@ -78,7 +78,7 @@ OPERATIONS = {
     "prune-list": Operation("prune", "GET", "list-type=2"),
     "prune-get": Operation("prune", "GET", r"^/bucket/node1"),
     "prune-mark": Operation("prune", "PUT", r"\.pending-delete/"),
-    "prune-delete": Operation("prune", "POST", r"\?delete"),
+    "prune-delete": Operation("prune", "DELETE", ""),
 }
 # Over plain HTTP nothing tells that a bit of a list or of a JSON has flipped: only bodies of files carry checksums.
 CHECKED = {"flip": {"put", "listing", "owner", "part"}, "flip-reply": {"restore-get"}}
