@@ -8365,7 +8365,7 @@ class Candidate(NamedTuple):
     when: float  # when it was listed, by the younger of two clocks
     counts: bool  # complete, and not Cassandra's own: one of those of which the --keep options keep so many
     good: bool  # nothing that its newest listing names is marked bad
-    listing: Listing[Known]  # of its files only manifest.json and each Data.db: what a restore judges it by
+    end: float  # when it was complete
     objects: Sequence[tuple[str, int]] = ()  # key and size of all that its listings name
 
 
@@ -8421,7 +8421,7 @@ def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float
     for places in (good, ranked):
         for unit, why in _kept_by_options(places, options, now).items():
             kept.setdefault(unit, why)
-    oldest = min(end_of(one.listing) for one in ranked if one.unit in kept)
+    oldest = min(one.end for one in ranked if one.unit in kept)
     for one in found:
         if one not in dated:
             kept[one.unit] = "it is dated after today"
@@ -8444,33 +8444,16 @@ def kept_but_tag(
         newest = max(good, key=lambda one: one.taken)
         kept.setdefault(newest.unit, f"{_NEWEST}: only --force lets it go")
     # Where no snapshot stays, a restore begins with nothing and takes every incremental.
-    oldest = min((end_of(one.listing) for one in found if one.counts and one.unit in kept), default=0.0)
+    oldest = min((one.end for one in found if one.counts and one.unit in kept), default=0.0)
     for one in found:
         if tells_emptied(one.unit, oldest):
             kept.setdefault(one.unit, f"{_TELLS_EMPTIED}: only --force lets it go")
     return kept
 
 
-def window_bases(found: Sequence[Candidate], kept: Mapping[Unit, str]) -> list[Base]:
-    """Return all that a restore to a moment may begin with, from the oldest snapshot of the window on."""
-    left = [one for one in found if one.unit in kept]
-    in_window = [end_of(one.listing) for one in left if kept[one.unit] in _WINDOW]
-    oldest = min(in_window, default=math.inf)
-    # When one began, a restore reads in manifest.json. No snapshot takes Cassandra a day: this keeps too much.
-    ends = [(one.listing, end_of(one.listing)) for one in left]
-    return [base_on(listing, end - DAY_S) for listing, end in ends if end >= oldest]
-
-
-def is_reachable(info: ListingInfo, listing: Listing[Known], bases: Sequence[Base]) -> bool:
-    """Tell whether a restore would add anything of this listing of backups/, by the very rule of a restore."""
-    sstables = sstables_of(listing)
-    for base in bases:
-        if any(base.adds(sstable, math.inf) for sstable in sstables):
-            return True
-        # By its age goes what is called as no SSTable that we know, and what was lost: a restore tells of that.
-        if (listing.lost or not sstables) and info.when >= base.start:
-            return True
-    return not bases
+def window_of(found: Sequence[Candidate], kept: Mapping[Unit, str]) -> float:
+    """Return when the snapshot ended from which on every moment can be restored; 0.0 where there is none."""
+    return min((one.end for one in found if kept.get(one.unit) in _WINDOW), default=0.0)
 
 
 # What goes of a node ----------------------------------------------------------------------------------
@@ -8640,21 +8623,15 @@ class Pruning:
             kept = kept_snapshots(found, self._options, self._began)
         for one in found:
             self._note(one.unit in kept, one.snapshot.listings, one.objects)
-        bases = window_bases(found, kept)
+        window = window_of(found, kept)
         others = [info for info in infos if info.unit.kind != "snapshot"]
         read = functools.partial(read_listing, self._store, self.node)
         for info, listing in zip(others, spread(read, others, self._threads), strict=True):
             objects = [(entry.key, entry.size) for entry in listing.files]
-            stays = self._stays(info, listing, bases)
+            stays = self._stays(info, window)
             self._note(stays, [info], objects)
             if not stays and info.unit.kind == "incremental":
-                end = min(base.end for base in bases)  # from there on nothing is lacking
-                seen = seconds_of(listing.taken)  # an import may have kept its old times
-                moments = [self._cut.get(info.unit.place, 0.0)]
-                moments += [min(end, max(one.written, seen)) for one in sstables_of(listing)]
-                if listing.lost:
-                    moments.append(seconds_of(listing.taken))
-                self._cut[info.unit.place] = max(moments)
+                self._cut[info.unit.place] = max(window, self._cut.get(info.unit.place, 0.0))
         self._tell(found, kept)
 
     def _note(self, stays: bool, listings: Iterable[ListingInfo], objects: Iterable[tuple[str, int]]) -> None:
@@ -8674,7 +8651,6 @@ class Pruning:
                 named.append(objects.setdefault(entry.key, pair))
             newest = listings[-1]
             whole = cast(Listing[Known], add_up(listings))  # what a restore of it would want
-            telling = [entry for entry in whole.files if entry.name.endswith((MANIFEST, "-Data.db"))]
             yield Candidate(
                 unit=snapshot.unit,
                 snapshot=snapshot,
@@ -8682,13 +8658,13 @@ class Pruning:
                 when=snapshot.newest.when,
                 counts=snapshot.complete and not is_automatic(snapshot.unit),
                 good=bad.isdisjoint(entry.key for entry in whole.files),
-                listing=replace(newest, files=tuple(telling)),
+                end=end_of(whole),
                 objects=named,
             )
 
-    def _stays(self, info: ListingInfo, listing: Listing[Known], bases: Sequence[Base]) -> bool:
+    def _stays(self, info: ListingInfo, window: float) -> bool:
         if info.unit.kind == "incremental":
-            return is_reachable(info, listing, bases)
+            return info.when >= window - DAY_S - _SLACK_S  # when a snapshot began its manifest tells; no day before
         within = self._options.keep_within  # an archive goes by nothing else
         return not within or self._began - info.when <= within
 

@@ -51,7 +51,7 @@ class Table:
             newest = self.listings[one.newest.key]
             taken = cb.seconds_of(newest.taken)
             counts, good = one.complete and not cb.is_automatic(one.unit), one.unit not in self.bad
-            found.append(Candidate(one.unit, one, taken, one.newest.when, counts, good, newest))
+            found.append(Candidate(one.unit, one, taken, one.newest.when, counts, good, cb.end_of(newest)))
         return found
 
     def kept(self, now: float, **terms: Any) -> dict[Unit, str]:
@@ -67,12 +67,12 @@ class Table:
     def gone(self, now: float, **terms: Any) -> set[str]:
         """Return the keys of listings that go."""
         kept = self.kept(now, **terms)
-        bases = cb.window_bases(self.candidates(), kept)
+        window = cb.window_of(self.candidates(), kept)
         gone = set()
         for info in self.infos:
             if info.unit.kind == "snapshot" and info.unit not in kept:
                 gone.add(info.key)
-            if info.unit.kind == "incremental" and not cb.is_reachable(info, self.listings[info.key], bases):
+            if info.unit.kind == "incremental" and info.when < window - cb.DAY_S - cb._SLACK_S:
                 gone.add(info.key)
         return gone
 
@@ -344,11 +344,11 @@ def test_a_restore_to_a_moment_whose_flushes_prune_has_let_go_is_lacking_and_wit
     between, within = EPOCH + 10 * DAY, [EPOCH + 21 * DAY, EPOCH + 21.5 * DAY, shelf.now]
     before = {at: restored(shelf, at) for at in (between, *within)}
     assert not any(lacking for _, lacking in before.values())
-    for days, let_go in ((3, 18), (2, 19), (2, 19)):
+    for days, oldest in ((3, 20), (2, 21), (2, 21)):
         shelf.now += HOUR
         run(shelf, keep_daily=days, keep_weekly=9, confirm=True, force=True)
         (document,) = documents(shelf, "listings/pruned")
-        assert document["tables"] == {f"{KEYSPACE}/{TABLE}": EPOCH + let_go * DAY + HOUR}
+        assert document["tables"] == {f"{KEYSPACE}/{TABLE}": EPOCH + oldest * DAY}
     assert "prune has let go what was flushed until" in "".join(restored(shelf, between)[1])
     assert restored(shelf, EPOCH)[1] == [], "of what was flushed since then, it wants nothing"
     for at in within:
@@ -389,7 +389,8 @@ def test_an_import_with_old_times_that_prune_lets_go_is_lacking_until_the_snapsh
     assert [restored(shelf, at)[1] for at in moments] == [[], [], []]
     run(shelf, keep_daily=2, keep_weekly=9, confirm=True, force=True)
     assert [len(restored(shelf, at)[1]) for at in moments] == [1, 0, 0]
-    assert not [key for key in shelf.named if "/backups/" in key]
+    (found_late,) = [key for key in shelf.named if "/backups/" in key]
+    assert f"/backups/{utc(EPOCH + 22.5 * DAY)}" in found_late, "by when it was listed, not by its times"
 
 
 def test_a_table_that_was_created_after_the_moment_lacks_nothing_whatever_prune_let_go_of_it() -> None:
@@ -958,11 +959,12 @@ def test_of_two_prunes_at_once_neither_forgets_what_the_other_has_let_go_of_back
     second.plan()
     first.confirm()
     second.confirm()
-    assert f"what was flushed until {cb.moment_text(utc(EPOCH + DAY))}" in str(restored(shelf, shelf.now - 3 * DAY)[1])
+    oldest = cb.moment_text(utc(EPOCH + 3 * DAY + HOUR))  # of those that the first of them keeps
+    assert f"what was flushed until {oldest}" in str(restored(shelf, shelf.now - 3 * DAY)[1])
     shelf.add(snapshot("sunday", shelf.now))
     run(shelf, keep_last=1, confirm=True, force=True)
     (document,) = documents(shelf, "listings/pruned")
-    assert document["tables"] == {f"{KEYSPACE}/{TABLE}": EPOCH + 2 * DAY}
+    assert document["tables"] == {f"{KEYSPACE}/{TABLE}": EPOCH + 4 * DAY}
 
 
 def test_of_two_prunes_at_once_with_other_terms_a_record_tells_what_either_let_go_p7() -> None:
