@@ -4397,17 +4397,43 @@ def find_infos(store: Store, folder: str, wanted: set[str]) -> dict[str, ObjectI
     return found
 
 
-def _is_there(store: Store, entry: Known, info: ObjectInfo | None) -> bool:
-    if not info or info.size != entry.size:
-        return False
-    if info.etag and info.etag == entry.etag:
-        return True
-    # Another ETag under a key that is written once: an operator has copied the bucket, or encrypted it anew. The
-    # checksum decides, which a LIST does not tell.
-    head = store.head(entry.key)
-    if not head:
-        return False
-    return entry.crc32 == (head.crc32 or crc32_of(store.get(entry.key)))
+class Finding(NamedTuple):
+    """What is wrong with an object or a listing."""
+
+    found: str  # good, absent, size, checksum, failed, denied or archived; of a listing unreadable, or gone
+    what: str  # the same in words
+
+
+_GOOD: Final = Finding("good", "")
+
+
+def _compare(entry: Known, info: ObjectInfo | None) -> Finding:
+    size = entry.size
+    if not info:
+        return Finding("absent", "is not there")
+    if info.size != size:
+        return Finding("size", f"has {info.size} bytes, listed with {size}")
+    if info.crc32 and info.crc32 != entry.crc32:
+        return Finding("checksum", f"has CRC-32 {info.crc32}, listed with {entry.crc32}")
+    return _GOOD
+
+
+def check_object(store: Store, entry: Known, info: ObjectInfo | None, deep: bool = False) -> Finding:
+    """Compare an object with its entry. `info` is what LIST or HEAD told; `deep` downloads it."""
+    is_same = info is not None and info.etag == entry.etag != ""
+    if info and not is_same:
+        # Another ETag under a key that is written once: an operator has copied the bucket, or encrypted it anew. The
+        # checksum decides, which a LIST does not tell.
+        info = store.head(entry.key)
+    finding = _compare(entry, info)
+    if not info or finding != _GOOD:
+        return finding
+    if (is_same or info.crc32) and not deep:
+        return _GOOD
+    try:
+        return _compare(entry, replace(info, crc32=crc32_of(store.get(entry.key))))
+    except Missing:
+        return _compare(entry, None)
 
 
 def confirm(
@@ -4426,7 +4452,7 @@ def confirm(
     stored: list[Stored] = []
     gone: list[Known] = []
     for entry in entries:
-        if entry.key in certain or _is_there(store, entry, infos.get(entry.key)):
+        if entry.key in certain or check_object(store, entry, infos.get(entry.key)) == _GOOD:
             stored.append(as_stored(entry))
         else:
             gone.append(entry)
@@ -8085,48 +8111,6 @@ class VerifyOptions(NodeChoice):
     repair: bool = False
 
 
-class Finding(NamedTuple):
-    """What is wrong with an object or a listing."""
-
-    found: str  # good, absent, size, checksum, failed, denied or archived; of a listing unreadable, or gone
-    what: str  # the same in words
-
-
-_GOOD: Final = Finding("good", "")
-
-
-def _compare(entry: Known, info: ObjectInfo | None) -> Finding:
-    size = entry.size
-    if not info:
-        return Finding("absent", "is not there")
-    if info.size != size:
-        return Finding("size", f"has {info.size} bytes, listed with {size}")
-    if info.crc32 and info.crc32 != entry.crc32:
-        return Finding("checksum", f"has CRC-32 {info.crc32}, listed with {entry.crc32}")
-    return _GOOD
-
-
-def check_object(store: Patient, deep: bool, there: Mapping[str, ObjectInfo], entry: Known) -> Finding:
-    """Compare an object with its entry. `there` is what LIST told; `deep` downloads it."""
-    info = there.get(entry.key)
-    is_same = info is not None and info.etag == entry.etag != ""
-    if not info or not is_same or info.archived:
-        # Some servers spell keys otherwise in LIST; none tells a CRC-32 there, nor that S3 has thawed an object.
-        info = store.head(entry.key)
-    finding = _compare(entry, info)
-    if not info or finding != _GOOD:
-        return finding
-    if info.archived:
-        return Finding("archived", f"is in {info.archived}")
-    known = is_same or info.crc32 != ""
-    if known and not deep:
-        return _GOOD
-    try:
-        return _compare(entry, replace(info, crc32=crc32_of(store.get(entry.key))))
-    except Missing:
-        return _compare(entry, None)
-
-
 class Verification:
     """Compares the objects of a node with the listings that name them. It holds the listings of one table."""
 
@@ -8198,7 +8182,12 @@ class Verification:
         # A mark may come from reading it whole (--deep): only another such reading may lift it.
         deep = self._options.deep or entry.key in self._marked
         try:
-            return check_object(self._store, deep, there, entry)
+            info = there.get(entry.key)
+            if info and info.archived:
+                info = self._store.head(entry.key)  # only HEAD tells what S3 has thawed
+            if info and info.archived and info.size == entry.size:
+                return Finding("archived", f"is in {info.archived}")
+            return check_object(self._store, entry, info, deep)
         except Throttled:
             raise
         except (Denied, Unreachable) as fault:
