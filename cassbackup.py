@@ -7374,8 +7374,15 @@ class Reader:
     threads: int
     node: str
     bad: frozenset[str]
+    recorded: tuple[ListingInfo, ...] = ()  # by tag records: who tries to read one that is gone finds it lacking
     # What cannot be read, or was lost. Several threads append to it: that a list takes at once, without a lock.
     lacking: list[str] = field(default_factory=list)
+
+    def listings(self, folder: str) -> list[ListingInfo]:
+        """Return what is listed in a folder, or recorded to be."""
+        found = {info.key: info for info in self.recorded if info.key.startswith(f"{self.node}.listings/{folder}")}
+        found.update((info.key, info) for info in listings_of(self.store, self.node, folder=folder))
+        return [found[key] for key in sorted(found)]
 
     def read(self, infos: Sequence[ListingInfo]) -> Listing[Known]:
         """Add up listings of one unit. One that cannot be read is lacking, unless the others are complete."""
@@ -7417,7 +7424,7 @@ class Reader:
 
 def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
     """Choose what a table was at a moment; only the listings that this takes are read."""
-    infos = list(listings_of(reader.store, reader.node, folder=folder))
+    infos = reader.listings(folder)
     if not infos:
         return None
     snapshots = snapshots_of(infos)
@@ -7450,19 +7457,7 @@ def less_pruned(one: Chosen, pruned: Mapping[str, float], before: float) -> Chos
     return replace(one, lacking=(*one.lacking, what))
 
 
-def note_gone(reader: Reader, tables: Sequence[Chosen], recorded: Iterable[ListingInfo], before: float) -> None:
-    """Note as lacking each recorded listing that would be a later base than the one chosen, and is gone."""
-    ends = {(one.keyspace, one.table): one.base.end for one in tables}
-    for info in recorded:
-        unit = info.unit
-        is_later = ends.get((unit.keyspace, unit.table), 0.0) < seconds_of(unit.life) <= before
-        if is_later and not reader.store.head(info.key):
-            reader.lacking.append(f"{quote(info.key)} is gone, and prune did not delete it")
-
-
-def choose_moment(
-    reader: Reader, folders: Sequence[str], before: float, recorded: Iterable[ListingInfo]
-) -> list[Chosen]:
+def choose_moment(reader: Reader, folders: Sequence[str], before: float) -> list[Chosen]:
     """Choose what each table was at a moment. Raises Missing, which names the first moment that there is."""
     # Few tables at once, so that the threads are enough to read the listings of each side by side.
     at_once = max(1, min(4, len(folders)))
@@ -7470,12 +7465,11 @@ def choose_moment(
     found = list(spread(functools.partial(choose_table, of_each, before), folders, at_once))
     pruned = pruned_until(reader.store, reader.node)  # it may run just now: it tells so before it deletes a listing
     tables = newest_of_names([less_pruned(one, pruned, before) for one in found if one], before)
-    note_gone(reader, tables, recorded, before)
     if tables or reader.lacking:
         return tables
     first = "yet to come"
     for folder in folders:
-        for info in listings_of(reader.store, reader.node, folder=folder):
+        for info in reader.listings(folder):
             first = min(first, info.unit.life or info.listed)
     raise Missing(f"nothing had been backed up by {utc(before)}", f"the first moment is {first}")
 
@@ -7508,17 +7502,10 @@ def left_out(
             yield one
 
 
-def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iterable[ListingInfo] = ()) -> list[Chosen]:
-    """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags.
-
-    A listing that is recorded, but gone, is tried too: then its table is lacking, and not forgotten.
-    """
-
-    def listings_in(folder: str) -> list[ListingInfo]:
-        return list(listings_of(reader.store, reader.node, folder=f"{folder}snapshots/"))
-
-    there = list(itertools.chain.from_iterable(spread(listings_in, folders, reader.threads)))
-    taken = takings(recorded, there)
+def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen]:
+    """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags."""
+    found = spread(reader.listings, [f"{folder}snapshots/" for folder in folders], reader.threads)
+    taken = group_snapshots(snapshots_of(itertools.chain(*found)))
     groups = [group for group in taken if any(is_meant(one, word) for one in group)]
     # A tag may look like TAG@TIME itself: it comes first.
     exact = [group for group in groups if group[0].unit.tag == word]
@@ -7526,8 +7513,8 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str, recorded: Iter
         tags = {group[0].unit.tag for group in taken}
         raise Missing(f"no snapshot {word!r}", f"there are {some_of(sorted(tags))}")
     *earlier, newest = exact or groups
-    is_there = {info.key for info in there}
-    before = {one.unit.place: one for group in earlier for one in group if one.newest.key in is_there}
+    # What a record alone tells of has no body: it is gone.
+    before = {one.unit.place: one for group in earlier for one in group if one.newest.body}
     for one in left_out(before.values(), newest, taken):
         what = f"{one.unit.place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
         reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
@@ -7546,15 +7533,18 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
         exclude += ("system.local", "system.peers*")
     if not options.table and not options.in_place:
         exclude += SYSTEM_KEYSPACES  # Cassandra imports none of these
-    folders = list(table_folders(reader.store, reader.node, options.table, exclude))
     recorded = recorded_of(reader, options.table, exclude, pruned=options.tag != "")
-    if not folders and not recorded:
+    reader = replace(reader, recorded=tuple(recorded))
+    keys = [info.key.removeprefix(f"{reader.node}.listings/") for info in recorded]
+    folders = list(table_folders(reader.store, reader.node, options.table, exclude))
+    folders += {key.partition("snapshots/")[0] for key in keys}.difference(folders)
+    if not folders:
         hint = "name one with --table, or take all with --table '*'"
         raise Missing("no table is left but those of the system, or excluded ones", hint)
     if options.tag:
-        tables = choose_tag(reader, folders, options.tag, recorded)
+        tables = choose_tag(reader, folders, options.tag)
     else:
-        tables = choose_moment(reader, folders, before, recorded)
+        tables = choose_moment(reader, folders, before)
     units = [Unit("snapshot", one.keyspace, one.table) for one in tables]
     for word in options.table:
         if not any(is_selected(unit, (word,)) for unit in units):

@@ -992,7 +992,7 @@ def test_of_two_prunes_at_once_with_other_terms_a_record_tells_what_either_let_g
 
 def latest_lacks(shelf: Shelf) -> list[str]:
     """Return which listings a restore of everything misses."""
-    return [what.split()[0] for what in restored(shelf, shelf.now)[1] if "prune did not delete it" in what]
+    return [what.split()[0] for what in restored(shelf, shelf.now)[1] if "is gone" in what]
 
 
 @pytest.mark.parametrize("alone", [True, False])
