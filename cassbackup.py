@@ -6670,12 +6670,6 @@ def recorded_listings(store: Patient, node: str, pruned: bool = False) -> list[L
     return [info for info in infos if info]
 
 
-def takings(recorded: Iterable[ListingInfo], there: Iterable[ListingInfo]) -> list[list[Snapshot]]:
-    """Return what each `nodetool snapshot` took, the oldest first; also where a listing is recorded, and gone."""
-    infos = {info.key: info for info in itertools.chain(recorded, there)}
-    return group_snapshots(snapshots_of(infos[key] for key in sorted(infos)))
-
-
 def meaning_of(store: Patient, node: str, word: str) -> Callable[[Snapshot], bool]:
     """Return what tells whether a snapshot is meant by TAG, or by TAG@TIME: all that one `nodetool snapshot` took.
 
@@ -6684,7 +6678,8 @@ def meaning_of(store: Patient, node: str, word: str) -> Callable[[Snapshot], boo
     if "@" not in word:
         return functools.partial(is_meant, word=word)
     meant = set[Unit]()
-    for group in takings(recorded_listings(store, node), listings_of(store, node)):
+    infos = {info.key: info for info in itertools.chain(recorded_listings(store, node), listings_of(store, node))}
+    for group in group_snapshots(snapshots_of(infos.values())):
         if any(is_meant(one, word) for one in group):
             meant.update(one.unit for one in group)
     return lambda snapshot: snapshot.unit in meant
@@ -7357,6 +7352,11 @@ def receive_all(bucket: Bucket, files: Sequence[Placed]) -> dict[str, str]:
 _NO_MOMENT: Final = (Missing, Denied, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
+def _table_folder(path: str) -> str:
+    """Return the folder of a table's listings out of a path in it."""
+    return "/".join([*path.split("/")[:2], ""])
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
     """Reads a node's listings as far as they can be read, those of snapshots without what is marked bad."""
@@ -7365,13 +7365,14 @@ class Reader:
     threads: int
     node: str
     bad: frozenset[str]
-    recorded: tuple[ListingInfo, ...] = ()  # by tag records: who tries to read one that is gone finds it lacking
+    # What tag records name, by the folder of its table: who tries to read one that is gone finds it lacking.
+    recorded: Mapping[str, Sequence[ListingInfo]] = field(default_factory=dict)
     # What cannot be read, or was lost. Several threads append to it: that a list takes at once, without a lock.
     lacking: list[str] = field(default_factory=list)
 
     def listings(self, folder: str) -> list[ListingInfo]:
         """Return what is listed in a folder, or recorded to be."""
-        found = {info.key: info for info in self.recorded if info.key.startswith(f"{self.node}.listings/{folder}")}
+        found = {info.key: info for info in self.recorded.get(_table_folder(folder), ())}
         found.update((info.key, info) for info in listings_of(self.store, self.node, folder=folder))
         return [found[key] for key in sorted(found)]
 
@@ -7475,24 +7476,6 @@ def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str], pr
     return [info for info in recorded if is_chosen(info.unit, words, exclude)]
 
 
-def left_out(
-    before: Iterable[Snapshot], newest: Sequence[Snapshot], taken: Iterable[Sequence[Snapshot]]
-) -> Iterator[Snapshot]:
-    """Yield those of the snapshots before whose tables the newest of a tag lacks, unless they were dropped since.
-
-    A table is listed when it is stored: that of a large one may be under way yet.
-    """
-    here = {one.unit.place for one in newest}
-    emptied: dict[str, float] = {}
-    for one in itertools.chain(*taken):
-        place = one.unit.place
-        emptied[place] = max(emptied_at(one.unit), emptied.get(place, 0.0))
-    for one in before:
-        place = one.unit.place
-        if place not in here and emptied[place] < seconds_of(one.unit.life):
-            yield one
-
-
 def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen]:
     """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags."""
     found = spread(reader.listings, [f"{folder}snapshots/" for folder in folders], reader.threads)
@@ -7504,11 +7487,15 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen
         tags = {group[0].unit.tag for group in taken}
         raise Missing(f"no snapshot {word!r}", f"there are {some_of(sorted(tags))}")
     *earlier, newest = exact or groups
+    here = {one.unit.place for one in newest}
     # What a record alone tells of has no body: it is gone.
     before = {one.unit.place: one for group in earlier for one in group if one.newest.body}
-    for one in left_out(before.values(), newest, taken):
-        what = f"{one.unit.place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
-        reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
+    dropped = {one.unit.place: one.taken for group in taken for one in group if is_drop(one.unit)}
+    for place, one in before.items():
+        # A table is listed when it is stored: that of a large one may be under way yet.
+        if place not in here and dropped.get(place, 0.0) < one.taken:
+            what = f"{place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
+            reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
     tables = []
     for listing in spread(reader.read, [one.listings for one in newest], reader.threads):
         unit, base = listing.unit, base_on(listing)
@@ -7524,18 +7511,17 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
         exclude += ("system.local", "system.peers*")
     if not options.table and not options.in_place:
         exclude += SYSTEM_KEYSPACES  # Cassandra imports none of these
-    recorded = recorded_of(reader, options.table, exclude, pruned=options.tag != "")
-    reader = replace(reader, recorded=tuple(recorded))
-    keys = [info.key.removeprefix(f"{reader.node}.listings/") for info in recorded]
+    recorded: dict[str, list[ListingInfo]] = {}
+    for info in recorded_of(reader, options.table, exclude, pruned=options.tag != ""):
+        folder = _table_folder(info.key.removeprefix(f"{reader.node}.listings/"))
+        recorded.setdefault(folder, []).append(info)
+    reader = replace(reader, recorded=recorded)
     folders = list(table_folders(reader.store, reader.node, options.table, exclude))
-    folders += {key.partition("snapshots/")[0] for key in keys}.difference(folders)
+    folders += sorted(recorded.keys() - set(folders))
     if not folders:
         hint = "name one with --table, or take all with --table '*'"
         raise Missing("no table is left but those of the system, or excluded ones", hint)
-    if options.tag:
-        tables = choose_tag(reader, folders, options.tag)
-    else:
-        tables = choose_moment(reader, folders, before)
+    tables = choose_tag(reader, folders, options.tag) if options.tag else choose_moment(reader, folders, before)
     units = [Unit("snapshot", one.keyspace, one.table) for one in tables]
     for word in options.table:
         if not any(is_selected(unit, (word,)) for unit in units):

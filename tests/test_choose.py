@@ -753,6 +753,10 @@ def test_a_table_that_the_newest_of_a_tag_lacks_is_named_unless_it_was_dropped_p
     choose_tag(reader, folders, "daily@20261102")
     choose_tag(reader, folders, "daily@20261103")
     assert reader.lacking == [], "one that is named is what it is"
+    story.snapshot(1.2 * DAY, nb(1, 0), tag=tag_of("truncated", 1.2 * DAY), table=SECOND)
+    choose_tag(reader, folders, "daily")
+    assert [SECOND in what for what in reader.lacking] == [True], "it is still there, with other rows"
+    reader.lacking.clear()
     story.snapshot(1.5 * DAY, nb(1, 0), tag=tag_of("dropped", 1.5 * DAY), table=SECOND)
     choose_tag(reader, folders, "daily")
     assert reader.lacking == []

@@ -49,7 +49,9 @@ class Table:
         """Return what stays, and why."""
         options = PruneOptions(**terms)
         if options.tag:
-            return cb.kept_but_tag(cb.snapshots_of(self.infos), self.bad, options, partial(cb.is_meant, word=options.tag))
+            return cb.kept_but_tag(
+                cb.snapshots_of(self.infos), self.bad, options, partial(cb.is_meant, word=options.tag)
+            )
         return cb.kept_snapshots(cb.snapshots_of(self.infos), self.bad, options, now)
 
     def kept_tags(self, now: float, **terms: Any) -> list[str]:
