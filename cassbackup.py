@@ -3213,13 +3213,6 @@ class Touched:
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
-    """To the loop: a directory of files is no longer there."""
-
-    directory: str
-
-
-@dataclass(frozen=True, slots=True)
 class PinnerState:
     """To the loop: how the pinner is. Also its sign of life."""
 
@@ -3347,7 +3340,7 @@ class Pinner(threading.Thread):
     """The one thread that watches, scans, links and unlinks. Nobody else touches a pin, so there is no lock.
 
     `listed` is {source directory: (life, marks of what is listed of it)}, as an earlier process left it. `post` is
-    called by this thread with what the loop should know: Touched, Gone, PinnerState, and the error that ends it.
+    called by this thread with what the loop should know: Touched, PinnerState, and the error that ends it.
     """
 
     def __init__(
@@ -3375,7 +3368,7 @@ class Pinner(threading.Thread):
         self._newest_life = utc(0)
         self._pins: dict[str, set[tuple[PinDirectory, str]]] = {}  # source directories that have pins, by life
         self._may_hold = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # so many descriptors of places
-        self._listed = dict(listed)  # of data directories that were not there yet
+        self._listed = dict(listed)  # of directories that no scan has come to, as of a disk that is away
         self._opened: set[PinDirectory] = set()
         self._counts: Counter[str] = Counter()
         self._unlinked = 0
@@ -3521,7 +3514,6 @@ class Pinner(threading.Thread):
         self._release(place)
         if not place.has_files:
             return
-        self._post(Gone(place.path))
         group = self._groups[place.unit]
         group.places.discard(place)
         # A directory of the life is gone: nothing joins it any more. The others go on while they are held.
@@ -3566,10 +3558,11 @@ class Pinner(threading.Thread):
         """Take up what an earlier process left of a data directory. The scan tells what of it is still there."""
         ours = [path for path in self._listed if f"{path}/".startswith(f"{disk.root}/")]
         for directory in ours:
-            life, marks = self._listed.pop(directory)
+            life, marks = self._listed[directory]
             place = self._resume(disk, directory[len(disk.root) + 1 :], life)
             if place:
                 place.listed = marks
+                del self._listed[directory]
         for life, relative in disk.pending():
             self._pins.setdefault(life, set()).add((disk, relative))
             self._tell_pinned(disk, relative, life)
@@ -3999,6 +3992,12 @@ class Pinner(threading.Thread):
                 self._dirty[place] = None
             self._pin_between()
         return tuple(alone)
+
+    def listed(self) -> dict[str, set[int]]:
+        """Return the marks of what is listed of each directory that is there, or whose disk is away."""
+        known = {path: marks for path, (_, marks) in self._listed.items()}
+        known.update((place.path, set(place.listed)) for place in self._places.values())
+        return known
 
     def forget(self) -> None:
         """Pin whatever is there: nothing is listed any more."""
@@ -5756,12 +5755,6 @@ def oldest_data(roots: Sequence[str], places: Iterable[str]) -> dict[str, float]
     return oldest
 
 
-def _marks_there(directory: str) -> set[int]:
-    """Return the marks of the files that a directory has."""
-    with os.scandir(directory) as entries:
-        return set(map(mark_there, entries))
-
-
 class Daemon:
     """The loop: listens to the pinner, sees to the bucket, and tells how it goes."""
 
@@ -5886,8 +5879,6 @@ class Daemon:
             news = await self._news.get()
             if isinstance(news, Touched):
                 self._backup.touch(news)
-            elif isinstance(news, Gone):
-                self._backup.ledger.forget_directory(news.directory)
             elif isinstance(news, PinnerState):
                 self._state, self._alive = news, time.monotonic()
                 if news.scanned:
@@ -6062,23 +6053,17 @@ class Daemon:
 
     async def _trim(self) -> None:
         """Let the ledger forget what no file has any more; end multipart uploads that nobody goes on with."""
-        await self._backup.scanned.wait()
+        await self._backup.scanned.wait()  # now the pinner knows what is there
         await self._backup.connected.wait()
         store, ledger = self._backup.store, self._backup.ledger
         ledger.trim(time.time() - 35 * 86400)
-        now, bucket = self._backup.clock(), ledger.bucket
+        now = self._backup.clock()
+        there = await self._backup.ask(self._pinner.listed)
         for directory, (life, marks) in ledger.listed().items():
-            if not os.path.isdir(directory):
-                if not self._state.absent:  # else its disk may come back
-                    ledger.forget_directory(directory)
-                continue
-            if life:  # a snapshot goes as a whole, but from backups/ files go one by one
-                continue
-            with contextlib.suppress(OSError):
-                there = await self._on_disk(_marks_there, directory)
-                if ledger.bucket != bucket:
-                    return  # it was made anew meanwhile, and of that nothing is listed
-                ledger.replace_listed(directory, life, now, marks & there)
+            if directory not in there:
+                ledger.forget_directory(directory)
+            elif not life:  # a snapshot goes as a whole, but from backups/ files go one by one
+                ledger.replace_listed(directory, life, now, marks & there[directory])
         ours = f"{self._backup.node}/"
         await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400, ours)
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import threading
 import time
@@ -817,6 +818,31 @@ def test_one_of_two_disks_that_is_away_with_its_pins_hides_nothing_of_the_other_
     wait_for(lambda: 0 < scene.page()["pinned_alone_limit_bytes"] < of_both)
     scene.settled()
     scene.assert_all_is_listed(first.history)
+
+
+def test_the_ledger_forgets_what_is_gone_and_nothing_that_is_on_a_disk_that_is_away(
+    scene: Scene, tmp_path: Path
+) -> None:
+    first, second = (Node(tmp_path / name) for name in ("first", "second"))
+    for node in (first, second):
+        node.table("ks1", f"of_{node.root.name}").flush()
+        node.snapshot("daily")
+    scene.start(*first.data_dirs, *second.data_dirs)
+    scene.settled()
+    scene.daemon.stop()
+
+    def listed() -> set[str]:
+        with contextlib.closing(sqlite3.connect(scene.state / "ledger.db")) as ledger:
+            return {directory for (directory,) in ledger.execute("SELECT directory FROM listed")}
+
+    before = listed()
+    first.clear("daily")
+    second.root.rename(tmp_path / "away")
+    scene.restart()
+    gone = {path for path in before if "/first/" in path and "/snapshots/" in path}
+    assert gone
+    wait_for(lambda: not gone & listed())
+    assert listed() == before - gone
 
 
 @pytest.mark.slow
