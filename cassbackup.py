@@ -3158,20 +3158,13 @@ class PinDirectory:
             os.rmdir(path)
         return left
 
-    def read(self, relative: str, life: str, settled: Mapping[str, Pinned] | None = None) -> Pins:
-        """Return the pins of a source directory as they are now, and what is lost of it.
-
-        `settled`, by the paths of the pins, is taken as it was read before, as far as it is still there.
-        """
-        settled = settled or {}
+    def read(self, relative: str, life: str) -> Pins:
+        """Return the pins of a source directory as they are now, and what is lost of it."""
         source, path = self.source(relative), self.directory(relative, life)
         files: dict[FilePath, Pinned] = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
             for entry in entries:
                 if not entry.name.endswith("~"):
-                    continue
-                if known := settled.get(entry.path):
-                    files[known.path] = known
                     continue
                 with contextlib.suppress(FileNotFoundError):  # let go meanwhile
                     info, name = entry.stat(follow_symlinks=False), entry.name[:-1]
@@ -4801,7 +4794,6 @@ class Waiting:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     # What one round has found out, or stored, for the next: most units take two before they are listed.
     remembered: dict[FileBytes, Remembered] = field(default_factory=dict)
-    settled: dict[str, Pinned] = field(default_factory=dict)  # read, and not to be written any more; for one round
     _since: dict[Any, float] = field(default_factory=dict)
 
     def since(self, states: Iterable[T]) -> dict[T, float]:
@@ -4831,11 +4823,6 @@ class Round:
     files: dict[FilePath, Known] = field(default_factory=dict)  # stored, or known to be
     failed: dict[FilePath, Exception] = field(default_factory=dict)
     delete: dict[FilePath, Fingerprint] = field(default_factory=dict)  # listed, and to go from backups/ with its pin
-
-
-def _may_grow(name: str) -> bool:
-    """Tell whether Cassandra writes a file in place, or appends to it."""
-    return name in IN_PLACE or name.endswith("-TOC.txt")
 
 
 def _batches_of(pins: Iterable[Pinned]) -> Iterator[list[Pinned]]:
@@ -4883,11 +4870,11 @@ def _read_small(store: Store, pins: PinMap, files: Mapping[FilePath, Known], pat
     return read_object(store, files[path].key)
 
 
-def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str, settled: Mapping[str, Pinned]) -> Pins:
+def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str) -> Pins:
     files: dict[FilePath, Pinned] = {}
     lost: list[FilePath] = []
     for disk, relative in directories:
-        found = disk.read(relative, life, settled)
+        found = disk.read(relative, life)
         files.update(found.files)
         lost.extend(found.lost)
     return Pins(files, tuple(lost))
@@ -5026,7 +5013,6 @@ class Backup:
         """Forget what would save a unit's next round work, where all that wait keep much."""
         if sum(len(one.remembered) for one in self.units.values()) > _REMEMBERED_FILES:
             waiting.remembered.clear()
-            waiting.settled.clear()
 
     async def _until_due(self, waiting: Waiting, delay: float) -> None:
         """Wait so long, or until there is news; then until nothing has come for a moment."""
@@ -5043,8 +5029,7 @@ class Backup:
     async def _back_up(self, unit: Unit, waiting: Waiting) -> float | None:
         """Store and list what there is of a unit; None when it is done, else the seconds until the next time."""
         directories = sorted(waiting.directories, key=lambda one: one[1])
-        found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life, waiting.settled)
-        waiting.settled = {}
+        found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
         work = Round(unit, waiting, self.bucket, self.clock(), found.files, found.lost)
         for path, fingerprint in self._kept.get(unit, {}).items():
             if path in work.pins and work.pins[path].fingerprint == fingerprint:
@@ -5078,15 +5063,13 @@ class Backup:
         young = self._young(work)
         await self._store(work, [pin for path, pin in work.pins.items() if path not in young])
         if young:
-            # If one of these changes all the same, the pinner does not let it go: fingerprints differ.
-            work.waiting.settled = {pin.pin: pin for pin in work.pins.values() if not _may_grow(pin.name)}
             return QUIET_S
         before = await self._look_up(listed_snapshot, work)
         files = {entry.path: entry for entry in before.listing.files} | work.files
         has_manifest = any(name == MANIFEST for _, name in files)
         scanned = has_manifest and await self.ask(self._pinner.scan_tag, unit)
-        seen = {pin.pin: pin for pin in work.pins.values()}
-        there = await self._workers.once("pins", False, _read_pins, list(work.waiting.directories), unit.life, seen)
+        # This also tells whether the disk of the pins went away meanwhile.
+        there = await self._workers.once("pins", False, _read_pins, list(work.waiting.directories), unit.life)
         if there.files.keys() != work.pins.keys():
             return QUIET_S  # more has come while this was sent
         verdict = await self._judge(work, files, judge_snapshot, scanned)
