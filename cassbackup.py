@@ -288,18 +288,13 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
-    """A file whose bytes we hold by a link of our own."""
+class File:
+    """A file of Cassandra's: where it has it, and which bytes these are."""
 
-    directory: str  # where Cassandra has it
+    directory: str
     name: str
-    pin: str  # path of our link
-    disk: str  # the pin directory's random id: inode numbers of two disks must not be confused
     fingerprint: Fingerprint
     mode: int
-    uid: int
-    gid: int
-    links: int
 
     @property
     def path(self) -> FilePath:
@@ -310,6 +305,17 @@ class Pinned:
     def size(self) -> int:
         """Return its bytes."""
         return self.fingerprint.size
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned(File):
+    """A file whose bytes we hold by a link of our own."""
+
+    uid: int
+    gid: int
+    links: int
+    pin: str  # path of our link
+    disk: str  # the pin directory's random id: inode numbers of two disks must not be confused
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,28 +332,14 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class Known(File):
     """A file as the ledger or a listing tells: an object that should be there."""
 
-    directory: str
-    name: str
-    fingerprint: Fingerprint
-    mode: int
     user: str
     group: str
     crc32: str  # eight hex digits
     key: str
     etag: str
-
-    @property
-    def path(self) -> FilePath:
-        """Return the file as its directory and name."""
-        return self.directory, self.name
-
-    @property
-    def size(self) -> int:
-        """Return its bytes."""
-        return self.fingerprint.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,13 +348,6 @@ class Stored(Known):
 
 
 Entry = TypeVar("Entry", bound=Known, covariant=True)
-
-
-class Lost(NamedTuple):
-    """A file that is gone for good, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +361,7 @@ class Listing(Generic[Entry]):
     complete: bool
     files: tuple[Entry, ...]
     missing: tuple[str, ...] = ()
-    lost: tuple[Lost, ...] = ()
+    lost: tuple[str, ...] = ()  # given up to keep the disk free
 
     @property
     def size(self) -> int:
@@ -386,7 +371,7 @@ class Listing(Generic[Entry]):
     @property
     def lacks(self) -> list[str]:
         """Return the names of the files that it should have and has not, without their directories."""
-        names = [*self.missing, *(lost.name for lost in self.lost)]
+        names = [*self.missing, *self.lost]
         return sorted({name.rpartition("/")[2] for name in names})
 
 
@@ -595,7 +580,7 @@ def dump_listing(listing: Listing[Stored]) -> bytes:
         taken=listing.taken,
         listed=listing.listed,
         missing=[quote(name) for name in listing.missing],
-        lost=[{"name": quote(one.name), "reason": one.reason} for one in listing.lost],
+        lost=[quote(name) for name in listing.lost],
         directories=directories,
     )
 
@@ -653,8 +638,6 @@ def load_listing(body: bytes) -> Listing[Known]:
         files: list[Known] = []
         for directory, entries in typed(document, "directories", dict).items():
             files += [_load_entry(unquote(directory), entry) for entry in entries]
-        told = typed(document, "lost", list)
-        lost = [Lost(unquote(one["name"]), typed(one, "reason", str)) for one in told]
         taken, listed = typed(document, "taken", str), typed(document, "listed", str)
         if not is_utc(taken) or not is_utc(listed):
             raise ValueError(f"taken is {taken!r}, listed is {listed!r}")
@@ -666,7 +649,7 @@ def load_listing(body: bytes) -> Listing[Known]:
             complete=typed(document, "complete", bool),
             files=tuple(files),
             missing=tuple(map(unquote, typed(document, "missing", list))),
-            lost=tuple(lost),
+            lost=tuple(map(unquote, typed(document, "lost", list))),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"the listing cannot be read ({error!r})", "keep it; `cassbackup verify` names it") from None
@@ -3171,8 +3154,7 @@ class PinDirectory:
                     if name.startswith("#"):
                         name = _read_name(f"{path}/{name}.name")
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
-                    fingerprint = Fingerprint.of(info)
-                    files[source, name] = Pinned(source, name, entry.path, self.id, fingerprint, *who)
+                    files[source, name] = Pinned(source, name, Fingerprint.of(info), *who, entry.path, self.id)
         return Pins(files, tuple((source, name) for name in self.lost(relative, life)))
 
     def lost(self, relative: str, life: str) -> list[str]:
@@ -4169,7 +4151,7 @@ def _read_manifest(body: bytes) -> dict[str, Any] | None:
     return manifest
 
 
-def manifest_time(files: Iterable[Pinned | Known]) -> str:
+def manifest_time(files: Iterable[File]) -> str:
     """Return the UTC at which Cassandra wrote manifest.json, the first if there are several; "" if there is none."""
     written = [file.fingerprint.written for file in files if file.name == MANIFEST]
     return utc(min(written)) if written else ""
@@ -4510,7 +4492,7 @@ def add_up(listings: Sequence[Listing[Known]]) -> Listing[Known] | None:
     return replace(listings[-1], files=tuple(files.values()), complete=complete)
 
 
-def bytes_of(files: Iterable[Pinned | Known]) -> set[FileBytes]:
+def bytes_of(files: Iterable[File]) -> set[FileBytes]:
     """Return of files where they are, and which bytes they are."""
     return {(file.path, file.fingerprint) for file in files}
 
@@ -4893,7 +4875,7 @@ def _beside(folders: Mapping[str, str], sstables: Collection[str]) -> list[Pinne
                 if entry.name.startswith(prefixes) and sstable_in(entry.path) in sstables:
                     info = entry.stat(follow_symlinks=False)
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
-                    found.append(Pinned(directory, entry.name, entry.path, disk, Fingerprint.of(info), *who))
+                    found.append(Pinned(directory, entry.name, Fingerprint.of(info), *who, entry.path, disk))
     return found
 
 
@@ -5239,7 +5221,7 @@ class Backup:
         missing: Iterable[str],
         lost: Iterable[FilePath],
     ) -> Listing[Known]:
-        lost_names = tuple(Lost(name, "given up to keep the disk free") for _, name in sorted(lost))
+        lost_names = tuple(name for _, name in sorted(lost))
         missing_names = () if complete else tuple(sorted(missing))
         return Listing(self.node, unit, taken, "", complete, tuple(files), missing_names, lost_names)
 
@@ -7044,7 +7026,7 @@ def _lacks(listing: Listing[Known], before: float) -> Iterator[str]:
         # When its files were written nobody knows any more, but hardly any was long before they were found.
         found = seconds_of(listing.taken)
         if found - _SLACK_S <= before:
-            names = some_of([lost.name for lost in listing.lost])
+            names = some_of(listing.lost)
             yield f"{len(listing.lost)} files of backups/ were lost before they were stored: {names}"
     for entry in listing.files:
         is_odd = entry.name.endswith("-Data.db") and not sstable_of(entry.name)
@@ -7504,7 +7486,7 @@ def choose_archive(reader: Reader, directory: str) -> Iterable[Known]:
     newest: dict[str, Known] = {}  # the bad ones too: an older one would pass for it
     for listing in spread(reader.read, infos, reader.threads):
         newest.update((entry.name, entry) for entry in listing.files)
-        reader.lacking.extend(f"{quote(lost.name)} was lost before it was stored" for lost in listing.lost)
+        reader.lacking.extend(f"{quote(name)} was lost before it was stored" for name in listing.lost)
     if not newest:
         raise Missing(f"{reader.node} has no archive of {quote(directory)}", "`cassbackup list` names the directories")
     bad = sorted(name for name, entry in newest.items() if entry.key in reader.bad)

@@ -79,7 +79,7 @@ class Listing:
     @property
     def lost(self) -> set[str]:
         """Return the names of the files that it says are gone for good."""
-        return {plain(one["name"]) for one in self.document.get("lost", ())}
+        return {plain(one) for one in self.document.get("lost", ())}
 
 
 # ------------------------------------------------------------------------------------------------------------

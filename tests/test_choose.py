@@ -30,7 +30,6 @@ from cassbackup import (
     Known,
     Listing,
     ListingInfo,
-    Lost,
     Missing,
     ObjectInfo,
     Placed,
@@ -176,7 +175,7 @@ class Story:
         *sstables: Written,
         table: str = FIRST,
         missing: Iterable[str] = (),
-        lost: Iterable[Lost] = (),
+        lost: Iterable[str] = (),
         listed: float = 0.0,
     ) -> None:
         """List what of backups/ was found by a moment."""
@@ -193,7 +192,7 @@ class Story:
         complete: bool,
         missing: tuple[str, ...],
         listed: float,
-        lost: tuple[Lost, ...] = (),
+        lost: tuple[str, ...] = (),
     ) -> None:
         if entries or lost:
             self.listed = later(utc(BEGIN + listed), self.listed or utc(0))
@@ -509,7 +508,7 @@ def test_a_later_snapshot_that_cannot_be_read_is_no_lack_of_a_table_that_had_non
 def test_what_was_lost_of_backups_before_it_was_stored_is_named_by_what_it_may_have_been_part_of() -> None:
     story = Story()
     story.snapshot(1 * DAY, nb(1, 0))
-    story.backups(3 * DAY, lost=[Lost("nb-7-big-Data.db", "given up to keep the disk free")])
+    story.backups(3 * DAY, lost=["nb-7-big-Data.db"])
     assert [one.lacking for one in story.chosen(2 * DAY)] == [()]
     ((told,),) = [one.lacking for one in story.chosen(4 * DAY)]
     assert "nb-7-big-Data.db" in told

@@ -292,7 +292,7 @@ def test_what_an_earlier_process_sent_is_sent_again_where_cassandra_wrote_in_pla
     earlier.close()
     ledger, options = Ledger(str(tmp_path / "ledger.db"), ""), SimpleNamespace(full=full)
     backup = Backup(options, None, None, ledger)  # type: ignore[arg-type]
-    pin = Pinned("/d", name, f"/pins/{name}~", "disk", fingerprint, 0o644, 0, 0, 1)
+    pin = Pinned("/d", name, fingerprint, 0o644, 0, 0, 1, f"/pins/{name}~", "disk")
     work: Any = SimpleNamespace(unit=unit, files={}, waiting=SimpleNamespace(remembered={}))
     assert backup._unsent(work, [pin]) == ([] if is_stored else [pin])
     ledger.close()
@@ -915,9 +915,7 @@ def test_pins_give_way_before_cassandras_disk_is_full_and_losses_are_named_p5(
     assert missing
     log = scene.daemon.log()
     assert [path for path in sorted(missing) if path not in log] == [], "lost without its name in the log (P2)"
-    said = {
-        os.path.basename(path) for found in scene.listings() for path in [one["name"] for one in found.document["lost"]]
-    }
+    said = {os.path.basename(path) for found in scene.listings() for path in found.document["lost"]}
     assert {os.path.basename(path) for path in missing} <= said
     is_red = scene.page()["lost"] != []  # no: a snapshot that was taken later is complete
     assert scene.daemon.stop() == 0
@@ -954,7 +952,7 @@ def test_the_newest_sstable_of_a_table_stays_in_backups_though_a_backlog_is_list
 
     def deleted(generation: int) -> list[str]:
         name = f"nb-{generation}-big-Data.db"
-        pin = Pinned("/backups", name, f"/pins/{name}~", "disk", Fingerprint(generation, 1, generation), 0, 0, 0, 1)
+        pin = Pinned("/backups", name, Fingerprint(generation, 1, generation), 0, 0, 0, 1, f"/pins/{name}~", "disk")
         work: Any = SimpleNamespace(unit=unit, pins={pin.path: pin}, files={pin.path: None})
         return [name for _, name in backup._deletable(work)]
 

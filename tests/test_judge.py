@@ -158,7 +158,7 @@ class Scene:
                 if not pin.exists():
                     os.link(f"{folder}/{name}", pin)
                 who = (0o640, info.st_uid, info.st_gid, 2)
-                found[folder, name] = Pinned(folder, name, str(pin), "disk1", Fingerprint.of(info), *who)
+                found[folder, name] = Pinned(folder, name, Fingerprint.of(info), *who, str(pin), "disk1")
         return found
 
     def send(self, pins: Mapping[tuple[str, str], Pinned]) -> list[Stored]:

@@ -493,7 +493,7 @@ def listing(unit: Unit, entries: Entries, moment: str = MOMENTS[1], lost: tuple[
         taken=MOMENTS[0],
         listed=moment,
         missing=[],
-        lost=[{"name": name, "reason": "disk"} for name in lost],
+        lost=lost,
         directories=directories,
     )
     name = f"{moment}-complete-{len(entries)}-{sum(copy.size for *_, copy in entries)}.json"

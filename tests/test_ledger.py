@@ -49,7 +49,7 @@ def on_disk(*entries: Known) -> list[tuple[str, Known]]:
 
 
 def pin_of(one: Known, disk: str = "disk1") -> Pinned:
-    return Pinned(one.directory, one.name, "", disk, one.fingerprint, one.mode, 0, 0, 1)
+    return Pinned(one.directory, one.name, one.fingerprint, one.mode, 0, 0, 1, "", disk)
 
 
 def remembered(ledger: Ledger, one: Known, place: str = "place", disk: str = "disk1") -> Remembered | None:

@@ -264,7 +264,7 @@ def test_that_files_of_backups_were_lost_is_told_as_long_as_a_restore_may_want_t
 ):
     at = EPOCH + 5 * DAY
     old, young = (
-        replace(batch(when, "nb-1-big-Data.db", mtime=EPOCH), complete=False, lost=(cb.Lost("nb-9-big-Data.db", ""),))
+        replace(batch(when, "nb-1-big-Data.db", mtime=EPOCH), complete=False, lost=("nb-9-big-Data.db",))
         for when in (at - 2 * DAY, at + HOUR)
     )
     table = Table(snapshot("a", at, [("nb-5-big-Data.db", EPOCH)]), old, young)
@@ -357,7 +357,7 @@ def test_a_loss_that_prune_lets_go_is_lacking_as_before_and_an_index_made_since_
     shelf = Shelf()
     shelf.add(snapshot("monthly", EPOCH), snapshot("daily", EPOCH + 20 * DAY))
     lost = batch(EPOCH + 2 * DAY)
-    shelf.add(replace(lost, complete=False, lost=(cb.Lost("nb-9-big-Data.db", ""),)))
+    shelf.add(replace(lost, complete=False, lost=("nb-9-big-Data.db",)))
     data, toc = (
         batch(EPOCH + DAY, name, mtime=at)
         for name, at in (("nb-1-big-Data.db", EPOCH), ("nb-1-big-TOC.txt", EPOCH + 22 * DAY))

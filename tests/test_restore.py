@@ -41,7 +41,6 @@ from cassbackup import (
     Fingerprint,
     Known,
     Listing,
-    Lost,
     Missing,
     NodeInfo,
     Nodetool,
@@ -847,7 +846,7 @@ def test_a_directory_below_an_archive_is_told_to_be_one_of_its_own(shelf: Shelf,
 
 
 def test_what_was_lost_before_it_could_be_archived_is_named(shelf: Shelf, logs: Path, into: Path) -> None:
-    shelf.put_listing(Unit("archive", tag=str(logs)), [], lost=(Lost("CommitLog-7-9\x1b.log", "--max-pinned"),))
+    shelf.put_listing(Unit("archive", tag=str(logs)), [], lost=("CommitLog-7-9\x1b.log",))
     answer = shelf.restore(archive=str(logs), into=into, incomplete=True)
     assert answer.code == BEHIND
     assert answer.document["lacking"] == ["CommitLog-7-9%1B.log was lost before it was stored"]

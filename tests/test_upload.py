@@ -293,7 +293,7 @@ class Bench:
         path = self.folder / f"{name}~"
         path.write_bytes(body)
         info = path.stat()
-        return Pinned("/d", name, str(path), "disk1", Fingerprint.of(info), 0o640, info.st_uid, 12345, info.st_nlink)
+        return Pinned("/d", name, Fingerprint.of(info), 0o640, info.st_uid, 12345, info.st_nlink, str(path), "disk1")
 
     def objects(self) -> dict[str, bytes]:
         return {info.key: read_object(self.store, info.key) for info in self.store.list("")}
