@@ -2637,12 +2637,13 @@ def _name_bytes(quoted_place: str, name: str, disk: str, fingerprint: Fingerprin
 
 
 class Remembered(NamedTuple):
-    """Where some bytes are stored, and until when the store's own word for that, to this very process, is good."""
+    """Where some bytes are stored, and who was told so by the store, and when."""
 
     key: str
     etag: str
     crc32: str
-    good_until: float  # by Ledger.now; 0 where it is hearsay
+    run: str  # Ledger._run; "" where it is hearsay
+    confirmed: float  # by Ledger.now
 
 
 class Ledger:
@@ -2747,20 +2748,25 @@ class Ledger:
             some = asked[start : start + _ASK]
             marks = ", ".join("?" * len(some))
             for row in self._select(f"SELECT * FROM stored WHERE bytes IN ({marks})", *some):
-                name, key, etag, crc32, run, confirmed = row
-                good_until = confirmed + CONFIRMED_S if run == self._run else 0.0
-                found[name] = Remembered(key, etag, crc32, good_until)
+                found[row[0]] = Remembered(*row[1:])
         return {file: found[name] for file, name in names.items() if name in found}
 
-    def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> None:
+    def record(self, place: str, entries: Iterable[tuple[str, Known]]) -> dict[FileBytes, Remembered]:
         """Remember files and their disks: a Stored as this process has it from the store, a Known as hearsay."""
         rows = []
+        told = {}
         where = quote(place)
         for disk, entry in entries:
             run = self._run if isinstance(entry, Stored) else ""
-            bytes_of = _name_bytes(where, entry.name, disk, entry.fingerprint)
-            rows.append((bytes_of, entry.key, entry.etag, entry.crc32, run, self.now()))
+            one = Remembered(entry.key, entry.etag, entry.crc32, run, self.now())
+            told[entry.path, entry.fingerprint] = one
+            rows.append((_name_bytes(where, entry.name, disk, entry.fingerprint), *one))
         self._write("stored VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        return told
+
+    def is_fresh(self, one: Remembered) -> bool:
+        """Tell whether the store itself has told this very process, a short while ago."""
+        return one.run == self._run and self.now() < one.confirmed + CONFIRMED_S
 
     def doubt(self) -> None:
         """Take the store's words so far for hearsay."""
@@ -3185,6 +3191,7 @@ class Touched:
     relative: str
     files: int  # new ones
     found: float  # seconds since 1970
+    in_place: tuple[FileBytes, ...] = ()  # those of the new ones that Cassandra writes in place, as they were pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -3757,6 +3764,7 @@ class Pinner(threading.Thread):
         pins = place.disk.make(place.relative, place.life)
         self._pins.setdefault(place.life, set()).add((place.disk, place.relative))
         linked = 0
+        in_place: list[FileBytes] = []
         try:
             for entry in found:
                 pin = _short(entry.name, "~")
@@ -3766,6 +3774,8 @@ class Pinner(threading.Thread):
                     os.link(entry.name, pin, src_dir_fd=fd, dst_dir_fd=pins, follow_symlinks=False)
                     place.pinned[entry.name] = entry.inode()
                     linked += 1
+                    if entry.name in IN_PLACE:
+                        in_place.append(((place.path, entry.name), Fingerprint.of(os.stat(pin, dir_fd=pins))))
                 except FileNotFoundError:
                     self._counts["vanished"] += 1
                     log.warning("vanished before it was pinned path=%s", quote(f"{place.path}/{entry.name}"))
@@ -3778,7 +3788,7 @@ class Pinner(threading.Thread):
             return
         self._counts["found"] += linked
         unit = replace(place.unit, life=place.life)
-        self._post(Touched(unit, place.disk, place.relative, linked, time.time()))
+        self._post(Touched(unit, place.disk, place.relative, linked, time.time(), tuple(in_place)))
         if place.is_tag:
             self._pin_manifests_again(place)
             if place.held < 0 and self._may_hold > 0:
@@ -4616,7 +4626,6 @@ _RETRY_S: Final = 60.0  # a unit that was refused is tried again after this time
 _RETRY_MOST_S: Final = 900.0
 _CHANGES: Final = 30  # a file that has changed at so many tries will not stand still
 _TURN_S: Final = 900.0  # so long files are tried at a store that does not take them; then others have their turn
-_REMEMBERED_FILES: Final = 20_000  # of so many files it is kept from round to round what is known: 1 KB for each
 _VIEW_S: Final = 60.0
 _DURATIONS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # seconds; buckets of a histogram
 
@@ -4774,8 +4783,6 @@ class Waiting:
     size: int = 0
     directories: set[tuple[PinDirectory, str]] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    # What one round has found out, or stored, for the next: most units take two before they are listed.
-    remembered: dict[FileBytes, Remembered] = field(default_factory=dict)
     _since: dict[Any, float] = field(default_factory=dict)
 
     def since(self, states: Iterable[T]) -> dict[T, float]:
@@ -4783,6 +4790,14 @@ class Waiting:
         now = time.monotonic()
         self._since = {state: self._since.get(state, now) for state in states}
         return self._since
+
+    def note(self, news: Touched) -> None:
+        """Note new pins."""
+        self.directories.add((news.disk, news.relative))
+        self.touched = time.monotonic()
+        self._since.update(dict.fromkeys(news.in_place, self.touched))
+        self.files += news.files
+        self.news.set()
 
     def disk_of(self, directory: str) -> str:
         """Return the id of the disk that a directory is on, "" if it is on none of ours."""
@@ -4802,6 +4817,7 @@ class Round:
     began: str  # UTC: when the pins had been read
     pins: dict[FilePath, Pinned]
     lost: tuple[FilePath, ...]  # what had been given up by then; the listing names it
+    remembered: dict[FileBytes, Remembered] = field(default_factory=dict)  # what the ledger says of them
     files: dict[FilePath, Known] = field(default_factory=dict)  # stored, or known to be
     failed: dict[FilePath, Exception] = field(default_factory=dict)
     delete: dict[FilePath, Fingerprint] = field(default_factory=dict)  # listed, and to go from backups/ with its pin
@@ -4932,16 +4948,12 @@ class Backup:
         if jump > PUBLISH_LIMIT_S:
             self.last_view = None
             self.ledger.doubt()
-            for waiting in self.units.values():
-                waiting.remembered.clear()
             raise Unreachable(f"this machine's clocks stood still for {jump:.0f} s", "everything is asked for again")
 
     def forget(self) -> None:
         """Forget what is stored and listed: the bucket is another one."""
         self.ledger.forget(self.bucket)
         self._kept.clear()
-        for waiting in self.units.values():
-            waiting.remembered.clear()
 
     # A unit comes, and goes
 
@@ -4953,10 +4965,7 @@ class Backup:
             task = asyncio.get_running_loop().create_task(self._process(news.unit, waiting))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        waiting.directories.add((news.disk, news.relative))
-        waiting.touched = time.monotonic()
-        waiting.files += news.files
-        waiting.news.set()
+        waiting.note(news)
 
     async def _process(self, unit: Unit, waiting: Waiting) -> None:
         """Back a unit up, round after round, until nothing of it is left."""
@@ -4988,13 +4997,7 @@ class Backup:
                     delay = pause
                     if not isinstance(error, Unreachable):  # that may end at any moment
                         pause = min(2 * pause, _RETRY_MOST_S)
-                self._spare_memory(waiting)
         del self.units[unit]
-
-    def _spare_memory(self, waiting: Waiting) -> None:
-        """Forget what would save a unit's next round work, where all that wait keep much."""
-        if sum(len(one.remembered) for one in self.units.values()) > _REMEMBERED_FILES:
-            waiting.remembered.clear()
 
     async def _until_due(self, waiting: Waiting, delay: float) -> None:
         """Wait so long, or until there is news; then until nothing has come for a moment."""
@@ -5297,18 +5300,17 @@ class Backup:
 
     def _unsent(self, work: Round, pins: Sequence[Pinned]) -> list[Pinned]:
         """Return the pins whose bytes are not known to be stored, perhaps under the path of another snapshot."""
-        remembered = work.waiting.remembered
-        unknown = [pin for pin in pins if (pin.path, pin.fingerprint) not in remembered]
-        remembered.update(self.ledger.lookup(work.unit.place, unknown))
+        unknown = [pin for pin in pins if (pin.path, pin.fingerprint) not in work.remembered]
+        work.remembered.update(self.ledger.lookup(work.unit.place, unknown))
         return [pin for pin in pins if not self._is_stored(work, pin)]
 
     def _is_stored(self, work: Round, pin: Pinned) -> bool:
-        found = work.waiting.remembered.get((pin.path, pin.fingerprint))
+        found = work.remembered.get((pin.path, pin.fingerprint))
         if not found:
             return False
         # TOC.txt is no such file: it only grows, so its size tells.
         is_sent_again = self._options.full or pin.name in IN_PLACE
-        if is_sent_again and self.ledger.now() >= found.good_until:
+        if is_sent_again and not self.ledger.is_fresh(found):
             return False
         work.files[pin.path] = known_of(pin, found.key, found.etag, found.crc32)
         self.counts["reused"] += 1
@@ -5318,11 +5320,7 @@ class Backup:
         """Remember what the store has just confirmed: at once, for a crash. What we forget is sent a second time."""
         self._check_bucket(work)
         rows = [(work.pins[entry.path].disk, entry) for entry in entries]
-        self.ledger.record(work.unit.place, rows)
-        good_until = self.ledger.now() + CONFIRMED_S
-        for entry in entries:
-            found = Remembered(entry.key, entry.etag, entry.crc32, good_until)
-            work.waiting.remembered[entry.path, entry.fingerprint] = found
+        work.remembered.update(self.ledger.record(work.unit.place, rows))
 
     async def _send_batches(self, work: Round, batches: Iterator[list[Pinned]]) -> None:
         for batch in batches:
@@ -5417,7 +5415,7 @@ class Backup:
             view = await self.view()
             self._check_bucket(work)
             # Asked at each try: tries may go on for days, and an old word is no word.
-            asked = self._fresh_keys(draft, work.waiting)
+            asked = self._fresh_keys(draft, work)
             named = replace(draft, listed=self.clock())
             args = (self.store, view, named, pins, asked, moment)
             listing = await self._workers.once("list", unit.urgent, publish, *args)
@@ -5438,13 +5436,12 @@ class Backup:
         log.log(level, "listed unit=%s state=%s files=%d bytes=%d missing=%d lost=%d", *words)
         return listing
 
-    def _fresh_keys(self, listing: Listing[Known], waiting: Waiting) -> set[str]:
+    def _fresh_keys(self, listing: Listing[Known], work: Round) -> set[str]:
         """Return the keys for which this process has had the store's word lately."""
-        now = self.ledger.now()
         fresh = set()
         for entry in listing.files:
-            found = waiting.remembered.get((entry.path, entry.fingerprint))
-            if found and found.key == entry.key and now < found.good_until:
+            found = work.remembered.get((entry.path, entry.fingerprint))
+            if found and found.key == entry.key and self.ledger.is_fresh(found):
                 fresh.add(entry.key)
         return fresh
 
@@ -5452,7 +5449,6 @@ class Backup:
         """Have the pins of what is listed unlinked; return None if none is left. Raises what a file was refused for."""
         self._check_bucket(work)
         self._remember_listed(work)
-        work.waiting.remembered.clear()
         kept = self._kept.get(work.unit, {})
         files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}
         files |= work.delete

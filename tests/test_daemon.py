@@ -293,7 +293,7 @@ def test_what_an_earlier_process_sent_is_sent_again_where_cassandra_wrote_in_pla
     ledger, options = Ledger(str(tmp_path / "ledger.db"), ""), SimpleNamespace(full=full)
     backup = Backup(options, None, None, ledger)  # type: ignore[arg-type]
     pin = Pinned("/d", name, fingerprint, 0o644, 0, 0, 1, f"/pins/{name}~", "disk")
-    work: Any = SimpleNamespace(unit=unit, files={}, waiting=SimpleNamespace(remembered={}))
+    work: Any = SimpleNamespace(unit=unit, files={}, remembered={})
     assert backup._unsent(work, [pin]) == ([] if is_stored else [pin])
     ledger.close()
 

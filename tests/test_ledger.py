@@ -63,7 +63,7 @@ def look(ledger: Ledger, one: Known, place: str = "place", disk: str = "disk1") 
 
 def is_fresh(ledger: Ledger, one: Known) -> bool:
     found = remembered(ledger, one)
-    return found is not None and ledger.now() < found.good_until
+    return found is not None and ledger.is_fresh(found)
 
 
 def fill(ledger: Ledger, rows: int = ROWS) -> None:

@@ -49,7 +49,7 @@ MUTANTS = {
         "deleted_behind_the_back or keys_pending",
     ),
     "trust the ledger": Mutant(
-        "            if found and found.key == entry.key and now < found.good_until:\n",
+        "            if found and found.key == entry.key and self.ledger.is_fresh(found):\n",
         "            if found and found.key == entry.key:\n",
         "test_publish.py",
         "deleted_behind_the_back or bucket_that_was_emptied",
