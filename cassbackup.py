@@ -169,7 +169,9 @@ SYSTEM_KEYSPACES: Final = (
 )
 # Written into a snapshot's directory by Cassandra itself: TableSnapshot.java, SnapshotManifest.java.
 MANIFEST, SCHEMA, EPHEMERAL = "manifest.json", "schema.cql", "ephemeral.snapshot"
-IN_PLACE: Final = (MANIFEST, SCHEMA)  # which it opens and then writes: two looks may see two contents of one mtime
+# Cassandra opens these two and writes them afterwards: a scan in between sees an empty file, and its mtime may not
+# change any more.
+IN_PLACE: Final = (MANIFEST, SCHEMA)
 # Components that a TOC.txt may name without there being a file: SSTableFormat's optional ones, and those of indexes,
 # which Cassandra adds to TOC.txt after the links were made (SASI, SAI).
 OPTIONAL_COMPONENT = re.compile(r"Filter\.db|Summary\.db|Digest\..*|CRC\.db|SI_.*|SAI.*")
@@ -274,7 +276,9 @@ class Unit:
     keyspace: str = ""
     table: str = ""  # the directory's name, <table>-<id>
     tag: str = ""  # of a snapshot; of an archive its directory
-    life: str = ""  # UTC: which life of a tag, or of a pin directory; "" where it plays no part
+    # A tag can be taken, cleared and taken again. Each time is a life of it, named by a UTC; no listing has two. A pin
+    # directory has lives, too. "" where it plays no part.
+    life: str = ""
 
     @property
     def urgent(self) -> bool:
@@ -1017,7 +1021,7 @@ class FileStore(Store):
             self._check_there()
         synced = set[str]()
         results: list[Any] = [None] * len(items)
-        files = [self._store(key, source, synced) for key, source in items]
+        files = [self._in_steps(key, source, synced) for key, source in items]
         for _ in ("written", "durable", "visible", "durable by its name"):
             for number, file in enumerate(files):
                 try:
@@ -1035,8 +1039,8 @@ class FileStore(Store):
         if not os.path.isdir(self._unfinished):
             raise Unmounted(f"{self.url} is not there any more", "mount it, or make its .unfinished/ again")
 
-    def _store(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
-        """Store one file, and wait after each of put_all's steps for the others of its group."""
+    def _in_steps(self, key: str, source: Source, synced: set[str]) -> Iterator[ObjectInfo | None]:
+        """Store one file. At each `yield` the files of a group wait for each other: see put_all."""
         path = self._path(key)
         number = random.getrandbits(64)
         temporary = f"{self._unfinished}/{os.getpid()}-{number:016x}"
@@ -1517,7 +1521,7 @@ class _Remote(Store):
         self._large_bodies = ThreadPoolExecutor(LARGE_BODIES, "body")
 
     def put(self, key: str, source: Source) -> ObjectInfo:
-        # A large file that is there must not be sent in vain; and who overwrites is not given the chance.
+        # Is the key free? A large file must not be sent in vain; and this server may be one that overwrites.
         is_large = source.size > PART_BYTES
         if is_large or not self._refuses:
             self._check_free(key)
@@ -2769,7 +2773,7 @@ class Ledger:
         return one.run == self._run and self.now() < one.confirmed + CONFIRMED_S
 
     def doubt(self) -> None:
-        """Take the store's words so far for hearsay."""
+        """Take what the store has told this process for hearsay: every key is asked for again."""
         self._run = f"{random.getrandbits(64):x}"
 
     def trim(self, before: float) -> None:
@@ -3219,7 +3223,7 @@ class Place:
     life: str = ""  # of the pin directory that is open; "" where nothing is pinned or listed
     pinned: dict[str, int] = field(default_factory=dict)  # inodes, by name
     listed: set[int] = field(default_factory=set)  # marks of what is listed, and pinned no more
-    held: int = -1  # a descriptor of the very directory, while it has pins: see Pinner._goes_on
+    held: int = -1  # a descriptor of the very directory, while it has pins: see Pinner._may_go_on
     wd: int = -1  # inotify's watch; -1 where it has no room
     inode: int = 0
     mtime_ns: int = 0  # as of the last scan; 0: scan again at the next reconciliation
@@ -3662,7 +3666,7 @@ class Pinner(threading.Thread):
 
     def _scan_files(self, place: Place, fd: int) -> None:
         entries = self._sort(place, fd)
-        if entries.found and not self._goes_on(place, fd, entries):
+        if entries.found and not self._may_go_on(place, fd, entries):
             self._end_life(self._groups[place.unit], place.life)
             entries = self._sort(place, fd)
         if not place.is_tag:
@@ -3697,7 +3701,7 @@ class Pinner(threading.Thread):
 
     # Which life
 
-    def _goes_on(self, place: Place, fd: int, entries: _Sorted) -> bool:
+    def _may_go_on(self, place: Place, fd: int, entries: _Sorted) -> bool:
         """Tell whether what was found belongs to the life that a directory is in. Asked only when something was.
 
         A name with another file than the one that we hold ends any life. A snapshot's directory that we hold open
@@ -3711,22 +3715,22 @@ class Pinner(threading.Thread):
         if place.held >= 0:
             return os.path.sameopenfile(place.held, fd)
         group = self._groups[place.unit]
-        return place.life == group.life and self._all_stand(group)
+        return place.life == group.life and self._life_is_intact(group)
 
-    def _all_stand(self, group: Group) -> bool:
+    def _life_is_intact(self, group: Group) -> bool:
         """Tell whether all directories of a life are what they were."""
-        return all(self._stands(place) for place in group.places if place.life == group.life)
+        return all(self._is_intact(place) for place in group.places if place.life == group.life)
 
-    def _stands(self, place: Place) -> bool:
+    def _is_intact(self, place: Place) -> bool:
         if place.held < 0:
-            return self._is_whole(place)
+            return self._has_all_names(place)
         try:
             info = os.fstat(place.held)
             return info.st_nlink > 0 and os.lstat(place.path).st_ino == info.st_ino
         except OSError:
             return False
 
-    def _is_whole(self, place: Place) -> bool:
+    def _has_all_names(self, place: Place) -> bool:
         """Tell whether all that was pinned of a directory still has its name there: nobody is clearing it."""
         try:
             return self._sort(place, place.path).unchanged
@@ -3751,7 +3755,7 @@ class Pinner(threading.Thread):
     def _join(self, place: Place) -> str:
         """Return the life that a directory joins: that of its group, or a new one."""
         group = self._groups[place.unit]
-        if group.life and place.is_tag and not self._all_stand(group):
+        if group.life and place.is_tag and not self._life_is_intact(group):
             self._end_life(group, group.life)
         if not group.life:
             group.life = self._newest_life = later(utc(time.time()), self._newest_life)
@@ -3784,7 +3788,7 @@ class Pinner(threading.Thread):
         finally:
             os.close(pins)
         if not linked:
-            self._tidy(place.disk, place.relative, place.life)
+            self._close_pins(place.disk, place.relative, place.life)
             return
         self._counts["found"] += linked
         unit = replace(place.unit, life=place.life)
@@ -3837,7 +3841,7 @@ class Pinner(threading.Thread):
             return False
         if self._counts["vanished"] + self._counts["refused"] != missed:
             return False
-        return all(self._is_whole(place) for place in group.places if place.life == unit.life)
+        return all(self._has_all_names(place) for place in group.places if place.life == unit.life)
 
     def let_go(
         self,
@@ -3868,7 +3872,7 @@ class Pinner(threading.Thread):
                 source = disk.source(relative)
                 names = [name for name in disk.lost(relative, unit.life) if (source, name) not in lost]
                 disk.write_lost(relative, unit.life, names)
-            left += self._tidy(disk, relative, unit.life)
+            left += self._close_pins(disk, relative, unit.life)
         return left
 
     def _others_wait(self, directories: Iterable[str]) -> bool:
@@ -3918,7 +3922,7 @@ class Pinner(threading.Thread):
         if self._unlinked % _STEP == 0:
             self._pin_new(0.0)
 
-    def _tidy(self, disk: PinDirectory, relative: str, life: str) -> int:
+    def _close_pins(self, disk: PinDirectory, relative: str, life: str) -> int:
         """Return how much is left of a pin directory; close it if that is nothing."""
         left = disk.tidy(disk.directory(relative, life))
         if left or not os.path.exists(f"{disk.path}/id"):  # else the disk of the pins is away, with what it holds
@@ -4785,8 +4789,8 @@ class Waiting:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     _since: dict[Any, float] = field(default_factory=dict)
 
-    def since(self, states: Iterable[T]) -> dict[T, float]:
-        """Return since when we know each of these states, monotonic; those that are over are forgotten."""
+    def still_seen(self, states: Iterable[T]) -> dict[T, float]:
+        """Return since when each of these states has been seen without a break, monotonic. Forget all others."""
         now = time.monotonic()
         self._since = {state: self._since.get(state, now) for state in states}
         return self._since
@@ -5036,7 +5040,7 @@ class Backup:
         is_archive = work.unit.kind == "archive"
         quiet_s = 2.0 if is_archive else QUIET_S
         in_place = [pin for pin in work.pins.values() if is_archive or pin.name in IN_PLACE]
-        since = work.waiting.since(bytes_of(in_place))
+        since = work.waiting.still_seen(bytes_of(in_place))
         now = time.monotonic()
         return {path for (path, _), moment in since.items() if now - moment < quiet_s}
 
@@ -5155,7 +5159,7 @@ class Backup:
         if lacking:
             await self._add_earlier(work, lacking)
             lacking = await self._judge(work, work.files, judge_incrementals)
-        since = work.waiting.since(lacking)
+        since = work.waiting.still_seen(lacking)
         late: set[str] = set()
         missing: list[str] = []
         for sstable, names in lacking.items():
@@ -5446,7 +5450,7 @@ class Backup:
         return fresh
 
     async def _let_go(self, work: Round) -> float | None:
-        """Have the pins of what is listed unlinked; return None if none is left. Raises what a file was refused for."""
+        """Have the pins of what is listed unlinked; return as _back_up. Raises what a file was refused for."""
         self._check_bucket(work)
         self._remember_listed(work)
         kept = self._kept.get(work.unit, {})
@@ -5736,7 +5740,7 @@ class Daemon:
         self._backup = Backup(options, self._pinner, self._workers, ledger)
         self._state = PinnerState(0.0, {}, {}, frozenset(), {}, ())
         self._blind = 0.0  # when something was last not seen
-        self._first_scan = math.inf  # when that had ended, of this process and of this life of the bucket
+        self._first_scan = math.inf  # when the first scan ended that saw every data directory
         self._alive = time.monotonic()  # when the pinner last said something
         self._stop = asyncio.Event()
         self._code = DONE
@@ -6787,6 +6791,9 @@ def columns(rows: Sequence[Sequence[object]], indent: str = "") -> str:
 # Choose
 # ======================================================================================================
 
+# missing: a listing should have it, and never saw it. lost: given up to keep the disk free. gone: somebody deleted it
+# from the bucket. lacking: what a restore cannot bring, for one of these reasons.
+
 # An absolute path whose parts are names: none is empty, "." or "..", or holds what no file system can spell.
 _PLAIN_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[^/\0\ud800-\udc7f\udd00-\udfff]{1,255})+")
 _UUID_EPOCH: Final = 0x01B21DD213814000  # 1970 in the ticks of a version 1 UUID: 100 ns since 1582
@@ -7233,7 +7240,7 @@ def _fetch(store: Patient, entry: Known, fd: int, threads: int) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _arrive(store: Patient, entry: Known, folder: int, name: str, threads: int) -> None:
+def _fetch_then_link(store: Patient, entry: Known, folder: int, name: str, threads: int) -> None:
     """Fetch a file under another name; it gets its own by link(2), which never overwrites. Raises Corrupt, OSError."""
     temporary = f".cassbackup-{hash_name(name)}"
     with contextlib.suppress(FileNotFoundError):
@@ -7255,9 +7262,9 @@ def receive(store: Patient, threads: int, placed: Placed) -> str:
             if _is_restored(name, entry, folder):
                 return ""
             try:
-                _arrive(store, entry, folder, name, threads)
+                _fetch_then_link(store, entry, folder, name, threads)
             except Corrupt:  # what was damaged on its way comes right the second time
-                _arrive(store, entry, folder, name, threads)
+                _fetch_then_link(store, entry, folder, name, threads)
     except (Corrupt, Missing, Conflict, OSError) as error:
         return str(error)
     return ""
@@ -8407,13 +8414,13 @@ class Pruning:
         self._keys = KeySets()
         self._due: list[str] = []  # files of marks that are a day old: each is the name of a set, too
         self._records: list[tuple[str, dict[str, Any]]] = []  # tag records to be written anew: folder, document
-        self._over: list[str] = []  # tag records, and what else tells of listings, that go
-        self._told = [info.key for info in self._list(".listings/pruned/")]
+        self._obsolete: list[str] = []  # tag records, and what else tells of listings, that go
+        self._pruned_documents = [info.key for info in self._list(".listings/pruned/")]
         self._was_cut = pruned_until(self._store, node)  # what they tell
-        self._cut = dict(self._was_cut)  # with what goes of backups/ now
+        self._pruned_until = dict(self._was_cut)  # with what goes of backups/ now
         self._began = 0.0  # the listings are read from then on
-        self._came = set[str]()  # listings that came since
-        self._looked = -math.inf
+        self._listed_since = set[str]()  # listings that came after the plan was made
+        self._last_look = -math.inf
 
     def _list(self, folder: str) -> Iterator[ObjectInfo]:
         return self._store.list(self.node + folder)
@@ -8453,7 +8460,7 @@ class Pruning:
         heard = 0.0
         for what, folder in ((_EXPIRES, ".listings/"), (_GOES, "/")):
             for info in self._list(folder):
-                if info.key not in self._told:  # that was prune
+                if info.key not in self._pruned_documents:  # that was prune
                     heard = max(heard, info.modified)
                 self._keys.add(what, [(info.key, info.size)])
         if self._began - heard < _SILENT_S:
@@ -8469,7 +8476,7 @@ class Pruning:
         tags = {info.key for info in self._list(".listings/tags/")}
         records = tag_records(self._store, self.node)
         doubles = sorted(tags - records.keys())  # a prune that died, or another one at once, has written it anew
-        self._over += doubles
+        self._obsolete += doubles
         marks = list(read_documents(self._store, f"{self.node}.listings/bad/"))
         bad = read_bad_keys(self._store, self.node)
         there = listings_of(self._store, self.node, strict=True)
@@ -8498,7 +8505,7 @@ class Pruning:
             self._keys.add(_REMAINS if stays else _EXPIRES, [(info.key, 0)])
             self._keys.add(_NAMED if stays else _GOES, ((entry.key, entry.size) for entry in listing.files))
             if not stays and info.unit.kind == "incremental":
-                self._cut[info.unit.place] = max(window, self._cut.get(info.unit.place, 0.0))
+                self._pruned_until[info.unit.place] = max(window, self._pruned_until.get(info.unit.place, 0.0))
         self._tell(found, kept)
 
     def _stays(self, info: ListingInfo, window: float) -> bool:
@@ -8545,7 +8552,7 @@ class Pruning:
         if record["taken"] < oldest and not any(self._keys.has(_REMAINS, one) for one in left):
             left = []
         if expired or is_double or not left:
-            self._over.append(key)
+            self._obsolete.append(key)
         if left and (expired or is_double):
             anew = {**record, "listings": left, "pruned": record["pruned"] + expired}
             self._records.append((key.rpartition("/")[0], anew))
@@ -8578,11 +8585,11 @@ class Pruning:
             put_dated(self._store, f"{self.node}.pending-delete", {"keys": keys, "deleted": False})
         for folder, record in self._records:
             put_dated(self._store, folder, record)
-        if self._cut != self._was_cut:
-            self._over += self._told
-            put_dated(self._store, f"{self.node}.listings/pruned", {"tables": self._cut})
+        if self._pruned_until != self._was_cut:
+            self._obsolete += self._pruned_documents
+            put_dated(self._store, f"{self.node}.listings/pruned", {"tables": self._pruned_until})
         # Before the listings: a record that names a listing which is gone is for somebody else's deletions.
-        for keys in in_batches(self._over, _BATCH_KEYS):
+        for keys in in_batches(self._obsolete, _BATCH_KEYS):
             self._delete(keys)
         for keys in in_batches(self._keys.each(_EXPIRES), _BATCH_KEYS):
             self._delete(keys)
@@ -8611,12 +8618,12 @@ class Pruning:
 
     def _read_new_listings(self) -> None:
         """Read the listings that came since the others were read: what they name stays. One LIST serves a minute."""
-        if self._store.now() - self._looked < 60:
+        if self._store.now() - self._last_look < 60:
             return
-        self._looked = self._store.now()
+        self._last_look = self._store.now()
         for info in listings_of(self._store, self.node, strict=True):
-            if info.when >= self._began - _SKEW_S and info.key not in self._came:
-                self._came.add(info.key)
+            if info.when >= self._began - _SKEW_S and info.key not in self._listed_since:
+                self._listed_since.add(info.key)
                 named = read_listing(self._store, self.node, info).files
                 self._keys.add(_NAMED, ((entry.key, entry.size) for entry in named))
 
@@ -9800,17 +9807,17 @@ class Option(NamedTuple):
             raise Usage(f"{name} {given!r} cannot be read", f"write {_EXAMPLES[self.metavar]}") from None
 
 
-def asked(flags: str, metavar: str, default: Any, text: str) -> Option:
+def flag_only(flags: str, metavar: str, default: Any, text: str) -> Option:
     """Return an option without a twin: a node's settings must not choose what is restored, deleted or taken over."""
     return Option(flags, metavar, default, text, twin=False)
 
 
 _NODETOOL = Option("--nodetool", "CMD", "nodetool", "how to call nodetool, as 'nodetool -u me -pwf file'")
-_JSON = asked("--json", "", "", "print one JSON document")
-_TAG = asked("--tag", "TAG", "", "this snapshot; TAG@TIME where the tag was taken more than once")
-_TABLES = asked("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; globs in quotes, as 'shop.*'")
-_LATEST = asked("--latest", "", "", "the newest there is of each table")
-_ALL = asked("--all-nodes", "", "", "every node of the bucket, or of --cluster")
+_JSON = flag_only("--json", "", "", "print one JSON document")
+_TAG = flag_only("--tag", "TAG", "", "this snapshot; TAG@TIME where the tag was taken more than once")
+_TABLES = flag_only("--table", "KS[.TABLE]", (), "only these; also ks.table-<id>; globs in quotes, as 'shop.*'")
+_LATEST = flag_only("--latest", "", "", "the newest there is of each table")
+_ALL = flag_only("--all-nodes", "", "", "every node of the bucket, or of --cluster")
 _PATHS = Option("paths", "PATH", (), "data directories, with a / in each (default: as cassandra.yaml says)")
 _INCLUDE = Option("--include -i", "REGEX", "", "archives: also files outside snapshots/ and backups/ at such paths")
 _PIN_DIR = Option("--pin-dir", "DIR", "", "hold files here, on the data's mount (default: .cassbackup beside the data)")
@@ -9844,16 +9851,16 @@ _FILTERS = (
     Option("--exclude-table", "KS.TABLE", (), "not these tables"),
 )
 _NODES = (
-    asked(
+    flag_only(
         "--node", "NODE", "", "a name, a host id or an address (default: this node; of list, and where it is none: all)"
     ),
-    asked("--cluster", "NAME", "", "only nodes of this cluster"),
+    flag_only("--cluster", "NAME", "", "only nodes of this cluster"),
 )
 _WATCH = (
     _PATHS,
-    asked("--once", "", "", "store and list what is there, then exit"),
-    asked("--adopt", "", "", "take a node's name over from another machine: rebuilt around its disk"),
-    asked("--full", "", "", "send everything, even what is stored under another snapshot"),
+    flag_only("--once", "", "", "store and list what is there, then exit"),
+    flag_only("--adopt", "", "", "take a node's name over from another machine: rebuilt around its disk"),
+    flag_only("--full", "", "", "send everything, even what is stored under another snapshot"),
     Option("--exclude-tag", "GLOB", (), "not the snapshots with these tags"),
     _INCLUDE,
     Option("--exclude -e", "REGEX", "", "of those, not the ones at such paths"),
@@ -9867,13 +9874,13 @@ _WATCH = (
     _LISTEN,
     Option("--metrics-textfile", "FILE", "", "write metrics for node_exporter's textfile collector to this .prom file"),
     _THREADS,
-    asked("--only-tag", "TAG", "", ""),  # for `snapshot` where no daemon runs
+    flag_only("--only-tag", "TAG", "", ""),  # for `snapshot` where no daemon runs
 )
 _SNAPSHOT = (
-    asked("keyspaces", "KEYSPACE", (), "only these (default: all)"),
-    asked("--tag -t", "TAG", "", "name of the snapshot (default: cassbackup-<UTC to the minute>)"),
-    asked("--keep", "", "", "do not clear it when it is listed; under a --tag of yours, or the next run does"),
-    asked("--skip-flush", "", "", "take what is on disk, without a flush"),
+    flag_only("keyspaces", "KEYSPACE", (), "only these (default: all)"),
+    flag_only("--tag -t", "TAG", "", "name of the snapshot (default: cassbackup-<UTC to the minute>)"),
+    flag_only("--keep", "", "", "do not clear it when it is listed; under a --tag of yours, or the next run does"),
+    flag_only("--skip-flush", "", "", "take what is on disk, without a flush"),
     Option("--ttl", "DURATION", "", "have Cassandra (4.1) clear it after this time in any case"),
     _NODETOOL,
     Option("--cqlsh", "CMD", "cqlsh", "how to call cqlsh, for DESCRIBE SCHEMA"),
@@ -9881,27 +9888,29 @@ _SNAPSHOT = (
     _JSON,
 )
 _STATUS = (
-    asked("--wait", "", "", "wait until everything that was found is listed"),
+    flag_only("--wait", "", "", "wait until everything that was found is listed"),
     Option("--max-lag", "DURATION", "15m", "behind, when the oldest unlisted file was found longer ago"),
     Option("--max-age", "DURATION", "26h", "behind, when a table's newest complete snapshot is older"),
     *(_STATE, _JSON),
 )
 _RESTORE = (
     *(_TAG, _LATEST),
-    asked("--at", "TIME", "", "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such"),
+    flag_only(
+        "--at", "TIME", "", "as of this moment: 2026-11-21T20:24Z, UTC without a zone, or HH:MM for the last such"
+    ),
     _TABLES,
-    asked("--exclude-table --exclude", "KS[.TABLE]", (), "not these"),
-    asked("--dry-run", "", "", "only say what would be restored"),
+    flag_only("--exclude-table --exclude", "KS[.TABLE]", (), "not these"),
+    flag_only("--dry-run", "", "", "only say what would be restored"),
     Option("--into", "DIR", "", "stage <DIR>/<ks>/<table>/ (default: cassbackup-restore/ beside the data)"),
-    asked("--import", "", "", "then hand each table to the running Cassandra (nodetool import)"),
+    flag_only("--import", "", "", "then hand each table to the running Cassandra (nodetool import)"),
     _NODETOOL,
-    asked("--schema-only", "", "", "only the schema"),
-    asked("--archive", "DIR", "", "not tables, but the files that were archived there, as commit logs"),
-    asked("--incomplete", "", "", "restore what there is, though something is missing"),
-    asked("--in-place", "", "", "into the data directories of a stopped node; all keyspaces"),
-    asked("--same-node", "", "", "in place: the node itself comes back, with its host id and tokens"),
-    asked("--new-node", "", "", "in place: another node takes its place; system.local and peers are left out"),
-    asked("--data-dir", "[OLD=]NEW", (), "in place: the data directory, or which one for which"),
+    flag_only("--schema-only", "", "", "only the schema"),
+    flag_only("--archive", "DIR", "", "not tables, but the files that were archived there, as commit logs"),
+    flag_only("--incomplete", "", "", "restore what there is, though something is missing"),
+    flag_only("--in-place", "", "", "into the data directories of a stopped node; all keyspaces"),
+    flag_only("--same-node", "", "", "in place: the node itself comes back, with its host id and tokens"),
+    flag_only("--new-node", "", "", "in place: another node takes its place; system.local and peers are left out"),
+    flag_only("--data-dir", "[OLD=]NEW", (), "in place: the data directory, or which one for which"),
     *(_THREADS, _UNLIMITED, _JSON),
 )
 _PRUNE = (
@@ -9911,22 +9920,22 @@ _PRUNE = (
     Option("--keep-weekly", "NUMBER", "", "keep the newest of so many weeks"),
     Option("--keep-monthly", "NUMBER", "", "keep the newest of so many months"),
     _TAG,
-    asked("--retire", "NODE", "", "everything of a node that has been silent for 30 days"),
-    asked("--force", "", "", "even more than half of what there is; even the last good snapshot of a table"),
-    asked("--confirm", "", "", "delete; else it is only said what would go"),
-    asked("--dry-run", "", "", "as without --confirm"),
+    flag_only("--retire", "NODE", "", "everything of a node that has been silent for 30 days"),
+    flag_only("--force", "", "", "even more than half of what there is; even the last good snapshot of a table"),
+    flag_only("--confirm", "", "", "delete; else it is only said what would go"),
+    flag_only("--dry-run", "", "", "as without --confirm"),
     *(_ALL, *_ENCRYPT, _THREADS, _JSON),
 )
 _VERIFY = (
     *(_TAG, _LATEST, _TABLES),
-    asked("--deep", "", "", "download everything and compare its bytes"),
-    asked("--repair", "", "", "have the daemon store again what is bad"),
+    flag_only("--deep", "", "", "download everything and compare its bytes"),
+    flag_only("--repair", "", "", "have the daemon store again what is bad"),
     *(_ALL, *_ENCRYPT, _THREADS, _UNLIMITED, _JSON),
 )
 _REPORT = (
     _TABLES,
-    asked("--days", "NUMBER", "30", "how far to look back"),
-    asked("--out", "FILE", "cassbackup-report.html", "where the page goes; - is stdout"),
+    flag_only("--days", "NUMBER", "30", "how far to look back"),
+    flag_only("--out", "FILE", "cassbackup-report.html", "where the page goes; - is stdout"),
     *(_THREADS, _JSON),
 )
 _TRIED = (_PIN_DIR._replace(help=""), _LISTEN._replace(help=""), _INCLUDE._replace(help=""))  # the daemon's
