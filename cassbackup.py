@@ -6504,16 +6504,6 @@ class Snapshot:
         """Tell whether any of the listings says so."""
         return any(info.complete for info in self.listings)
 
-    @property
-    def counts(self) -> bool:
-        """Tell whether it is complete, and not one of Cassandra's own."""
-        return self.complete and not is_automatic(self.unit)
-
-    @property
-    def taken(self) -> float:
-        """Return when Cassandra took it."""
-        return seconds_of(self.unit.life)
-
 
 def snapshots_of(listings: Iterable[ListingInfo]) -> list[Snapshot]:
     """Sort the listings of snapshots by table, tag and life."""
@@ -6902,9 +6892,15 @@ class Base:
         return since <= seconds_of(sstable.seen) <= before
 
 
+def end_of(listing: Listing[Known]) -> float:
+    """Return when a snapshot was complete, in seconds: the last change of manifest.json, else when its life began."""
+    ends = [entry.fingerprint.written for entry in listing.files if entry.name == MANIFEST]
+    return max(ends, default=seconds_of(listing.unit.life))
+
+
 def base_on(listing: Listing[Known], created: float = 0.0) -> Base:
     """Return a snapshot as a base. `created` is created_at of its manifest in seconds, 0.0 where it has none."""
-    end = seconds_of(listing.unit.life)  # when manifest.json was written, the last of it
+    end = end_of(listing)
     start = end - 3600.0
     if 0 < created <= end:
         start = created  # links may be throttled (nodetool setsnapshotthrottle): then a snapshot takes hours
@@ -6915,16 +6911,25 @@ def base_on(listing: Listing[Known], created: float = 0.0) -> Base:
     return Base(start - _SLACK_S, end, listing, newest)
 
 
-def last_emptied(snapshots: Iterable[Snapshot], before: float) -> tuple[float, Snapshot | None]:
+def _may_be_base(snapshot: Snapshot, before: float) -> bool:
+    unit = snapshot.unit
+    if emptied_at(unit) or is_partial(unit):
+        return False
+    return snapshot.complete and seconds_of(unit.life) - _SLACK_S <= before
+
+
+def last_emptied(
+    snapshots: Iterable[Snapshot], before: float, read: Callable[[Snapshot], Listing[Known]]
+) -> tuple[float, Snapshot | None]:
     """Return when a table was emptied last before a moment, and the snapshot that tells so."""
     emptied, last = 0.0, None
     for one in snapshots:
         moment = emptied_at(one.unit)
         if moment > before:
             continue
-        if is_drop(one.unit):
+        if is_drop(one.unit) and one.complete:
             # DROP TABLE names the snapshot first and flushes after: what it flushed is in it, and younger than the tag.
-            moment = max(moment, one.taken)
+            moment = max(moment, end_of(read(one)))
         if moment > emptied:
             emptied, last = moment, one
     return emptied, last
@@ -6942,13 +6947,17 @@ def choose_base(
     from there on nothing older belongs to it, however soon a snapshot followed. The tag tells whole milliseconds, and
     what was flushed within that one is older.
     """
-    emptied, last = last_emptied(snapshots, before)
+    emptied, last = last_emptied(snapshots, before, read)
     best: Listing[Known] | None = None
-    for one in sorted(snapshots, key=lambda one: one.taken, reverse=True):
-        may_be = one.complete and not emptied_at(one.unit) and not is_partial(one.unit)
-        if not best and may_be and emptied < one.taken <= before:
-            listing = read(one)
-            best = listing if listing.complete else None
+    end = emptied
+    for one in sorted(snapshots, key=lambda one: one.newest.listed, reverse=True):
+        if seconds_of(one.newest.listed) <= end:
+            break  # it had ended when it was listed
+        if not _may_be_base(one, before):
+            continue
+        listing = read(one)
+        if listing.complete and end < end_of(listing) <= before:
+            best, end = listing, end_of(listing)
     if best:
         base = base_on(best, created(best))
         gone = frozenset[object]()
@@ -7429,10 +7438,11 @@ def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen
     here = {one.unit.place for one in newest}
     # What a record alone tells of has no body: it is gone.
     before = {one.unit.place: one for group in earlier for one in group if one.newest.body}
-    dropped = {one.unit.place: one.taken for group in taken for one in group if is_drop(one.unit)}
+    drops = [one.unit for group in taken for one in group if is_drop(one.unit)]
+    dropped = {unit.place: seconds_of(unit.life) for unit in drops}
     for place, one in before.items():
         # A table is listed when it is stored: that of a large one may be under way yet.
-        if place not in here and dropped.get(place, 0.0) < one.taken:
+        if place not in here and dropped.get(place, 0.0) < seconds_of(one.unit.life):
             what = f"{place}: {quote(one.unit.tag)}@{one.unit.life} has it, and the newest has not"
             reader.lacking.append(f"{what}; if it was dropped, leave it out: --exclude-table")
     tables = []
@@ -8229,17 +8239,30 @@ class PruneOptions(NodeChoice):
 # What stays of a table --------------------------------------------------------------------------------
 
 
+class Candidate(NamedTuple):
+    """A snapshot of a table, and what decides whether it stays."""
+
+    unit: Unit
+    snapshot: Snapshot
+    taken: float  # when Cassandra took it
+    when: float  # when it was listed, by the younger of two clocks
+    counts: bool  # complete, and not Cassandra's own: one of those of which the --keep options keep so many
+    good: bool  # nothing that its newest listing names is marked bad
+    end: float  # when it was complete
+    objects: Sequence[tuple[str, int]] = ()  # key and size of all that its listings name
+
+
 # Why a snapshot stays. From the oldest that stays for one of these on, every moment can be restored.
 _NEWEST = "it is the newest good snapshot of the table"
 _TELLS_EMPTIED = "a restore reaches across it, and nothing else tells that the table was emptied"
 _WINDOW: Final = frozenset({_NEWEST, "--keep-last", "--keep-within", "--keep-daily"})
 
 
-def _kept_by_options(ranked: Sequence[Snapshot], options: PruneOptions, now: float) -> dict[Unit, str]:
+def _kept_by_options(ranked: Sequence[Candidate], options: PruneOptions, now: float) -> dict[Unit, str]:
     """Return what the --keep options keep of these, the newest first, and which of them does."""
     kept = {one.unit: "--keep-last" for one in ranked[: options.keep_last]}
     for one in ranked:
-        if now - one.newest.when <= options.keep_within:
+        if now - one.when <= options.keep_within:
             kept.setdefault(one.unit, "--keep-within")
     periods = (
         ("--keep-daily", options.keep_daily, "%Y%m%d"),
@@ -8265,17 +8288,15 @@ def tells_emptied(unit: Unit, oldest: float) -> bool:
     return emptied > 0 and emptied >= oldest - DAY_S
 
 
-def kept_snapshots(
-    found: Sequence[Snapshot], bad: Collection[Unit], options: PruneOptions, now: float
-) -> dict[Unit, str]:
+def kept_snapshots(found: Sequence[Candidate], options: PruneOptions, now: float) -> dict[Unit, str]:
     """Return which snapshots of a table stay, and why; what is not among them goes.
 
     Rank and period go by when Cassandra took a snapshot; whether it is old enough to go, by when it was listed.
     """
-    dated = [one for one in found if max(one.taken, one.newest.when) <= now + DAY_S]
+    dated = [one for one in found if max(one.taken, one.when) <= now + DAY_S]
     ranked = [one for one in dated if one.counts]
     ranked.sort(key=lambda one: one.taken, reverse=True)
-    good = [one for one in ranked if one.unit not in bad]
+    good = [one for one in ranked if one.good]
     if not good:
         return {one.unit: "the table has no good snapshot" for one in found}
     kept = {good[0].unit: _NEWEST}
@@ -8283,11 +8304,11 @@ def kept_snapshots(
     for places in (good, ranked):
         for unit, why in _kept_by_options(places, options, now).items():
             kept.setdefault(unit, why)
-    oldest = min(one.taken for one in ranked if one.unit in kept)
+    oldest = min(one.end for one in ranked if one.unit in kept)
     for one in found:
         if one not in dated:
             kept[one.unit] = "it is dated after today"
-        elif not one.counts and now - one.newest.when <= (options.keep_within or _AUTOMATIC_S):
+        elif not one.counts and now - one.when <= (options.keep_within or _AUTOMATIC_S):
             kept[one.unit] = "incomplete, or Cassandra's own; too young to go"
         elif tells_emptied(one.unit, oldest):
             kept[one.unit] = _TELLS_EMPTIED
@@ -8295,27 +8316,27 @@ def kept_snapshots(
 
 
 def kept_but_tag(
-    found: Sequence[Snapshot], bad: Collection[Unit], options: PruneOptions, means: Callable[[Snapshot], bool]
+    found: Sequence[Candidate], options: PruneOptions, means: Callable[[Snapshot], bool]
 ) -> dict[Unit, str]:
     """Return which snapshots of a table stay when --tag goes, and why; "" where the tag does not mean them."""
-    kept = {one.unit: "" for one in found if not means(one)}
+    kept = {one.unit: "" for one in found if not means(one.snapshot)}
     if options.force:
         return kept
-    good = [one for one in found if one.counts and one.unit not in bad]
+    good = [one for one in found if one.counts and one.good]
     if good:
         newest = max(good, key=lambda one: one.taken)
         kept.setdefault(newest.unit, f"{_NEWEST}: only --force lets it go")
     # Where no snapshot stays, a restore begins with nothing and takes every incremental.
-    oldest = min((one.taken for one in found if one.counts and one.unit in kept), default=0.0)
+    oldest = min((one.end for one in found if one.counts and one.unit in kept), default=0.0)
     for one in found:
         if tells_emptied(one.unit, oldest):
             kept.setdefault(one.unit, f"{_TELLS_EMPTIED}: only --force lets it go")
     return kept
 
 
-def window_of(found: Sequence[Snapshot], kept: Mapping[Unit, str]) -> float:
-    """Return when the snapshot was taken from which on every moment can be restored; 0.0 where there is none."""
-    return min((one.taken for one in found if kept.get(one.unit) in _WINDOW), default=0.0)
+def window_of(found: Sequence[Candidate], kept: Mapping[Unit, str]) -> float:
+    """Return when the snapshot ended from which on every moment can be restored; 0.0 where there is none."""
+    return min((one.end for one in found if kept.get(one.unit) in _WINDOW), default=0.0)
 
 
 # What goes of a node ----------------------------------------------------------------------------------
@@ -8477,30 +8498,60 @@ class Pruning:
         self._plan_marks(marks)
         self._keys.subtract(_GOES, _NAMED)
 
-    def _plan_table(self, infos: Sequence[ListingInfo], marked: frozenset[str]) -> None:
-        found = snapshots_of(infos)
-        bad = {one.unit for one in found if names_bad(self._store, self.node, marked, one.listings)}
+    def _plan_table(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> None:
+        found = list(self._candidates(infos, bad))
         if self._options.tag:
-            kept = kept_but_tag(found, bad, self._options, self._is_meant)
+            kept = kept_but_tag(found, self._options, self._is_meant)
         else:
-            kept = kept_snapshots(found, bad, self._options, self._began)
+            kept = kept_snapshots(found, self._options, self._began)
+        for one in found:
+            self._note(one.unit in kept, one.snapshot.listings, one.objects)
         window = window_of(found, kept)
+        others = [info for info in infos if info.unit.kind != "snapshot"]
         read = functools.partial(read_listing, self._store, self.node)
-        for info, listing in zip(infos, spread(read, infos, self._threads), strict=True):
-            stays = info.unit in kept or self._stays(info, window)
-            self._keys.add(_REMAINS if stays else _EXPIRES, [(info.key, 0)])
-            self._keys.add(_NAMED if stays else _GOES, ((entry.key, entry.size) for entry in listing.files))
+        for info, listing in zip(others, spread(read, others, self._threads), strict=True):
+            objects = [(entry.key, entry.size) for entry in listing.files]
+            stays = self._stays(info, window)
+            self._note(stays, [info], objects)
             if not stays and info.unit.kind == "incremental":
                 self._pruned_until[info.unit.place] = max(window, self._pruned_until.get(info.unit.place, 0.0))
         self._tell(found, kept)
+
+    def _note(self, stays: bool, listings: Iterable[ListingInfo], objects: Iterable[tuple[str, int]]) -> None:
+        self._keys.add(_REMAINS if stays else _EXPIRES, ((info.key, 0) for info in listings))
+        self._keys.add(_NAMED if stays else _GOES, objects)
+
+    def _candidates(self, infos: Sequence[ListingInfo], bad: frozenset[str]) -> Iterator[Candidate]:
+        def read(snapshot: Snapshot) -> list[Listing[Known]]:
+            return [read_listing(self._store, self.node, info) for info in snapshot.listings]
+
+        snapshots = snapshots_of(infos)
+        objects: dict[str, tuple[str, int]] = {}  # what many snapshots name is in memory once
+        for snapshot, listings in zip(snapshots, spread(read, snapshots, self._threads), strict=True):
+            named = []
+            for entry in itertools.chain(*(listing.files for listing in listings)):
+                pair = (entry.key, entry.size)
+                named.append(objects.setdefault(entry.key, pair))
+            newest = listings[-1]
+            whole = cast(Listing[Known], add_up(listings))  # what a restore of it would want
+            yield Candidate(
+                unit=snapshot.unit,
+                snapshot=snapshot,
+                taken=seconds_of(newest.taken),
+                when=snapshot.newest.when,
+                counts=snapshot.complete and not is_automatic(snapshot.unit),
+                good=bad.isdisjoint(entry.key for entry in whole.files),
+                end=end_of(whole),
+                objects=named,
+            )
 
     def _stays(self, info: ListingInfo, window: float) -> bool:
         if info.unit.kind == "incremental":
             return info.when >= window - DAY_S - _SLACK_S  # when a snapshot began its manifest tells; no day before
         within = self._options.keep_within  # an archive goes by nothing else
-        return info.unit.kind == "archive" and (not within or self._began - info.when <= within)
+        return not within or self._began - info.when <= within
 
-    def _tell(self, found: Sequence[Snapshot], kept: Mapping[Unit, str]) -> None:
+    def _tell(self, found: Sequence[Candidate], kept: Mapping[Unit, str]) -> None:
         self.tags.update(one.unit.tag for one in found)
         for one in found:
             stays = one.unit in kept

@@ -27,7 +27,7 @@ from servers import FileBucket
 from shelf import DAY, EPOCH, HOUR, KEYSPACE, NODE, TABLE, Door, Shelf, batch, body_of, entry_of, snapshot, unit_of
 
 import cassbackup as cb
-from cassbackup import Listing, ObjectInfo, PruneOptions, Stored, Unit, utc
+from cassbackup import Candidate, Listing, ObjectInfo, PruneOptions, Stored, Unit, utc
 
 OTHER = "orders-" + "6b" * 16
 
@@ -45,14 +45,21 @@ class Table:
         self.infos = [info for info in infos if info]
         self.bad: set[Unit] = set()
 
+    def candidates(self) -> list[Candidate]:
+        found = []
+        for one in cb.snapshots_of(self.infos):
+            newest = self.listings[one.newest.key]
+            taken = cb.seconds_of(newest.taken)
+            counts, good = one.complete and not cb.is_automatic(one.unit), one.unit not in self.bad
+            found.append(Candidate(one.unit, one, taken, one.newest.when, counts, good, cb.end_of(newest)))
+        return found
+
     def kept(self, now: float, **terms: Any) -> dict[Unit, str]:
         """Return what stays, and why."""
         options = PruneOptions(**terms)
         if options.tag:
-            return cb.kept_but_tag(
-                cb.snapshots_of(self.infos), self.bad, options, partial(cb.is_meant, word=options.tag)
-            )
-        return cb.kept_snapshots(cb.snapshots_of(self.infos), self.bad, options, now)
+            return cb.kept_but_tag(self.candidates(), options, partial(cb.is_meant, word=options.tag))
+        return cb.kept_snapshots(self.candidates(), options, now)
 
     def kept_tags(self, now: float, **terms: Any) -> list[str]:
         return sorted(unit.tag for unit in self.kept(now, **terms))
@@ -60,7 +67,7 @@ class Table:
     def gone(self, now: float, **terms: Any) -> set[str]:
         """Return the keys of listings that go."""
         kept = self.kept(now, **terms)
-        window = cb.window_of(cb.snapshots_of(self.infos), kept)
+        window = cb.window_of(self.candidates(), kept)
         gone = set()
         for info in self.infos:
             if info.unit.kind == "snapshot" and info.unit not in kept:
@@ -147,13 +154,13 @@ def test_what_is_incomplete_or_taken_by_cassandra_itself_never_counts() -> None:
 
 def test_what_verify_has_marked_bad_is_not_the_last_good_one_and_no_mark_makes_anything_expire_p7() -> None:
     table, now = days(*range(10)), EPOCH + 10 * DAY
-    table.bad = {one.unit for one in cb.snapshots_of(table.infos) if one.unit.tag in ("d9", "d8", "d3")}
+    table.bad = {one.unit for one in table.candidates() if one.unit.tag in ("d9", "d8", "d3")}
     assert table.kept_tags(now, keep_last=1) == ["d7", "d9"]  # d9 would have stayed
     assert table.kept_tags(now, keep_daily=3) == ["d5", "d6", "d7", "d8", "d9"]
     assert (
         table.kept(now, keep_last=1)[unit_of("d7", EPOCH + 7.5 * DAY)] == "it is the newest good snapshot of the table"
     )
-    table.bad = {one.unit for one in cb.snapshots_of(table.infos)}
+    table.bad = {one.unit for one in table.candidates()}
     assert len(table.kept(now, keep_last=1)) == 10
 
 
