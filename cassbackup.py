@@ -7362,6 +7362,20 @@ class Reader:
         return 0.0
 
 
+def nearest_schema(reader: Reader, snapshots: Iterable[Snapshot], before: float) -> Known | None:
+    """Return the schema.cql of a snapshot near a moment at which a table had no base: it was truncated, or is young.
+
+    Only a few are looked into: the snapshots of system tables never have one.
+    """
+    nearest = sorted(snapshots, key=lambda one: abs(seconds_of(one.unit.life) - before))
+    aside = replace(reader, lacking=[])  # no row is lacking where one of these cannot be read
+    for snapshot in nearest[:3]:
+        schema = schema_in(aside.read(snapshot.listings))
+        if schema:
+            return schema
+    return None
+
+
 def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
     """Choose what a table was at a moment; only the listings that this takes are read."""
     infos = reader.listings(folder)
@@ -7381,6 +7395,7 @@ def choose_table(reader: Reader, before: float, folder: str) -> Chosen | None:
     chosen = choose_at(unit.keyspace, unit.table, base, batches, before, reader.bad)
     if base.listing:
         return chosen
+    chosen = replace(chosen, schema=nearest_schema(reader, snapshots, before))
     torn = [one.unit.tag for one in snapshots if not is_automatic(one.unit) and seconds_of(one.unit.life) <= before]
     if base.end or not torn:
         return chosen
@@ -7848,14 +7863,21 @@ def restore_staged(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dict[
 
 
 def described_schema(store: Patient, plan: Plan) -> bytes:
-    """Return what DESCRIBE SCHEMA said last by the newest of the plan's snapshots; nothing where nobody asked.
+    """Return what DESCRIBE SCHEMA said when the plan's newest snapshot was taken; nothing where nobody asked.
 
     Raises Corrupt.
     """
-    until = utc(max((one.base.end for one in plan.tables), default=0.0))
-    records = [one for one in tag_records(store, plan.node.name).values() if one["taken"] <= until]
-    told = [str(one.get("schema", "")) for one in sorted(records, key=lambda one: one["taken"])]
-    return next((schema for schema in reversed(told) if schema), "").encode()
+    node = plan.node.name
+    bases = [one.base.listing for one in plan.tables if one.base.listing]
+    if not bases:
+        return b""
+    unit = max(bases, key=lambda listing: listing.taken).unit
+    tag = component(unit.tag, "%2F")
+    for _, record in read_documents(store, f"{node}.listings/tags/{tag}/"):
+        listings = " ".join(map(str, record.get("listings") or ()))
+        if unit_prefix(node, unit) in listings:
+            return str(record.get("schema", "")).encode()
+    return b""
 
 
 def write_new(path: str, body: bytes) -> None:
