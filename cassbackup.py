@@ -8123,7 +8123,7 @@ class Verification:
             info = there.get(entry.key)
             if info and info.archived:
                 info = self._store.head(entry.key)  # only HEAD tells what S3 has thawed
-            if info and info.archived and info.size == entry.size:
+            if info and info.archived and _compare(entry, info) == _GOOD:
                 return Finding("archived", f"is in {info.archived}")
             return check_object(self._store, entry, info, deep)
         except Throttled:

@@ -556,6 +556,14 @@ def test_a_flush_that_the_drop_itself_made_does_not_come_back() -> None:
     assert story.names(3 * DAY) == ["nb-2-big"]
 
 
+def test_a_drop_whose_snapshot_was_found_late_empties_nothing_that_came_back_since() -> None:
+    story = Story()
+    found_late = {"complete": False, "manifest": False}  # so its life is when a daemon saw it first
+    story.snapshot(9 * DAY, nb(1, 0), tag=tag_of("dropped", DAY), **found_late)  # type: ignore[arg-type]
+    story.snapshot(2 * DAY, nb(5, 1.5 * DAY))  # made again WITH ID
+    assert story.names(10 * DAY) == ["nb-5-big"]
+
+
 def test_what_was_truncated_does_not_come_back_because_it_is_listed_once_more_p4() -> None:
     """By a daemon that lost its ledger, of files that Cassandra never deletes; prune has let the first listing go."""
     story = Story()

@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -1151,6 +1152,27 @@ def test_what_the_store_would_not_delete_is_told_with_why_and_keeps_its_objects_
     shelf.held.clear()
     assert run(shelf, keep_last=1, force=True, confirm=True).code == cb.DONE
     assert due not in shelf.objects
+
+
+def test_where_something_is_marked_bad_listings_are_read_side_by_side_all_the_same() -> None:
+    shelf = Shelf()
+    shelf.add(*(snapshot(f"t{day}", EPOCH + day * DAY, [("nb-1-big-Data.db", EPOCH)]) for day in range(4)))
+    shelf.now = EPOCH + 9 * DAY
+    mark = {"key": f"{NODE}/d/none", "found": "absent", "at": utc(shelf.now)}
+    shelf.put(f"{NODE}.listings/bad/{utc(shelf.now)}.json", cb.dump_document(keys=[mark]))
+    door, readers = Door(shelf), set[int]()
+    note = door._note
+
+    def slowly(operation: str, what: str) -> None:
+        if operation == "get" and "/snapshots/" in what:
+            readers.add(threading.get_ident())
+            time.sleep(0.05)
+        note(operation, what)
+
+    door._note = slowly  # type: ignore[method-assign]
+    bucket = cb.Bucket(cb.Patient(door, 1.0), 4)  # type: ignore[arg-type]
+    cb.Pruning(bucket, NODE, PruneOptions(keep_last=9)).plan()
+    assert threading.get_ident() not in readers
 
 
 def test_memory_does_not_grow_with_what_stays() -> None:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
@@ -155,6 +156,43 @@ def test_a_listing_is_completed_by_a_manifest_that_comes_late(scene: Scene, node
     scene.assert_all_is_listed(node.history)
     assert [found.state for found in scene.listings("snapshot")] == ["incomplete", "complete"]
     assert len({found.of for found in scene.listings("snapshot")}) == 1
+
+
+def copy_back(scene: Scene, node: Node, users: Any) -> None:
+    """Have an old snapshot found while it is copied back (cp -a, for more than a minute): its manifest comes last."""
+    folder = users.directories()[0] / "snapshots" / "old"
+    scene.once(*node.data_dirs, check=3)
+    (folder / "schema.cql").write_bytes(b"CREATE TABLE")
+    stem = next(folder.glob("*-Data.db")).name
+    (folder / "manifest.json").write_text(json.dumps({"files": [stem]}))
+    os.utime(folder / "manifest.json", (time.time() - 30 * 86400,) * 2)
+    scene.once(*node.data_dirs, check=None)
+    assert [found.state for found in scene.listings("snapshot") if found.of.tag == "old"] == ["incomplete", "complete"]
+
+
+def test_an_old_snapshot_whose_manifest_comes_late_is_no_newer_than_that_p6_p7(scene: Scene, node: Node) -> None:
+    users = node.table("ks1", "users")
+    users.flush().link("snapshots/old", node.history, users.unit("old"))
+    users.flush()
+    node.snapshot("daily")
+    manifest = users.directories()[0] / "snapshots" / "daily" / "manifest.json"
+    os.utime(manifest, (time.time() - 86400,) * 2)
+    copy_back(scene, node, users)
+    bucket = ("--bucket", scene.bucket.target, "--node", "node1", "--state-dir", scene.at / "none")
+    assert "snapshot daily@" in scene.run("restore", "--latest", "--dry-run", *bucket).stdout
+    plan = json.loads(scene.run("prune", "--keep-last", "1", "--json", *bucket).stdout)
+    assert {one["tag"]: one["stays"] for one in plan["nodes"][0]["snapshots"]} == {"daily": True, "old": False}
+
+
+def test_rows_that_were_truncated_do_not_come_back_with_an_older_snapshot_whose_manifest_comes_late_p6(
+    scene: Scene, node: Node
+) -> None:
+    users = node.table("ks1", "users")
+    users.flush().link("snapshots/old", node.history, users.unit("old"))
+    node.truncate(users)
+    copy_back(scene, node, users)
+    bucket = ("--bucket", scene.bucket.target, "--node", "node1", "--state-dir", scene.at / "none")
+    assert "empty since" in scene.run("restore", "--latest", "--dry-run", *bucket).stdout
 
 
 @pytest.mark.slow

@@ -1185,6 +1185,43 @@ def test_a_tag_record_that_cannot_be_read_is_named(daily: Shelf, into: Path) -> 
         daily.restore(tag="daily", into=into, schema_only=True)
 
 
+def test_the_schema_that_was_described_for_an_older_snapshot_does_not_pass_for_that_of_this_one_p6(
+    shelf: Shelf, node: Node, into: Path
+) -> None:
+    node.table("ks1", "users").flush()
+    node.snapshot("weekly")
+    keys = shelf.keep(node, "weekly")
+    record = {"node": "node1", "tag": "weekly", "ring": "", "taken": keys[0].split("/")[-2]}
+    daily = {"schema": "CREATE TABLE ks1.users, and no other", "listings": keys}
+    shelf.document("tags/weekly/20261121T000000.000000Z.json", **record, **daily)
+    node.table("ks1", "groups").flush()
+    node.snapshot("daily")  # by nodetool: nobody asked for the schema
+    shelf.keep(node, "daily")
+    assert shelf.restore(tag="daily", into=into, schema_only=True).code == DONE
+    assert sorted(tree(into)) == ["ks1/groups/schema.cql", "ks1/users/schema.cql"]
+
+
+def test_a_tag_record_that_cannot_be_read_keeps_no_other_tags_schema_from_coming(daily: Shelf, into: Path) -> None:
+    daily.put("node1.listings/tags/weekly/20261121T000000.000000Z.json", b"{")
+    assert daily.restore(tag="daily", into=into, schema_only=True).code == BEHIND
+    assert "ks1/users/schema.cql" in tree(into)
+
+
+def test_the_schema_of_a_table_that_was_truncated_since_its_snapshots_comes_too_p8(
+    shelf: Shelf, node: Node, into: Path
+) -> None:
+    users = node.table("ks1", "users")
+    for table in (users, node.table("ks1", "groups")):
+        table.flush()
+    node.snapshot("daily")
+    shelf.keep(node, "daily")
+    shelf.keep(node, node.truncate(users))
+    users.flush()
+    shelf.keep(node)
+    assert shelf.restore(latest=True, into=into, schema_only=True).code == DONE
+    assert sorted(tree(into)) == ["ks1/groups/schema.cql", "ks1/users/schema.cql"]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # In place: a stopped node
 

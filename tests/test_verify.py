@@ -414,6 +414,18 @@ def test_what_is_archived_needs_to_be_thawed_before_it_can_be_read(
     assert bench.verify().code == cb.DONE
 
 
+def test_what_is_archived_with_another_checksum_is_bad_before_it_is_thawed(
+    moto: S3Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, (monday,) = opened(moto, monkeypatch), snapshots("monday")
+    bench.add(monday)
+    key = monday.files[0].key
+    body = bench.bucket.get(key)[:-1] + b"!"
+    place = {"Bucket": moto.bucket, "Key": key, "StorageClass": "GLACIER"}
+    moto.client.put_object(**place, Body=body, ChecksumAlgorithm="CRC32")
+    assert {name: one["found"] for name, one in bench.bad().items()} == {key: "checksum"}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Repair
 
