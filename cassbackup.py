@@ -1312,6 +1312,9 @@ def tls_context(bundle: str) -> ssl.SSLContext:
     return context
 
 
+_HEAD_LINES: Final = 200
+
+
 class Reply(http.client.HTTPResponse):
     """A reply as http.client reads it, but for its head: the library's way takes seven times the CPU, half of a put."""
 
@@ -1324,6 +1327,11 @@ class Reply(http.client.HTTPResponse):
                 lines.append(self.fp.readline(64 * KIB + 1))
                 if not lines[-1].endswith(b"\n"):
                     raise http.client.HTTPException(f"a reply ends in its head, after {lines[-1][:80]!r}")
+                # What is no HTTP has no blank line to end with: we would wait for one, or read for ever.
+                if not lines[0].startswith(b"HTTP/1."):
+                    raise http.client.HTTPException(f"no reply of HTTP, but {lines[0][:80]!r}")
+                if len(lines) > _HEAD_LINES:
+                    raise http.client.HTTPException(f"a head of more than {_HEAD_LINES} lines")
             version, code, *_ = lines[0].split(None, 2)
             status = int(code)
         headers: Headers = {}
@@ -1711,6 +1719,9 @@ class S3Store(_Remote):
             import botocore.session
             from botocore.config import Config
             from botocore.exceptions import BotoCoreError
+
+            if tuple(map(int, boto3.__version__.split(".")[:2])) < (1, 26):
+                raise ImportError(f"this is {boto3.__version__}")
         except ImportError as error:
             hint = "pip install 'boto3>=1.26', or apt install python3-boto3"
             raise Usage(f"s3:// needs boto3 ({error})", hint) from None
@@ -2039,12 +2050,13 @@ class S3Store(_Remote):
         return [name.removeprefix(self._prefix + prefix).rstrip("/") for name in found]
 
     def delete(self, key: str) -> None:
-        # One by one: not every server knows batches of S3's kind, and GCS has none.
+        # One by one: not every server knows batches of S3's kind, and GCS has none. S3 never says 404 for the key; who
+        # does without its NoSuchKey may as well be an ingress.
         with self._ask("DELETE", self._target(key), {}) as reply:
             text = reply.read()
         if reply.status == 204:  # a portal's page is no deletion
             return
-        fault = self._refusal(key, reply, text, is_object=True)
+        fault = self._refusal(key, reply, text)
         if not isinstance(fault, Missing):
             raise fault
 
@@ -4781,6 +4793,7 @@ class Waiting:
     found: float  # when its first file was found, seconds since 1970
     doubtful: bool  # the bucket may list some of it: it was begun before this process had scanned everything
     touched: float = 0.0  # when its newest file was found, monotonic
+    refused: bool = False  # tried in vain, and not because the store is away
     files: int = 0
     size: int = 0
     directories: set[tuple[PinDirectory, str]] = field(default_factory=set)
@@ -4799,6 +4812,7 @@ class Waiting:
         self.touched = time.monotonic()
         self._since.update(dict.fromkeys(news.in_place, self.touched))
         self.files += news.files
+        self.refused = False
         self.news.set()
 
     def disk_of(self, directory: str) -> str:
@@ -4973,6 +4987,7 @@ class Backup:
             await self.connected.wait()
             async with self._turns[unit.urgent]:
                 waiting.news.clear()
+                waiting.refused = False
                 try:
                     delay = await self._back_up(unit, waiting)
                     self.failures.pop(unit, None)
@@ -4988,6 +5003,7 @@ class Backup:
                 except Exception as error:
                     unforeseen = not isinstance(error, (Fault, OSError))
                     self.failures[unit] = str(error) or repr(error)
+                    waiting.refused = not isinstance(error, Unreachable)
                     words = (label(unit), quote(self.failures[unit]))
                     log.error("not listed, will try again unit=%s error=%s", *words, exc_info=unforeseen)
                     delay = pause
@@ -6166,7 +6182,7 @@ class Daemon:
             "quiet": quiet,
             "lag_s": self._lag(),
             "oldest": oldest,
-            "tags": sorted({unit.tag for unit in backup.units}),
+            "tags": sorted({(unit.tag, unit.keyspace) for unit, one in backup.units.items() if not one.refused}),
             "pending": {
                 "units": len(waiting),
                 "files": sum(one.files for one in waiting),
@@ -9537,12 +9553,14 @@ def record_tag(bucket: Bucket, tag: str, keys: Sequence[str], nodetool: Nodetool
 
 def _is_done_by_daemon(options: SnapshotOptions, tag: str) -> bool:
     """Wait until a daemon has done with a tag, listed or not. False: no daemon runs, or it has ended. Raises Denied."""
-    began = time.time()
     try:
-        ask_daemon(options.state_dir, {"do": "scan"}, 3600.0)
+        began = ask_daemon(options.state_dir, {"do": "scan"}, 3600.0)["scanned"]
         while True:
             document = ask_daemon(options.state_dir, {"do": "status"}, 60.0)
-            if document["scanned"] >= began and document["quiet"] and tag not in document["tags"]:
+            at_work = {keyspace for one, keyspace in document["tags"] if one == tag}
+            if options.keyspaces:
+                at_work &= {*options.keyspaces}
+            if document["scanned"] >= began and document["quiet"] and not at_work:
                 return True
             time.sleep(0.5)
     except Missing:

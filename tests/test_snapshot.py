@@ -7,10 +7,12 @@ the same with the real one.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 import oracle
 import pytest
 from conftest import Daemon, Run
-from faultproxy import BlackHole, FaultProxy, kill
+from faultproxy import BlackHole, FaultProxy, kill, s3_error
 from scene import Scene, wait_for
 from servers import Bucket, FileBucket
 from shelf import Door, Shelf
@@ -295,6 +297,64 @@ def test_a_snapshot_of_some_keyspaces_clears_no_other_of_its_name(snapshots: Sna
     snapshots.node.snapshot("weekly", [other])
     snapshots("ks1", "-t", "weekly")
     assert [path.parents[1].name for path in snapshots.data.glob("*/*/snapshots/weekly")] == [other.directory]
+
+
+def refuse(snapshots: Snapshots, moto: Bucket, proxy: Callable[[Bucket], FaultProxy], table: int) -> None:
+    """Have the store refuse a table's first Data.db for good, with a daemon at work, and a snapshot of it taken."""
+    for backups in snapshots.data.glob("*/*/backups"):
+        shutil.rmtree(backups)  # else these bytes may be stored before the snapshot is taken
+    store, directory = proxy(moto), snapshots.node.tables[table].directory
+    snapshots.scene.bucket, snapshots.scene.environ = moto, moto.through(store.url)
+    store.on("PUT", rf"/{re.escape(directory)}/.*-1-big-Data\.db", s3_error(403, "AccessDenied"), count=None)
+    snapshots.scene.start(snapshots.data, args=("--incomplete-after", "1s"))
+    snapshots.node.snapshot("weekly", [snapshots.node.tables[table]])
+    wait_for(lambda: "are refused" in str(snapshots.scene.page().get("failures")))
+
+
+def ends(snapshots: Snapshots, *args: object, check: int) -> str:
+    """Run the command; let it not wait for ever: without the daemon it does the work itself, and would be red."""
+    timer = threading.Timer(40.0, snapshots.scene.daemon.kill)
+    timer.start()
+    said = snapshots(*args, check=check).stderr
+    timer.cancel()
+    assert snapshots.scene.daemon.is_running, "it waited for what never ends"
+    return said
+
+
+def test_a_snapshot_of_some_keyspaces_waits_for_no_other_of_its_name(
+    snapshots: Snapshots, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    refuse(snapshots, moto, proxy, table=2)
+    ends(snapshots, "ks1", "-t", "weekly", check=0)
+    assert {table.partition("/")[0] for table in snapshots.listed("weekly")} == {"ks1"}
+
+
+def test_a_snapshot_waits_for_no_earlier_one_of_its_tag_of_which_a_file_is_refused(
+    snapshots: Snapshots, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    refuse(snapshots, moto, proxy, table=0)
+    snapshots.node.clear("weekly")
+    snapshots.node.tables[0].compact()  # only our pin has what is refused
+    ends(snapshots, "-t", "weekly", check=0)
+    assert snapshots.listed("weekly") == snapshots.tables
+
+
+def test_a_snapshot_of_which_a_file_is_refused_for_good_ends_red_p8(
+    snapshots: Snapshots, moto: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    refuse(snapshots, moto, proxy, table=0)
+    snapshots.node.clear("weekly")
+    said = ends(snapshots, "-t", "weekly", check=1)
+    assert "1 of 3 tables are not listed complete and good" in said
+    assert snapshots.on_disk() == {"weekly"}
+
+
+def test_a_clock_that_is_set_back_meanwhile_keeps_no_snapshot_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = {"scanned": time.time() - 3600.0, "quiet": True, "tags": []}  # by the clock as it is after that
+    monkeypatch.setattr(cassbackup, "ask_daemon", lambda *_: page)
+    monkeypatch.setattr(cassbackup.time, "sleep", lambda _: pytest.fail("it waits for an hour"))
+    options: Any = cassbackup.SnapshotOptions({}, "/state", cassbackup.StoreOptions())
+    assert cassbackup._is_done_by_daemon(options, "weekly")
 
 
 def test_tables_that_a_filter_leaves_out_are_not_waited_for(snapshots: Snapshots) -> None:

@@ -625,6 +625,13 @@ def test_a_key_that_ends_with_a_line_end_is_named_and_not_shown(
     assert "CANARY" not in repr(StoreOptions(access_key="CANARY", secret_key="CANARY"))
 
 
+def test_a_boto3_that_is_too_old_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of Ubuntu 22.04."""
+    monkeypatch.setattr("boto3.__version__", "1.20.34")
+    with pytest.raises(cassbackup.Usage, match=r"needs boto3 \(this is 1.20.34\): pip install 'boto3>=1.26'"):
+        open_store("s3://bucket", StoreOptions(region="us-east-1"))
+
+
 @pytest.mark.parametrize(("url", "sdk"), [("file:///tmp", ""), ("s3://b", "boto3"), ("gs://b", "google.cloud.storage")])
 def test_no_sdk_is_imported_before_a_store_needs_it(url: str, sdk: str, tmp_path: Path) -> None:
     code = """
@@ -883,6 +890,34 @@ def test_what_ends_before_the_body_is_no_empty_object_p1(moto: Bucket, opened: O
     """An empty listing would pass for a corrupt one, an empty file for a bad one."""
     with pytest.raises(Unreachable):
         read(opened(moto, serve(head)), KEY)
+
+
+def chatter(first: bytes, more: bytes) -> str:
+    """Say something to whoever connects, then go on for eight seconds, or be silent for so long; return the URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run() -> None:
+        with contextlib.suppress(OSError), listener.accept()[0] as peer:
+            peer.sendall(first)
+            until = time.monotonic() + 8.0
+            while time.monotonic() < until:
+                peer.sendall(1000 * more)
+                time.sleep(0.0 if more else 0.1)
+
+    threading.Thread(target=run, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [(b"220 mail ESMTP\r\n", b""), (b"J\0\0\0\n8.0.36\0", b""), (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n")],
+)
+def test_of_what_is_no_reply_no_end_is_waited_for_p5(moto: Bucket, opened: Opener, first: bytes, more: bytes) -> None:
+    """A mail server waits for us to speak; a head without an end would fill the memory."""
+    store, began = opened(moto, chatter(first, more)), time.monotonic()
+    with pytest.raises(Unreachable, match=r"no reply of HTTP|more than 200 lines"):
+        read(store, KEY)
+    assert time.monotonic() - began < 4.0
 
 
 def test_a_reply_that_ends_early_is_unreachable(moto: Bucket, opened: Opener) -> None:
@@ -1526,6 +1561,17 @@ def test_a_server_that_ignores_range_is_named(weak: Store, faulty: FaultProxy) -
     faulty.on("GET", "node1/", Respond(200, b"all of it"))
     with pytest.raises(Denied, match="Range"):
         read(weak, KEY, 3)
+
+
+@pytest.mark.parametrize("page", [b"<html>default backend - 404</html>", b""])
+def test_an_ingress_that_has_no_way_to_the_store_deletes_nothing_p8(
+    weak: Store, faulty: FaultProxy, page: bytes
+) -> None:
+    faulty.on("DELETE", "first", Respond(404, page))
+    with pytest.raises(Denied, match="404"):
+        weak.delete("first")
+    faulty.on("DELETE", "first", s3_error(404, "NoSuchKey"))
+    weak.delete("first")  # as some servers say where S3 says 204
 
 
 def test_a_portals_page_is_no_deletion(weak: Store, faulty: FaultProxy) -> None:
