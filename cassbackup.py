@@ -2666,18 +2666,19 @@ class Ledger:
     """A cache that may be lost: which bytes are stored under which key, and what is listed of each directory.
 
     SQLite does not notice a flipped bit, and a ledger of another bucket must not speak for this one. So every row
-    carries a checksum over itself and `bucket`: the id in owner.json, the node and the URL. A row that does not check
-    is not there. A ledger that cannot be read or written is done without: `broken` says why.
+    carries a checksum over itself, the bucket and node (`scope`) and the life of the bucket; a row that does not
+    check is not there. A ledger that cannot be read or written is done without: `broken` says why.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, scope: str) -> None:
+        self._path, self._scope = path, scope
         self._tries = iter([path] * 3)  # a disk that damages every file must not keep us here for ever
         self._epoch = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         self._run = f"{random.getrandbits(64):x}"  # this process, since it last had doubts
         self.broken = self.bucket = ""
         self._db = self._open()
-        self.bucket = self.fact("bucket")  # where the ledger knows none, no other row checks either
+        # The id in owner.json. Where the ledger knows none, no other row checks either.
+        self.bucket = self.fact("bucket")
 
     def _open(self) -> sqlite3.Connection:
         for path in self._tries:
@@ -2727,7 +2728,7 @@ class Ledger:
         return self._epoch + time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def _sum(self, row: tuple[object, ...]) -> int:
-        return zlib.crc32(repr((self.bucket, row)).encode())
+        return zlib.crc32(repr((self._scope, self.bucket, row)).encode())
 
     def _select(self, query: str, *args: str) -> list[tuple[Any, ...]]:
         """Return the rows that check, without their checksums."""
@@ -2838,7 +2839,8 @@ class Ledger:
         # What a full disk keeps us from deleting does not check any more.
         for table in ("stored", "listed", "facts"):
             self._change(f"DELETE FROM {table}", [()])
-        self.bucket = ""  # or nobody could read this row at the next start
+        # This row belongs to the scope alone, or nobody could read it at the next start.
+        self.bucket = ""
         self.remember("bucket", bucket)
         self.bucket = bucket
 
@@ -4829,6 +4831,7 @@ class Round:
 
     unit: Unit
     waiting: Waiting
+    bucket: str  # the life of the bucket in which it began
     began: str  # UTC: when the pins had been read
     pins: dict[FilePath, Pinned]
     lost: tuple[FilePath, ...]  # what had been given up by then; the listing names it
@@ -4965,6 +4968,11 @@ class Backup:
             self.ledger.doubt()
             raise Unreachable(f"this machine's clocks stood still for {jump:.0f} s", "everything is asked for again")
 
+    def forget(self) -> None:
+        """Forget what is stored and listed: the bucket is another one."""
+        self.ledger.forget(self.bucket)
+        self._kept.clear()
+
     # A unit comes, and goes
 
     def touch(self, news: Touched) -> None:
@@ -5027,7 +5035,7 @@ class Backup:
         """Store and list what there is of a unit; None when it is done, else the seconds until the next time."""
         directories = sorted(waiting.directories, key=lambda one: one[1])
         found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
-        work = Round(unit, waiting, self.clock(), found.files, found.lost)
+        work = Round(unit, waiting, self.bucket, self.clock(), found.files, found.lost)
         for path, fingerprint in self._kept.get(unit, {}).items():
             if path in work.pins and work.pins[path].fingerprint == fingerprint:
                 del work.pins[path]
@@ -5070,6 +5078,7 @@ class Backup:
         if there.files.keys() != work.pins.keys():
             return QUIET_S  # more has come while this was sent
         verdict = await self._judge(work, files, judge_snapshot, scanned)
+        self._check_bucket(work)
         if verdict.ephemeral:
             self.counts["skipped_ephemeral"] += 1
             log.info("a repair's own snapshot, skipped unit=%s", label(unit))
@@ -5196,6 +5205,7 @@ class Backup:
         if not work.waiting.doubtful and self.ledger.fact(fact):
             return {}
         listings, listed = await self._look_up(listed_incrementals, work)
+        self._check_bucket(work)
         for listing in listings:
             self._record(work, listing.files)
         await self._learn_snapshot(work)
@@ -5262,6 +5272,7 @@ class Backup:
         if unit.kind == "archive" or self.ledger.fact(fact):
             return
         newest = await self._workers.run("list", unit.urgent, newest_snapshots, self.store, self.node, unit)
+        self._check_bucket(work)
         for listing in newest:
             self._record(work, listing.files)
             self._note_snapshot(listing)
@@ -5327,6 +5338,7 @@ class Backup:
 
     def _remember_stored(self, work: Round, entries: Sequence[Stored]) -> None:
         """Remember what the store has just confirmed: at once, for a crash. What we forget is sent a second time."""
+        self._check_bucket(work)
         rows = [(work.pins[entry.path].disk, entry) for entry in entries]
         work.remembered.update(self.ledger.record(work.unit.place, rows))
 
@@ -5402,9 +5414,17 @@ class Backup:
             self._absent_since = min(self._absent_since, now)
             if now - self._absent_since < _VIEW_S:
                 raise Unreachable("owner.json is not in the bucket any more", "nothing is listed until that is clear")
-        self.connected.clear()
-        self.disconnected.set()
+        if self.connected.is_set():  # else another unit has found it out
+            log.warning("the bucket was made anew, storing and listing everything again store=%s", self.store.url)
+            self.last_view, self._absent_since = None, math.inf
+            self.connected.clear()
+            self.disconnected.set()
         raise Changed("the bucket was made anew", "everything is stored again")
+
+    def _check_bucket(self, work: Round) -> None:
+        """Raise Changed where the bucket was made anew since a round began: nothing that it was told is true there."""
+        if work.bucket != self.bucket:
+            raise Changed("the bucket was made anew", "everything is stored again")
 
     async def _publish(self, draft: Listing[Known], work: Round) -> Listing[Stored]:
         """Write a listing and remember it."""
@@ -5413,6 +5433,7 @@ class Backup:
         async def attempt() -> Listing[Stored]:
             self._check_clocks()
             view = await self.view()
+            self._check_bucket(work)
             # Asked at each try: tries may go on for days, and an old word is no word.
             asked = self._fresh_keys(draft, work)
             named = replace(draft, listed=self.clock())
@@ -5446,6 +5467,7 @@ class Backup:
 
     async def _let_go(self, work: Round) -> float | None:
         """Have the pins of what is listed unlinked; return as _back_up. Raises what a file was refused for."""
+        self._check_bucket(work)
         self._remember_listed(work)
         kept = self._kept.get(work.unit, {})
         files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}
@@ -5474,15 +5496,10 @@ class Backup:
         return all(unit in self.failures for unit in self.units)
 
     async def end(self) -> None:
-        """End the work at all units, as if they were not known: what is not listed stays pinned, and is found again."""
-        tasks = list(self._tasks)
-        for task in tasks:
+        """End the work at all units: what is not listed stays pinned for the next start."""
+        for task in list(self._tasks):
             task.cancel()
-        self.units.clear()
-        self.failures.clear()
-        self._kept.clear()
-        self.last_view, self._absent_since = None, math.inf
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 def pins_alone(
@@ -5731,7 +5748,7 @@ class Daemon:
         folders = [options.state_dir, *(disk.path for disk in disks if disk.path)]
         self._memories = [os.path.join(folder, "identity.json") for folder in folders]
         self._known = next(filter(None, map(load_identity, self._memories)), None)
-        ledger = Ledger(os.path.join(options.state_dir, "ledger.db"))
+        ledger = self._open_ledger(self._known)
         self._pinner = Pinner(disks, options, ledger.listed(), options.reconcile, self._post)
         patience = 120.0 if options.once else math.inf
         self._workers = Workers(self._pinner.idle, options.store.threads, patience)
@@ -5748,6 +5765,11 @@ class Daemon:
         self._speeds = deque([(time.monotonic(), 0)], maxlen=7)
         self._metrics: Metrics | None = None
         self._oldest: dict[str, float] = {}
+
+    def _open_ledger(self, identity: Identity | None) -> Ledger:
+        """Open the ledger; what it has of another bucket or node does not count."""
+        scope = f"{identity.node} {identity.url}" if identity else ""
+        return Ledger(os.path.join(self._options.state_dir, "ledger.db"), scope)
 
     async def run(self) -> int:
         """Watch until asked to stop, or, once, until everything is listed. Returns the exit code."""
@@ -5867,10 +5889,6 @@ class Daemon:
                 self._backup.disconnected.clear()
                 self._backup.connected.set()
                 await self._backup.disconnected.wait()
-                log.warning("the bucket was made anew, storing and listing everything again")
-                # No work that was begun in the old one goes on. The pins tell what there is to do in the new one.
-                await self._backup.end()
-                self._backup.ledger.forget("")
             except (Fault, OSError) as error:
                 self._workers.note("connect", error)
                 if self._options.once or isinstance(error, Usage):
@@ -5888,6 +5906,10 @@ class Daemon:
         store_options = replace(options.store, region=identity.region)
         backup.store = await self._workers.once("connect", True, open_store, identity.url, store_options, is_new)
         backup.node = identity.node
+        if known is None or (known.node, known.url) != (identity.node, identity.url):
+            backup.ledger.close()
+            backup.ledger = self._open_ledger(identity)
+            await backup.ask(self._pinner.forget)
         await self._workers.retry("claim", self._claim)
         self._known = identity
         for path in self._memories:
@@ -5902,9 +5924,7 @@ class Daemon:
         machine = machine_id() or self._disks[0].id
         owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
         bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
-        scope = f" {backup.node} {backup.store.url}"
-        is_known = ledger.bucket.endswith(scope)
-        if self._options.adopt and not (owner or is_known or self._options.name):
+        if self._options.adopt and not (owner or ledger.bucket or self._options.name):
             raise Usage(f"no node {backup.node} is there to adopt", "pass the old node, as `list` shows it, as --name")
         if not self._options.adopt:
             check_owner(owner, machine, f"{backup.node} in {backup.store.url}")
@@ -5915,12 +5935,12 @@ class Daemon:
             directories = [quote(disk.root) for disk in self._disks]
             body = dump_document(id=bucket, machine_id=machine, data_directories=directories)
             await self._workers.once("claim", True, backup.store.put, key, Body(body))
-        backup.bucket = bucket
-        if ledger.bucket == bucket + scope:
+        backup.bucket = bucket  # from here on nothing counts that was sent to another
+        if ledger.bucket == bucket:
             return
         if ledger.bucket:
             log.warning("the bucket is not the one that the ledger knows, storing and listing everything again")
-        ledger.forget(bucket + scope)
+        backup.forget()
         await backup.ask(self._pinner.forget)
 
     # What time brings
@@ -6092,17 +6112,11 @@ class Daemon:
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(10.0)
 
-    def _is_through(self) -> bool:
-        """Tell whether all that was found is listed, or has failed; what the pinner says comes through the queue."""
-        if not (self._pinner.idle.is_set() and self._news.empty()):
-            return False
-        return self._backup.connected.is_set() and self._backup.is_done()  # else the bucket is being made anew
-
     async def _end_when_done(self) -> None:
         """End a run of --once when all that its first scan found is listed, or has failed."""
         await self._backup.scanned.wait()
         await self._backup.connected.wait()
-        while not self._is_through():
+        while not (self._pinner.idle.is_set() and self._news.empty() and self._backup.is_done()):
             await asyncio.sleep(0.05)
         if not self._code and not self._backup.failures:
             await self._workers.retry("heartbeat", self._heartbeat)

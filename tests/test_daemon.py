@@ -287,10 +287,10 @@ def test_what_an_earlier_process_sent_is_sent_again_where_cassandra_wrote_in_pla
 ) -> None:
     unit, fingerprint = Unit("snapshot", "ks1", "users", "daily"), Fingerprint(1, 2, 3)
     entry = Stored("/d", name, fingerprint, 0o644, "c", "c", "00000001", f"node1/d/{name}", "etag")
-    earlier = Ledger(str(tmp_path / "ledger.db"))
+    earlier = Ledger(str(tmp_path / "ledger.db"), "")
     earlier.record(unit.place, [("disk", entry)])
     earlier.close()
-    ledger, options = Ledger(str(tmp_path / "ledger.db")), SimpleNamespace(full=full)
+    ledger, options = Ledger(str(tmp_path / "ledger.db"), ""), SimpleNamespace(full=full)
     backup = Backup(options, None, None, ledger)  # type: ignore[arg-type]
     pin = Pinned("/d", name, fingerprint, 0o644, 0, 0, 1, f"/pins/{name}~", "disk")
     work: Any = SimpleNamespace(unit=unit, files={}, remembered={})
@@ -612,7 +612,7 @@ def test_an_sstable_that_is_kept_for_its_number_is_stored_in_the_next_bucket_bef
     owner = json.loads(scene.bucket.get("node1.listings/owner.json"))
     scene.bucket.empty()
     scene.bucket.put("node1.listings/owner.json", json.dumps({**owner, "id": "another life"}).encode())
-    wait_for(lambda: "the bucket was made anew" in scene.daemon.log())
+    wait_for(lambda: "not the one that the ledger knows" in scene.daemon.log())
     scene.settled()
     scene.assert_all_is_listed(node.history)
     newer = users.flush()
@@ -705,26 +705,6 @@ def test_once_stores_all_again_where_the_bucket_was_made_anew_p8(scene: Scene, n
     scene.assert_all_is_listed(node.history)
 
 
-@pytest.mark.parametrize("option", ["--bucket", "--name"])
-def test_what_is_listed_in_one_bucket_or_by_one_name_counts_for_no_other_p4(
-    scene: Scene, node: Node, tmp_path: Path, option: str
-) -> None:
-    node.table("ks1", "users").flush()
-    node.snapshot("daily")
-    elsewhere = FileBucket(tmp_path / "elsewhere")
-    other, bucket, name = elsewhere.target, elsewhere, "node1"
-    if option == "--name":
-        other, bucket, name = "node2", scene.bucket, "node2"
-    for _ in range(2):  # there and back
-        scene.once(*node.data_dirs)
-        scene.once(*node.data_dirs, args=(option, other))
-        node.table("ks1", f"t{len(node.tables)}").flush()
-    scene.once(*node.data_dirs, args=(option, other))
-    objects = bucket.objects()
-    assert oracle.problems(objects, name) == []
-    assert oracle.lost(node.history, objects, name) == []
-
-
 @pytest.mark.slow
 def test_a_listing_that_was_under_way_when_the_bucket_was_made_anew_does_not_count_p1(
     scene: Scene, node: Node, between: FaultProxy
@@ -738,7 +718,7 @@ def test_a_listing_that_was_under_way_when_the_bucket_was_made_anew_does_not_cou
         owner = json.loads(scene.bucket.get("node1.listings/owner.json"))
         scene.bucket.empty()
         scene.bucket.put("node1.listings/owner.json", json.dumps({**owner, "id": "another life"}).encode())
-        wait_for(lambda: "the bucket was made anew" in scene.daemon.log())
+        wait_for(lambda: "not the one that the ledger knows" in scene.daemon.log())
         time.sleep(1.0)
 
     slow = between.on("PUT", r"listings/ks1/.*complete-", Call(make_anew, "before"))
@@ -980,7 +960,7 @@ def test_the_newest_sstable_of_a_table_stays_in_backups_though_a_backlog_is_list
 
 
 def test_a_loss_is_told_until_a_snapshot_taken_since_is_complete_p8(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path / "ledger.db"))
+    ledger = Ledger(str(tmp_path / "ledger.db"), "")
     backup = Backup(None, None, None, ledger)  # type: ignore[arg-type]
     unit = Unit("snapshot", "ks1", "users", "daily", backup.clock())
     before: Listing[Known] = Listing("node1", unit, backup.clock(), backup.clock(), True, ())
@@ -996,7 +976,7 @@ def test_a_loss_is_told_until_a_snapshot_taken_since_is_complete_p8(tmp_path: Pa
 
 
 def test_of_an_archive_or_a_table_that_is_gone_a_loss_is_told_for_a_day_as_no_snapshot_comes_p8(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path / "ledger.db"))
+    ledger = Ledger(str(tmp_path / "ledger.db"), "")
     daemon: Any = SimpleNamespace(_backup=SimpleNamespace(ledger=ledger))
     places = ["/d/archive", "ks1/dropped-1", "ks1/users-1"]
     for hours, told in ((0, places), (23, places), (25, places[2:])):
@@ -1007,7 +987,7 @@ def test_of_an_archive_or_a_table_that_is_gone_a_loss_is_told_for_a_day_as_no_sn
 
 
 def test_what_compaction_wrote_anew_is_as_old_as_it_was_and_an_empty_table_needs_no_snapshot_p8(tmp_path: Path) -> None:
-    ledger, node, now = Ledger(str(tmp_path / "ledger.db")), Node(tmp_path / "cassandra"), time.time()
+    ledger, node, now = Ledger(str(tmp_path / "ledger.db"), ""), Node(tmp_path / "cassandra"), time.time()
     users = node.table("ks1", "users")
     place = f"ks1/{users.directory}"
 
@@ -1045,7 +1025,7 @@ def test_what_compaction_wrote_anew_is_as_old_as_it_was_and_an_empty_table_needs
 
 
 def test_an_incomplete_snapshot_is_told_until_a_complete_one_that_was_taken_since_p8(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path / "ledger.db"))
+    ledger = Ledger(str(tmp_path / "ledger.db"), "")
     backup = Backup(None, None, None, ledger)  # type: ignore[arg-type]
     first, second, third, fourth = (backup.clock() for _ in range(4))
 
@@ -1068,7 +1048,7 @@ def test_an_incomplete_snapshot_is_told_until_a_complete_one_that_was_taken_sinc
 def test_a_snapshot_that_is_dated_by_a_clock_that_was_ahead_hides_none_that_is_taken_since_p8(
     tmp_path: Path, complete: bool
 ) -> None:
-    ledger = Ledger(str(tmp_path / "ledger.db"))
+    ledger = Ledger(str(tmp_path / "ledger.db"), "")
     backup = Backup(None, None, None, ledger)  # type: ignore[arg-type]
 
     def note(taken: str, complete: bool, tag: str = "daily") -> tuple[str, str]:
@@ -1102,7 +1082,7 @@ def test_a_daemon_whose_ledger_was_lost_learns_from_the_bucket_whether_the_newes
     shelf = Shelf()
     for day, tag in enumerate(taken):
         shelf.add(snapshot(tag.strip("?"), EPOCH + day * DAY, complete="?" not in tag))
-    ledger, unit = Ledger(str(tmp_path / "ledger.db")), unit_of("", EPOCH)
+    ledger, unit = Ledger(str(tmp_path / "ledger.db"), ""), unit_of("", EPOCH)
 
     async def learn() -> None:
         async def work_at(_what: str, _urgent: bool, job: Callable[..., Any], *args: Any) -> Any:

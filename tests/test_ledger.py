@@ -21,6 +21,7 @@ import pytest
 
 from cassbackup import CONFIRMED_S, Fingerprint, Known, Ledger, Pinned, Remembered, Stored, mark_of, quote
 
+SCOPE = "node1 s3://bucket/prefix"
 ROWS = 40
 LIFE, LATER_LIFE = "20261121T202438.123456Z", "20261122T000000.000000Z"
 Open = Callable[..., Ledger]
@@ -105,8 +106,8 @@ def opened(path: Path) -> Iterator[Open]:
     """Return a function that opens the ledger; it is closed in the end."""
     with contextlib.ExitStack() as stack:
 
-        def start(at: Path = path) -> Ledger:
-            ledger = Ledger(str(at))
+        def start(scope: str = SCOPE, at: Path = path) -> Ledger:
+            ledger = Ledger(str(at), scope)
             stack.callback(ledger.close)
             return ledger
 
@@ -116,7 +117,7 @@ def opened(path: Path) -> Iterator[Open]:
 @pytest.fixture
 def written(path: Path) -> Path:
     """Return the file of a ledger that was filled and closed, everything in the one file."""
-    ledger = Ledger(str(path))
+    ledger = Ledger(str(path), SCOPE)
     fill(ledger)
     ledger.close()
     assert not path.with_name(path.name + "-wal").exists()
@@ -258,6 +259,15 @@ def test_p1_what_an_earlier_process_stored_is_known_and_not_fresh(written: Path,
 # Another bucket, another life of it
 
 
+@pytest.mark.parametrize(
+    "scope", ["", "node2 s3://bucket/prefix", "node1 s3://bucket/prefix2", "node1 gs://bucket/prefix"]
+)
+def test_p4_a_ledger_of_another_bucket_or_node_says_nothing(written: Path, opened: Open, scope: str) -> None:
+    ledger = opened(scope)
+    assert ledger.bucket == ""
+    assert knows_nothing(ledger)
+
+
 def test_p4_a_bucket_that_was_made_anew_forgets_all(written: Path, opened: Open) -> None:
     ledger = opened()
     ledger.record("place", on_disk(entry(1)))
@@ -332,7 +342,7 @@ def test_p4_flipped_bits_never_make_the_ledger_say_what_was_not_written(written:
             path = folder / "ledger.db"
             path.write_bytes(damaged)
             for _ in range(2):
-                ledger = Ledger(str(path))
+                ledger = Ledger(str(path), SCOPE)
                 assert lies(ledger) == [], f"flip in {start}"
                 # Some damage is found by a write only, some by the next, some by reading. What puts the keys of a page
                 # into another order is not found, and hides some rows: these files are sent once more.
@@ -503,7 +513,7 @@ def as_nobody(tmp_path: Path) -> Iterator[Path]:
     """Give up root's rights, if there are any, beside a ledger in a directory that may only be read."""
     place = tmp_path / "state"
     place.mkdir()
-    ledger = Ledger(str(place / "ledger.db"))
+    ledger = Ledger(str(place / "ledger.db"), SCOPE)
     fill(ledger)
     ledger.close()
     for folder in (tmp_path, *tmp_path.parents[:3]):
@@ -523,7 +533,7 @@ def as_nobody(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", ["ledger.db", "new.db"])
 def test_p4_in_a_directory_that_cannot_be_written_it_is_done_without(as_nobody: Path, name: str) -> None:
-    ledger = Ledger(str(as_nobody / name))
+    ledger = Ledger(str(as_nobody / name), SCOPE)
     assert lies(ledger) == []
     assert works_without_memory(ledger)
     ledger.close()
@@ -554,7 +564,7 @@ def on_a_small_disk(code: str) -> str:
 
 def test_p4_a_disk_that_fills_up_costs_new_rows_only() -> None:
     said = on_a_small_disk("""
-        ledger = Ledger("/mnt/ledger.db")
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
         t.fill(ledger, 20)
         fill_disk()
         for turn in range(20):
@@ -573,7 +583,7 @@ def test_p4_a_disk_that_fills_up_costs_new_rows_only() -> None:
 def test_p4_a_disk_that_is_full_at_the_start_is_gone_on_with() -> None:
     said = on_a_small_disk("""
         fill_disk()
-        ledger = Ledger("/mnt/ledger.db")
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
         assert t.works_without_memory(ledger)
         print("fine")
     """)
@@ -582,17 +592,17 @@ def test_p4_a_disk_that_is_full_at_the_start_is_gone_on_with() -> None:
 
 def test_p4_a_good_ledger_is_not_moved_aside_because_its_disk_is_full() -> None:
     said = on_a_small_disk("""
-        ledger = Ledger("/mnt/ledger.db")
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
         t.fill(ledger, 20)
         ledger.close()
         fill_disk()
-        ledger = Ledger("/mnt/ledger.db")
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
         ledger.record("place", t.on_disk(*[t.entry(1000 + n) for n in range(500)]))
         assert ledger.broken, "not full"
         ledger.close()
         os.unlink("/mnt/full")
         assert [name for name in os.listdir("/mnt") if "broken" in name] == []
-        ledger = Ledger("/mnt/ledger.db")
+        ledger = Ledger("/mnt/ledger.db", t.SCOPE)
         assert t.look(ledger, t.entry(7))
         print("fine")
     """)

@@ -27,7 +27,7 @@ TABLE = """
     daemon::local_memory_that_is_gone ledger::p4_a_ledger_that_was_rolled_back model
     = a row without its checksum is not there; TOC.txt, manifest.json and schema.cql are always sent again
 8 ledger of another bucket
-    rows::a_ledger_of_another_bucket daemon::what_is_listed_in_one_bucket
+    rows::a_ledger_of_another_bucket ledger::p4_a_ledger_of_another
 9 ledger on a full or failing disk
     rows::a_local_disk_that_fails ledger::p4_a_disk
 10 two daemons
