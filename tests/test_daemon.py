@@ -705,6 +705,26 @@ def test_once_stores_all_again_where_the_bucket_was_made_anew_p8(scene: Scene, n
     scene.assert_all_is_listed(node.history)
 
 
+@pytest.mark.parametrize("option", ["--bucket", "--name"])
+def test_what_is_listed_in_one_bucket_or_by_one_name_counts_for_no_other_p4(
+    scene: Scene, node: Node, tmp_path: Path, option: str
+) -> None:
+    node.table("ks1", "users").flush()
+    node.snapshot("daily")
+    elsewhere = FileBucket(tmp_path / "elsewhere")
+    other, bucket, name = elsewhere.target, elsewhere, "node1"
+    if option == "--name":
+        other, bucket, name = "node2", scene.bucket, "node2"
+    for _ in range(2):  # there and back
+        scene.once(*node.data_dirs)
+        scene.once(*node.data_dirs, args=(option, other))
+        node.table("ks1", f"t{len(node.tables)}").flush()
+    scene.once(*node.data_dirs, args=(option, other))
+    objects = bucket.objects()
+    assert oracle.problems(objects, name) == []
+    assert oracle.lost(node.history, objects, name) == []
+
+
 @pytest.mark.slow
 def test_a_listing_that_was_under_way_when_the_bucket_was_made_anew_does_not_count_p1(
     scene: Scene, node: Node, between: FaultProxy
@@ -1168,3 +1188,114 @@ def test_a_disk_that_is_away_at_a_later_start_is_no_wrong_usage_so_systemd_tries
     scene.restart()
     scene.settled()
     scene.assert_all_is_listed(node.history)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A bucket that was made anew, and does not take us
+
+
+def make_anew_and_refuse(scene: Scene, between: FaultProxy) -> None:
+    """Empty the bucket, and refuse what makes the name ours again; nothing can be stored either."""
+    between.on("PUT", r"owner\.", s3_error(403, "AccessDenied"), count=None)
+    scene.bucket.empty()
+    wait_for(lambda: "the bucket was made anew" in scene.daemon.log())
+
+
+@pytest.mark.slow
+def test_what_waits_is_told_while_the_name_cannot_be_claimed_again_p8(
+    scene: Scene, node: Node, between: FaultProxy
+) -> None:
+    node.table("ks1", "users").flush()
+    start_shortened(scene, node, "--heartbeat", "1s", _VIEW_S=1.0)
+    between.on("PUT", r"node1/", s3_error(503, "SlowDown"), count=None)
+    node.snapshot("daily")
+    wait_for(lambda: scene.page()["tags"] == [["daily", "ks1"]])
+    make_anew_and_refuse(scene, between)
+    wait_for(lambda: "claim" in scene.page()["errors"])
+    page = scene.page()
+    assert page["pending"]["units"]
+    assert page["lag_s"] > 0
+    assert ["daily", "ks1"] in page["tags"]
+
+
+@pytest.mark.slow
+def test_pins_give_way_while_the_name_cannot_be_claimed_again_p5(
+    scene: Scene, small_disk: Path, between: FaultProxy
+) -> None:
+    node = Node(small_disk / "cassandra")
+    node.incremental = False
+    users = node.table("ks1", "users")
+    users.flush(size=10)
+    limits = ("--max-pinned", "30%", "--min-free", "1%")
+    start_shortened(scene, node, "--heartbeat", "1s", *limits, _VIEW_S=1.0)
+    between.on("PUT", r"node1/", s3_error(503, "SlowDown"), count=None)
+    for number in range(2):  # 12 MB before the bucket was made anew, and 12 MB since, of 64 MB
+        for _ in range(2):
+            users.flush(size=6_000_000)
+        node.snapshot(f"tag{number}")
+        scene.until_found(len(list(node.history.files())) - 1)
+        wait_for(lambda: scene.page()["pending"]["units"])
+        node.clear(f"tag{number}")
+        for sstable in users.sstables:
+            sstable.remove()
+        users.sstables.clear()
+        if number == 0:
+            make_anew_and_refuse(scene, between)
+    wait_for(lambda: "LOST" in scene.daemon.log(), 60)
+
+
+def test_a_daemon_that_adopted_its_name_claims_it_again_where_the_bucket_was_made_anew(
+    scene: Scene, node: Node
+) -> None:
+    node.table("ks1", "users").flush()
+    scene.once(*node.data_dirs, args=("--name", ""))
+    start_shortened(scene, node, "--heartbeat", "1s", "--adopt", "--name", "", _VIEW_S=1.0)
+    before = scene.bucket.objects().keys()
+    scene.bucket.empty()
+    (owner,) = (key for key in before if key.endswith("/owner.json"))
+    wait_for(lambda: owner in scene.bucket.objects() or not scene.daemon.is_running)
+    scene.settled()
+
+
+@pytest.mark.slow
+def test_a_put_that_was_under_way_when_the_bucket_was_made_anew_overwrites_nothing_p3(
+    scene: Scene, node: Node, rclone: Bucket, proxy: Callable[[Bucket], FaultProxy]
+) -> None:
+    """This server overwrites. What is written in place has other content by the time that it is sent again."""
+    found = proxy(rclone)
+    scene.bucket, scene.environ = rclone, rclone.through(found.url)
+    node.incremental = False
+    node.table("ks1", "users").flush()
+    scene.start(*node.data_dirs, args=("--heartbeat", "1s"))
+    scene.settled()
+
+    def make_anew() -> None:
+        owner = json.loads(scene.bucket.get("node1.listings/owner.json"))
+        scene.bucket.empty()
+        scene.bucket.put("node1.listings/owner.json", json.dumps({**owner, "id": "another life"}).encode())
+        wait_for(lambda: "the bucket was made anew" in scene.daemon.log())
+        (schema,) = node.root.glob("data/*/*/snapshots/daily/schema.cql")
+        schema.write_text(schema.read_text() + "-- and the rest of it\n")
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: scene.listings("snapshot"), 10)
+
+    slow = found.on("PUT", r"daily/schema\.cql", Call(make_anew, "before"))
+    node.snapshot("daily")
+    assert slow.acted.wait(120)
+    scene.settled()
+    assert oracle.problems(scene.bucket.objects(), "node1") == []
+
+
+def test_who_asks_while_a_daemon_ends_is_not_told_that_all_is_listed_p8(tmp_path: Path) -> None:
+    async def run() -> None:
+        backup = Backup(None, None, None, Ledger(str(tmp_path / "ledger.db"), ""))  # type: ignore[arg-type]
+        disk: Any = object()
+        backup.touch(Touched(Unit("snapshot", "ks1", "users", "daily"), disk, "", 1, 0.0))
+        ended = asyncio.ensure_future(backup.end())
+        while not ended.done():
+            assert backup.units
+            await asyncio.sleep(0)
+        assert backup.units
+        backup.ledger.close()
+
+    asyncio.run(run())
