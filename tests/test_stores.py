@@ -920,6 +920,21 @@ def test_of_what_is_no_reply_no_end_is_waited_for_p5(moto: Bucket, opened: Opene
     assert time.monotonic() - began < 4.0
 
 
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nServ", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc"])
+def test_a_reply_that_breaks_off_leaves_no_connection_behind_p5(moto: Bucket, opened: Opener, answer: bytes) -> None:
+    """Not while its error is kept either, as those of a unit are until it is tried again."""
+    url = serve(answer)
+    store, kept = opened(moto, url), []
+    for _ in range(3):
+        with pytest.raises(Unreachable) as raised:
+            read(store, KEY)
+        kept.append(raised)
+    peer = f"{int(url.rpartition(':')[2]):04X}"
+    waiting = [line.split()[2:4] for line in Path("/proc/net/tcp").read_text().splitlines()]
+    close_wait = "08"  # the server has hung up, and we have not
+    assert [where for where, state in waiting if where.endswith(f":{peer}") and state == close_wait] == []
+
+
 def test_a_reply_that_ends_early_is_unreachable(moto: Bucket, opened: Opener) -> None:
     head = b"HTTP/1.1 %b\r\nETag: x\r\nContent-Length: 7\r\n\r\nabc"
     with pytest.raises(Unreachable, match="broke off 4 bytes early"):
