@@ -9641,6 +9641,8 @@ def snapshot(options: SnapshotOptions) -> Answer:
     if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,199}", tag) or tag in (".", ".."):
         raise Usage(f"tag {tag!r} is none that every Cassandra takes", "use letters, digits, _ . and -, no - in front")
     for keyspace in options.keyspaces:
+        if "/" in keyspace:
+            raise Usage(f"{quote(keyspace)} is no keyspace", "data directories go to --paths")
         if not options.filters.wants_directory(keyspace):
             raise Usage(f"the settings leave {keyspace} out", "see CASSBACKUP_KEYSPACE and CASSBACKUP_EXCLUDE_KEYSPACE")
     bucket = open_bucket(options)

@@ -376,6 +376,7 @@ def test_a_daemon_that_stores_elsewhere_is_not_waited_for(snapshots: Snapshots) 
         (("-t", "a/b"), "tag"),
         (("-t", ".."), "tag"),
         (("-t", "weekly", "ks1", "system", "--exclude-keyspace", "sys*"), "the settings leave system out"),
+        (("/var/lib/cassandra/data",), "is no keyspace\n  data directories go to --paths"),
         (("-t", "weekly", "--nodetool", "sh -c 'printf \\\\377 >&2; exit 1'"), "running"),
         (("-t", "weekly", "--nodetool", "/nonexistent/nodetool"), "--nodetool"),
         (("-t", "weekly", "--nodetool", "false"), "running"),
