@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import py_compile
 import re
 import signal
 import ssl
@@ -256,9 +257,13 @@ def node(tmp_path: Path) -> Node:
 
 
 @pytest.fixture(scope="session")
-def script() -> Path:
-    """Return the program under test."""
-    return REPOSITORY / "cassbackup.py"
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the program under test, compiled as pip and dpkg compile it: Python would do it again at each start."""
+    folder = tmp_path_factory.mktemp("script")
+    folder.chmod(0o755)  # for tests that give up their rights
+    compiled = folder / "cassbackup.pyc"
+    py_compile.compile(str(REPOSITORY / "cassbackup.py"), str(compiled), doraise=True)
+    return compiled
 
 
 @pytest.fixture

@@ -388,7 +388,7 @@ def as_nobody(script: Path, tmp_path: Path) -> list[str]:
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_mode & 0o755 != 0o755 and str(folder).startswith("/tmp/"):
             folder.chmod(0o755)
-    copy = tmp_path / "cassbackup.py"
+    copy = tmp_path / script.name
     shutil.copy(script, copy)
     copy.chmod(0o644)
     return [*become, sys.executable, str(copy)]
