@@ -2111,6 +2111,8 @@ class GCSStore(_Remote):
 
     def __init__(self, bucket: str, prefix: str, options: StoreOptions) -> None:
         super().__init__(f"gs://{bucket}/{prefix}".rstrip("/"), prefix, options)
+        # For traces that nobody asked for the SDK would read the bucket's settings, in threads that try for two minutes.
+        os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"
         try:
             if sys.prefix == "/usr":  # Debian has no package of it: cassbackup-gcs brings a copy of its own
                 sys.path.insert(0, "/usr/lib/cassbackup/vendor")

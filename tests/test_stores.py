@@ -1631,6 +1631,17 @@ def test_json_that_is_no_answer_to_a_question_of_ours_is_neither_an_empty_bucket
             ask()
 
 
+def test_googles_client_asks_for_nothing_by_itself(gcs: Bucket, proxy: Proxied, opened: Opener) -> None:
+    """A node may have no right to read the bucket's settings, and who waits for them is one thread more."""
+    faulty = proxy(gcs)
+    store = opened(gcs, faulty.url)
+    assert store.head(KEY) is None
+    for thread in threading.enumerate():
+        if "_fetch_background" in thread.name:
+            thread.join()
+    assert [event.path for event in faulty.trace if "/o/" not in event.path] == []
+
+
 def test_gcs_tells_who_may_not_delete_in_words_of_its_own_that_a_key_is_taken(
     gcs: Bucket, proxy: Proxied, opened: Opener
 ) -> None:
