@@ -1392,7 +1392,7 @@ class Wire:
         """Return what to send, a small body in one piece with its head: one system call, one record of TLS."""
         headers = {**self._common, **headers}
         size = sum(map(len, body))
-        if method != "GET":
+        if method not in ("GET", "HEAD"):
             headers["content-length"] = str(size)
         if self._proxy and not self._context:
             target = self._origin + target
@@ -1497,7 +1497,7 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^507|Quota|StorageFull", Unreachable, "the store is full"),
     ("^413", Denied, "something between takes no body of this size: raise its limit"),
     ("BadDigest|RequestTimeout|IncompleteBody|Mismatch|^400 .*crc32c", Unreachable, ""),
-    ("^200", Unreachable, "is there a proxy or a portal between?"),
+    ("^20", Unreachable, "is there a proxy or a portal between?"),
     ("^(408|409|5(?!01))", Unreachable, ""),
     ("^404", Denied, "is this the right kind of server? Check --endpoint-url and the keys"),
     ("^40[13]|ExpiredToken|InvalidToken|TokenRefresh", Denied, "check the keys and their rights: man 7 cassbackup"),
@@ -1684,6 +1684,26 @@ def sign(method: str, target: str, headers: Headers, who: Any, region: str) -> N
     headers["authorization"] = f"{credential}, SignedHeaders={signed}, Signature={signature}"
 
 
+def _parsed(text: bytes) -> Any:
+    """Return the first element of XML. Raises ValueError."""
+    from xml.etree import ElementTree
+
+    try:
+        return ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ValueError(error) from error
+
+
+def _fields(element: Any) -> Headers:
+    """Return what the elements right below one hold, by their names without XML's namespace."""
+    return {child.tag.rpartition("}")[2]: child.text or "" for child in element}
+
+
+def _archived(storage_class: str) -> str:
+    """Return a storage class if nothing can be read of it before a thaw."""
+    return storage_class if re.fullmatch("GLACIER|(DEEP_)?ARCHIVE(_ACCESS)?", storage_class) else ""
+
+
 _CREDENTIALS: Final = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
 
 
@@ -1696,7 +1716,7 @@ class _Part(NamedTuple):
 
 
 class S3Store(_Remote):
-    """s3://bucket[/prefix]: boto3 for all that is rare; bodies travel over Wire, signed by us."""
+    """s3://bucket[/prefix]: boto3 says where and who, and manages uploads in parts; all else travels over Wire."""
 
     def __init__(self, bucket: str, prefix: str, options: StoreOptions) -> None:
         super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), prefix, options)
@@ -1765,9 +1785,7 @@ class S3Store(_Remote):
         if client is None:
             self._credentials()
             client = self._client = self._make_client()
-            events = client.meta.events
-            events.register("after-call.s3", lambda http_response, **_: self._note(http_response))
-            events.register("before-call.s3", self._amend)
+            client.meta.events.register("before-call.s3", self._amend)
         return client
 
     def _credentials(self) -> Any:
@@ -2002,52 +2020,70 @@ class S3Store(_Remote):
     # what is rare
 
     def head(self, key: str) -> ObjectInfo | None:
-        try:
-            told = self._call("head_object", key, ChecksumMode="ENABLED")
-        except Missing:
+        with self._ask("HEAD", self._target(key), {"x-amz-checksum-mode": "ENABLED"}) as reply:
+            reply.read()
+        if reply.status == 404:
             return None
-        if not told.get("ETag") and "x-amz-request-id" not in told["ResponseMetadata"]["HTTPHeaders"]:
+        if reply.status != 200:
+            raise self._refusal(key, reply, b"")
+        told: Headers = reply.headers
+        if told.keys().isdisjoint(("etag", "x-amz-request-id")) or "content-length" not in told:
             raise self._no_answer("ETag")
-        metadata = {name.lower(): value for name, value in told["Metadata"].items()}
-        crc32 = metadata.get("crc32", "")
-        if "-" not in told.get("ChecksumCRC32", "-"):  # -N is a composite
-            crc32 = base64.b64decode(told["ChecksumCRC32"]).hex()  # the server's own, better than what we said
-        return self._info({**told, "Key": self._prefix + key, "Size": told["ContentLength"]}, crc32)
-
-    def _info(self, told: Mapping[str, Any], crc32: str = "") -> ObjectInfo:
-        key = told["Key"].removeprefix(self._prefix)
-        modified = told["LastModified"].timestamp() if "LastModified" in told else self.now()
-        archived = str(told.get("ArchiveStatus") or told.get("StorageClass"))
-        if 'ongoing-request="false"' in told.get("Restore", ""):
-            archived = ""  # there is a thawed copy
-        if not re.fullmatch("GLACIER|(DEEP_)?ARCHIVE(_ACCESS)?", archived):
-            archived = ""
-        etag = told.get("ETag", "").strip('"')
-        return ObjectInfo(key, told["Size"], etag, modified, crc32, archived, told.get("ServerSideEncryption", ""))
+        with self._faults(key):
+            crc32 = told.get("x-amz-meta-crc32", "")
+            theirs = told.get("x-amz-checksum-crc32", "-")
+            if "-" not in theirs:  # -N is a composite
+                crc32 = base64.b64decode(theirs).hex()  # the server's own, better than what we said
+            modified = _moment(told["last-modified"]) if "last-modified" in told else self.now()
+            archived = _archived(told.get("x-amz-archive-status") or told.get("x-amz-storage-class", ""))
+            if 'ongoing-request="false"' in told.get("x-amz-restore", ""):
+                archived = ""  # there is a thawed copy
+            size, etag = int(told["content-length"]), told.get("etag", "").strip('"')
+            return ObjectInfo(key, size, etag, modified, crc32, archived, told.get("x-amz-server-side-encryption", ""))
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        more = {"StartAfter": self._prefix + after} if after else {}
-        pages = self._pages(prefix, **more)
-        infos = (self._info(item) for page in pages for item in page.get("Contents", ()))
-        return self._in_order(infos, after)
+        more = {"start-after": self._prefix + after} if after else {}
+        with self._faults(""):
+            found = self._listed("Contents", "Key", prefix, more)
+            yield from self._in_order(map(self._info, found), after)
 
-    def _pages(self, prefix: str, **more: str) -> Iterator[dict[str, Any]]:
-        while True:
-            page = self._call("list_objects_v2", "", Prefix=self._prefix + prefix, **more)
-            if "Name" not in page:
-                raise self._no_answer("Name")
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            token = page.get("NextContinuationToken")
-            if not token or token == more.get("ContinuationToken"):
-                raise Denied(f"{self.url} cuts its lists short", "it does not know ListObjectsV2: use another server")
-            more["ContinuationToken"] = token
+    def _info(self, told: Headers) -> ObjectInfo:
+        """Return what a list says of an object, which is never its CRC-32."""
+        modified = self.now()
+        if "LastModified" in told:  # ISO 8601 and UTC; how many digits its seconds have is the server's own affair
+            modified = datetime.fromisoformat(told["LastModified"][:19] + "+00:00").timestamp()
+        etag, archived = told.get("ETag", "").strip('"'), _archived(told.get("StorageClass", ""))
+        return ObjectInfo(told["Key"], int(told["Size"]), etag, modified, archived=archived)
 
     def prefixes(self, prefix: str) -> Sequence[str]:
-        pages = self._pages(prefix, Delimiter="/")
-        found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
-        return [name.removeprefix(self._prefix + prefix).rstrip("/") for name in found]
+        with self._faults(""):
+            found = self._listed("CommonPrefixes", "Prefix", prefix, {"delimiter": "/"})
+            return [told["Prefix"].removeprefix(prefix).rstrip("/") for told in found]
+
+    def _listed(self, kind: str, name: str, prefix: str, more: Headers) -> Iterator[Headers]:
+        """Yield what ListObjectsV2 says of each element of a kind; the one that names it comes without our prefix."""
+        which = {"list-type": "2", "encoding-type": "url", "prefix": self._prefix + prefix, **more}
+        while True:
+            query = urllib.parse.urlencode(sorted(which.items()), quote_via=urllib.parse.quote)
+            with self._ask("GET", f"{self._base}?{query}", {}) as reply:
+                text = reply.read()
+            if reply.status != 200:
+                raise self._refusal("", reply, text)
+            page = _parsed(text)
+            about = _fields(page)
+            if "Name" not in about:
+                raise self._no_answer("Name")
+            plain = urllib.parse.unquote_plus if about.get("EncodingType") == "url" else str
+            for element in page:
+                if element.tag.endswith(kind):
+                    told = _fields(element)
+                    yield {**told, name: plain(told[name]).removeprefix(self._prefix)}
+            if about.get("IsTruncated") != "true":
+                return
+            token = about.get("NextContinuationToken")
+            if not token or token == which.get("continuation-token"):
+                raise Denied(f"{self.url} cuts its lists short", "it does not know ListObjectsV2: use another server")
+            which["continuation-token"] = token
 
     def delete(self, key: str) -> None:
         # One by one: not every server knows batches of S3's kind, and GCS has none. S3 never says 404 for the key; who
@@ -2075,11 +2111,11 @@ class S3Store(_Remote):
     def _call(self, operation: str, key: str, **more: Any) -> Any:
         if key:
             more["Key"] = self._prefix + key
-        with self._faults(key, operation == "head_object"):
+        with self._faults(key):
             return getattr(self._sdk(), operation)(Bucket=self._bucket, **more)
 
     @contextlib.contextmanager
-    def _faults(self, key: str, is_object: bool = False) -> Iterator[None]:
+    def _faults(self, key: str) -> Iterator[None]:
         from botocore import exceptions as aws
         from botocore.parsers import ResponseParserError
 
@@ -2091,13 +2127,13 @@ class S3Store(_Remote):
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if told else 500
             where = told.get("Region") or told.get("Endpoint") or ""
             message = f"{told.get('Message', '')} {where}".strip()
-            raise self._fault(key, status, str(told.get("Code", "")), message, is_object) from error
+            raise self._fault(key, status, str(told.get("Code", "")), message) from error
         except (aws.HTTPClientError, aws.ConnectionError) as error:
             raise unanswered(self.url, error) from error
         except (aws.CredentialRetrievalError, aws.MetadataRetrievalError) as error:
             # The store has answered before: whoever gives the credentials is away for a while.
             raise unanswered(self.url, error, "" if self._date[0] else _CREDENTIALS) from error
-        except (ValueError, ResponseParserError) as error:  # botocore reads sizes and times in it
+        except (KeyError, ValueError, ResponseParserError) as error:  # of sizes, times and names in it
             raise self._unreadable(error) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
             raise unanswered(self.url, error, _CREDENTIALS) from error

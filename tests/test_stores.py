@@ -885,6 +885,24 @@ def test_a_reply_of_any_shape_is_read_and_the_next_one_too(moto: Bucket, opened:
         assert read(store, KEY) == b"abcde"
 
 
+def test_a_head_is_read_without_a_body_whatever_length_it_tells(moto: Bucket, opened: Opener) -> None:
+    """S3 says of an absent object that chunks follow, and none does."""
+    store = opened(moto, serve(b"HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n"))
+    assert [store.head(KEY), store.head(KEY)] == [None, None]
+    store = opened(moto, serve(b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 7\r\n\r\n'))
+    for _ in range(2):
+        info = store.head(KEY)
+        assert info
+        assert (info.size, info.etag) == (7, "e")
+
+
+@pytest.mark.parametrize("told", [b"", b"Content-Length: x\r\n", b"Content-Length: 7\r\nLast-Modified: never\r\n"])
+def test_a_head_that_does_not_tell_what_an_object_is_is_no_answer(moto: Bucket, opened: Opener, told: bytes) -> None:
+    store = opened(moto, serve(b'HTTP/1.1 200 OK\r\nETag: "e"\r\n' + told + b"\r\n"))
+    with pytest.raises(Unreachable, match="a proxy or a portal between"):
+        store.head(KEY)
+
+
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nServer: x\r\n", b"\r\n\r\n", b"hello\n\n"])
 def test_what_ends_before_the_body_is_no_empty_object_p1(moto: Bucket, opened: Opener, head: bytes) -> None:
     """An empty listing would pass for a corrupt one, an empty file for a bad one."""
@@ -1534,7 +1552,7 @@ def test_a_list_that_cannot_be_read_is_no_traceback(weak: Store, faulty: FaultPr
         keys(weak)
 
 
-@pytest.mark.parametrize("status", [200, 203])  # of a 200 botocore makes a 500, but before 2023 it did not
+@pytest.mark.parametrize("status", [200, 203])
 def test_a_page_that_is_no_xml_is_no_list(weak: Store, faulty: FaultProxy, status: int) -> None:
     faulty.on("GET", "list-type", Respond(status, b"<!DOCTYPE html><meta charset=utf-8>&nbsp;<br>"), count=None)
     for ask in (lambda: keys(weak), lambda: weak.prefixes("")):
