@@ -1707,6 +1707,19 @@ def _archived(storage_class: str) -> str:
 _CREDENTIALS: Final = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
 
 
+class _Shown(Exception):
+    """What botocore was about to send a request to."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.url = url
+
+
+def _show(request: Any, **_: Any) -> None:
+    # A presigned URL would be simpler, but it goes to the global endpoint, which knows no region since 2019.
+    raise _Shown(request.url)
+
+
 class _Part(NamedTuple):
     """What S3 has taken of a large file."""
 
@@ -1764,15 +1777,17 @@ class S3Store(_Remote):
             bundle = options.ca_file or core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
             where = {"endpoint_url": options.endpoint_url or None, "verify": bundle or None}
             self._make_client = functools.partial(self._session.client, "s3", config=Config(**how), **where)
-            # Host or path style, FIPS, dual stack: the SDK decides. We ask it for a URL whose end is easy to cut off.
+            # Host or path style, FIPS, dual stack: the SDK decides.
             plain = self._make_client(aws_access_key_id="-", aws_secret_access_key="-")
-            shown: str = plain.generate_presigned_url("get_object", {"Bucket": self._bucket, "Key": "KEY"})
+            plain.meta.events.register("before-send.s3", _show)
+            plain.head_object(Bucket=self._bucket, Key="KEY")
+        except _Shown as shown:
+            found = urllib.parse.urlsplit(shown.url)
         except (BotoCoreError, ValueError) as error:
             hint = "correct the bucket's name, --endpoint-url, AWS_PROFILE or ~/.aws/config"
             if "Invalid endpoint" in str(error):
                 hint = "write http:// or https:// before AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL"
             raise Usage(f"{self.url}: {error}", hint) from error
-        found = urllib.parse.urlsplit(shown)
         self._host, self._base = found.netloc, found.path.removesuffix("KEY")
         self._is_secure = found.scheme == "https"
         self._region = str(plain.meta.region_name).replace("aws-global", "us-east-1")

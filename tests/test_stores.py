@@ -632,6 +632,22 @@ def test_a_boto3_that_is_too_old_is_named_with_what_to_do(monkeypatch: pytest.Mo
         open_store("s3://bucket", StoreOptions(region="us-east-1"))
 
 
+@pytest.mark.parametrize(
+    ("region", "name", "place"),
+    [
+        ("eu-west-1", "bucket", "https://bucket.s3.eu-west-1.amazonaws.com/"),
+        ("eu-west-1", "with.dots", "https://s3.eu-west-1.amazonaws.com/with.dots/"),
+        ("ap-east-1", "bucket", "https://bucket.s3.ap-east-1.amazonaws.com/"),
+        ("cn-north-1", "bucket", "https://bucket.s3.cn-north-1.amazonaws.com.cn/"),
+        ("us-gov-west-1", "bucket", "https://bucket.s3.us-gov-west-1.amazonaws.com/"),
+    ],
+)
+def test_a_bucket_is_asked_for_in_its_own_region(region: str, name: str, place: str) -> None:
+    """The global endpoint answers 400 for each region since 2019, and 307 for a bucket's first hours in any other."""
+    store = open_store(f"s3://{name}", StoreOptions(region=region, access_key="a", secret_key="b"))
+    assert store._wire._origin + store._base == place  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("url", "sdk"), [("file:///tmp", ""), ("s3://b", "boto3"), ("gs://b", "google.cloud.storage")])
 def test_no_sdk_is_imported_before_a_store_needs_it(url: str, sdk: str, tmp_path: Path) -> None:
     code = """
