@@ -1509,7 +1509,6 @@ class _Remote(Store):
     """What S3 and GCS have in common: writing once, whatever the server makes of our condition; memory; time."""
 
     _wire: Wire
-    _client: Any
     _put_body: Callable[[str, Piece], ObjectInfo]
     _put_large: Callable[[str, Source], ObjectInfo]
     _target: Callable[[str], str]  # of GET
@@ -1694,6 +1693,11 @@ def _parsed(text: bytes) -> Any:
         raise ValueError(error) from error
 
 
+def _iso(moment: str) -> float:
+    """Return a time of S3's: ISO 8601 and UTC; how many digits its seconds have is the server's own affair."""
+    return datetime.fromisoformat(moment[:19] + "+00:00").timestamp()
+
+
 def _fields(element: Any) -> Headers:
     """Return what the elements right below one hold, by their names without XML's namespace."""
     return {child.tag.rpartition("}")[2]: child.text or "" for child in element}
@@ -1708,11 +1712,7 @@ _CREDENTIALS: Final = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give 
 
 
 class _Shown(Exception):
-    """What botocore was about to send a request to."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.url = url
+    """Its argument is where botocore was about to send a request."""
 
 
 def _show(request: Any, **_: Any) -> None:
@@ -1729,7 +1729,7 @@ class _Part(NamedTuple):
 
 
 class S3Store(_Remote):
-    """s3://bucket[/prefix]: boto3 says where and who, and manages uploads in parts; all else travels over Wire."""
+    """s3://bucket[/prefix]: boto3 says where the bucket is and who we are; requests travel over Wire, signed by us."""
 
     def __init__(self, bucket: str, prefix: str, options: StoreOptions) -> None:
         super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), prefix, options)
@@ -1746,43 +1746,30 @@ class S3Store(_Remote):
         self._connect()
 
     def _connect(self) -> None:
-        """Make what makes clients, and the wire; nothing is sent, but perhaps for credentials. Raises Usage."""
+        """Find the bucket's address and what gives credentials; nothing is sent to the store. Raises Usage."""
         try:
             import boto3
             import botocore.session
-            from botocore.config import Config
             from botocore.exceptions import BotoCoreError
-
-            if tuple(map(int, boto3.__version__.split(".")[:2])) < (1, 26):
-                raise ImportError(f"this is {boto3.__version__}")
         except ImportError as error:
-            hint = "pip install 'boto3>=1.26', or apt install python3-boto3"
+            hint = "pip install boto3, or apt install python3-boto3"
             raise Usage(f"s3:// needs boto3 ({error})", hint) from None
         options = self._options
-        how: dict[str, Any] = {
-            "retries": {"total_max_attempts": 1},  # the caller does it, for all stores alike
-            "connect_timeout": CONNECT_S,
-            "read_timeout": ANSWER_S,
-            "tcp_keepalive": True,
-            "max_pool_connections": options.threads + 16,
-        }
-        # What SDKs add by themselves breaks servers that only resemble S3. Older ones do not know these settings.
-        for name in {"request_checksum_calculation", "response_checksum_validation"} & Config.OPTION_DEFAULTS.keys():
-            how[name] = "when_required"
+        # botocore reads these by itself since 1.31; Debian 12 has an older one, which would go to AWS.
+        endpoint = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         try:
             core = botocore.session.get_session()
             core.get_component("credential_provider")  # made now: later two threads might make it at once
             keys = (options.access_key or None, options.secret_key or None)
             self._session = boto3.session.Session(*keys, region_name=options.region or None, botocore_session=core)
             bundle = options.ca_file or core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
-            where = {"endpoint_url": options.endpoint_url or None, "verify": bundle or None}
-            self._make_client = functools.partial(self._session.client, "s3", config=Config(**how), **where)
-            # Host or path style, FIPS, dual stack: the SDK decides.
-            plain = self._make_client(aws_access_key_id="-", aws_secret_access_key="-")
-            plain.meta.events.register("before-send.s3", _show)
-            plain.head_object(Bucket=self._bucket, Key="KEY")
+            # All that it reads of S3's API is 12 MB: a session of its own, which goes with it.
+            session = boto3.session.Session("-", "-", region_name=options.region or None)
+            client = session.client("s3", endpoint_url=endpoint or None)
+            client.meta.events.register("before-send.s3", _show)
+            client.head_object(Bucket=self._bucket, Key="KEY")
         except _Shown as shown:
-            found = urllib.parse.urlsplit(shown.url)
+            found = urllib.parse.urlsplit(str(shown.args[0]))
         except (BotoCoreError, ValueError) as error:
             hint = "correct the bucket's name, --endpoint-url, AWS_PROFILE or ~/.aws/config"
             if "Invalid endpoint" in str(error):
@@ -1790,18 +1777,8 @@ class S3Store(_Remote):
             raise Usage(f"{self.url}: {error}", hint) from error
         self._host, self._base = found.netloc, found.path.removesuffix("KEY")
         self._is_secure = found.scheme == "https"
-        self._region = str(plain.meta.region_name).replace("aws-global", "us-east-1")
+        self._region = str(client.meta.region_name).replace("aws-global", "us-east-1")
         self._wire = wire_to(f"{found.scheme}://{found.netloc}", bundle or "")
-        self._client = None
-
-    def _sdk(self) -> Any:
-        """Return boto3's client. It looks for credentials when it is made, and an instance may get its role later."""
-        client = self._client
-        if client is None:
-            self._credentials()
-            client = self._client = self._make_client()
-            client.meta.events.register("before-call.s3", self._amend)
-        return client
 
     def _credentials(self) -> Any:
         from botocore.exceptions import NoCredentialsError
@@ -1817,20 +1794,28 @@ class S3Store(_Remote):
                 raise Denied(f"{self.url}: the credentials cannot be used: {name} {problem}", "correct it")
         return keys
 
-    def _amend(self, model: Any, params: dict[str, Any], **_: Any) -> None:
-        """Add to a request what older versions of boto3 have no name for."""
-        headers, operation = params["headers"], model.name
-        if operation == "CreateMultipartUpload":
-            headers.update(self._kept)
-        if operation in ("CreateMultipartUpload", "CompleteMultipartUpload") and self._checks is not False:
-            headers["x-amz-checksum-type"] = "FULL_OBJECT"
-        if operation == "CompleteMultipartUpload" and self._refuses is not False:
-            headers["If-None-Match"] = "*"
+    def _tell(
+        self, method: str, key: str, query: Headers, headers: Headers | None = None, body: bytes = b""
+    ) -> tuple[Headers, Any]:
+        """Send a request that S3 answers in XML; return the headers of its answer and the first element."""
+        with self._ask(method, self._target(key, query), headers or {}, [body]) as reply:
+            text = reply.read().strip()  # blanks come first while it puts parts together
+        if reply.status != 200:
+            raise self._refusal(key, reply, text)
+        with self._faults(key):
+            answer = _parsed(text)
+        if answer.tag.endswith("Error"):  # CompleteMultipartUpload says 200 before it knows
+            raise self._fault(key, 500, _fields(answer).get("Code", ""), _fields(answer).get("Message", ""))
+        return reply.headers, answer
 
     # bodies
 
-    def _target(self, key: str) -> str:
-        return self._base + urllib.parse.quote(self._prefix + key)
+    def _target(self, key: str, query: Headers | None = None) -> str:
+        """Return the path of an object, or of the bucket where there is no key, and what is asked about it."""
+        path = self._base + urllib.parse.quote(self._prefix + key if key else "")
+        if not query:
+            return path
+        return f"{path}?{urllib.parse.urlencode(sorted(query.items()), quote_via=urllib.parse.quote)}"
 
     def _authorize(self, method: str, target: str, headers: Headers, body: Sequence[Piece]) -> None:
         headers["host"] = self._host
@@ -1843,7 +1828,7 @@ class S3Store(_Remote):
             headers["x-amz-content-sha256"] = digest.hexdigest()
         sign(method, target, headers, self._credentials(), self._region)
 
-    def _send(self, key: str, query: str, headers: Mapping[str, str], body: Piece, crc32: int) -> Mapping[str, str]:
+    def _send(self, key: str, target: str, headers: Headers, body: Piece, crc32: int) -> Headers:
         """PUT a body with what the server checks it by; return the headers of the reply."""
         headers, ours = dict(headers), _base64_crc(crc32)
         if self._checks is not False:
@@ -1851,9 +1836,9 @@ class S3Store(_Remote):
             headers["x-amz-sdk-checksum-algorithm"] = "CRC32"  # said once more, or a bucket with object lock refuses
         if self._checks is not True:
             headers["content-md5"] = _base64(_md5(body).digest())
-        with self._ask("PUT", self._target(key) + query, headers, [body]) as reply:
+        with self._ask("PUT", target, headers, [body]) as reply:
             text = reply.read()
-            told: Mapping[str, str] = reply.headers
+            told: Headers = reply.headers
             if told.get("x-amz-checksum-crc32", ours) != ours:
                 raise self._mixed_up(key)
         if reply.status != 200 or text or not told.get("etag"):  # of a put S3 says all in the head
@@ -1887,7 +1872,7 @@ class S3Store(_Remote):
             headers["x-amz-storage-class"] = kind
         if self._refuses is not False:
             headers["if-none-match"] = "*"
-        told = self._send(key, "", headers, body, crc32)
+        told = self._send(key, self._target(key), headers, body, crc32)
         self._check_encryption(told.get("x-amz-server-side-encryption"))
         etag = told["etag"].strip('"')
         return ObjectInfo(key, len(body), etag, self.now(), hex32(crc32))
@@ -1909,7 +1894,8 @@ class S3Store(_Remote):
     def _put_large(self, key: str, source: Source) -> ObjectInfo:
         """Send a file in parts, going on with what an earlier process has left. S3 takes at most 10,000 parts."""
         step = max(PART_BYTES, -(-source.size // (9000 * MIB)) * MIB)
-        upload, held = self._find_upload(key, source.size, step)
+        with self._faults(key):
+            upload, held = self._find_upload(key, source.size, step)
         upload = upload or self._begin(key, source.size)
 
         def send(start: int) -> _Part:
@@ -1929,29 +1915,26 @@ class S3Store(_Remote):
                 self._abort(key, upload)
             raise
 
-    def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, Any]]:
+    def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, Headers]]:
         """Return the newest upload of this key whose parts are as long as ours would be, and its parts by number."""
         for upload in sorted(self._uploads(key), key=lambda one: one["Initiated"], reverse=True):
             if upload["Key"] != self._prefix + key:  # it only begins like ours
                 continue
-            which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+            which = {"uploadId": upload["UploadId"]}
             try:
-                held = {part["PartNumber"]: part for part in self._paged("list_parts", "Parts", key, **which)}
+                found = self._listed("Part", key, which, {"part-number-marker": "NextPartNumberMarker"})
+                held = {int(part["PartNumber"]): part for part in found}
             except Missing:  # it has ended, and is listed all the same
                 continue
             ours = {number: min(step, size - (number - 1) * step) for number in held}
-            if all(part["Size"] == ours[number] for number, part in held.items()):
+            if all(int(part["Size"]) == ours[number] for number, part in held.items()):
                 return upload["UploadId"], held
         return "", {}
 
-    def _paged(self, operation: str, items: str, key: str, **more: str) -> Iterator[Any]:
-        with self._faults(key):
-            for page in self._sdk().get_paginator(operation).paginate(Bucket=self._bucket, **more):
-                yield from page.get(items, ())
-
-    def _uploads(self, prefix: str) -> Iterator[dict[str, Any]]:
+    def _uploads(self, prefix: str) -> Iterator[Headers]:
+        marks = {"key-marker": "NextKeyMarker", "upload-id-marker": "NextUploadIdMarker"}
         try:
-            yield from self._paged("list_multipart_uploads", "Uploads", prefix, Prefix=self._prefix + prefix)
+            yield from self._listed("Upload", "", {"uploads": "", "prefix": self._prefix + prefix}, marks)
         except Missing:  # rclone's way to say that there are none
             return
         except _Unknown:
@@ -1960,22 +1943,25 @@ class S3Store(_Remote):
             self._lists_uploads = False
 
     def _begin(self, key: str, size: int) -> str:
-        more = {} if self._checks is False else {"ChecksumAlgorithm": "CRC32"}
+        headers = dict(self._kept)
+        if self._checks is not False:
+            headers.update({"x-amz-checksum-algorithm": "CRC32", "x-amz-checksum-type": "FULL_OBJECT"})
         if kind := class_of(self._options, key, size):
-            more["StorageClass"] = kind
-        reply = self._call("create_multipart_upload", key, **more)
-        if "UploadId" not in reply:
+            headers["x-amz-storage-class"] = kind
+        told, answer = self._tell("POST", key, {"uploads": ""}, headers)
+        upload = _fields(answer).get("UploadId")
+        if not upload:
             raise self._no_answer("UploadId")
         try:
-            self._check_encryption(reply.get("ServerSideEncryption"))
+            self._check_encryption(told.get("x-amz-server-side-encryption"))
         except Denied:  # a later process must not go on with it
-            self._abort(key, reply["UploadId"])
+            self._abort(key, upload)
             raise
-        return str(reply["UploadId"])
+        return upload
 
     def _abort(self, key: str, upload: str) -> None:
         with contextlib.suppress(Fault):
-            self._call("abort_multipart_upload", key, UploadId=upload)
+            self._delete(key, {"uploadId": upload})
 
     def _send_parts(self, send: Callable[[int], _Part], starts: Iterable[int]) -> list[_Part]:
         """Send all parts, some at once. After a fault no further part is begun."""
@@ -1991,35 +1977,43 @@ class S3Store(_Remote):
                 if not future.cancel():
                     future.exception()  # waits for what has begun: it reads the source
 
-    def _send_part(self, key: str, upload: str, number: int, body: Piece, held: Any) -> _Part:
+    def _send_part(self, key: str, upload: str, number: int, body: Piece, held: Headers | None) -> _Part:
         """Send a part unless it is held already; return its CRC-32, size and ETag."""
         crc32 = zlib.crc32(body)
         if held:
             # A server that knows no CRC-32 has the MD5 as ETag.
-            told = held.get("ChecksumCRC32", held["ETag"].strip('"'))
-            if told in (_base64_crc(crc32), _md5(body).hexdigest()):
+            theirs = held.get("ChecksumCRC32") or held["ETag"].strip('"')
+            if theirs in (_base64_crc(crc32), _md5(body).hexdigest()):
                 return _Part(crc32, len(body), held["ETag"])
-        query = f"?partNumber={number}&uploadId={urllib.parse.quote(upload, safe='')}"
+        target = self._target(key, {"partNumber": str(number), "uploadId": upload})
 
-        def send() -> Mapping[str, str]:
+        def send() -> Headers:
             self._rate.take(len(body))
-            return self._send(key, query, {}, body, crc32)
+            return self._send(key, target, {}, body, crc32)
 
         told = insist(send, PART_PATIENCE_S)
         return _Part(crc32, len(body), told["etag"])
 
     def _complete(self, key: str, upload: str, sent: Sequence[_Part]) -> ObjectInfo:
         crc32 = total = 0
-        parts: list[dict[str, Any]] = []
+        said = ["<CompleteMultipartUpload>"]
         for number, part in enumerate(sent, 1):
             crc32 = crc32_combine(crc32, part.crc32, part.size)
             total += part.size
-            parts.append({"PartNumber": number, "ETag": part.etag, **self._sum(part.crc32)})
-        more = {"MultipartUpload": {"Parts": parts}, **self._sum(crc32)}
+            said.append(f"<Part><PartNumber>{number}</PartNumber><ETag>{html.escape(part.etag)}</ETag>")
+            if self._checks is not False:
+                said.append(f"<ChecksumCRC32>{_base64_crc(part.crc32)}</ChecksumCRC32>")
+            said.append("</Part>")
+        said.append("</CompleteMultipartUpload>")
+        headers = {}
+        if self._checks is not False:
+            headers = {"x-amz-checksum-crc32": _base64_crc(crc32), "x-amz-checksum-type": "FULL_OBJECT"}
+        if self._refuses is not False:
+            headers["if-none-match"] = "*"
         if not self._refuses:
             self._check_free(key)
         with contextlib.suppress(Missing):  # perhaps the reply to an earlier try was lost, and the upload has ended
-            self._call("complete_multipart_upload", key, UploadId=upload, **more)
+            self._tell("POST", key, {"uploadId": upload}, headers, "".join(said).encode())
         info = self.head(key)
         if info is None:
             raise Unreachable(f"{self.url}: the upload of {quote(key)} is gone", "it begins anew")
@@ -2029,10 +2023,7 @@ class S3Store(_Remote):
             raise Conflict(f"{quote(key)} was uploaded without --sse", "it is stored anew, under another key")
         return replace(info, crc32=hex32(crc32))
 
-    def _sum(self, crc32: int) -> dict[str, str]:
-        return {} if self._checks is False else {"ChecksumCRC32": _base64_crc(crc32)}
-
-    # what is rare
+    # what is there
 
     def head(self, key: str) -> ObjectInfo | None:
         with self._ask("HEAD", self._target(key), {"x-amz-checksum-mode": "ENABLED"}) as reply:
@@ -2057,77 +2048,74 @@ class S3Store(_Remote):
             return ObjectInfo(key, size, etag, modified, crc32, archived, told.get("x-amz-server-side-encryption", ""))
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        more = {"start-after": self._prefix + after} if after else {}
         with self._faults(""):
-            found = self._listed("Contents", "Key", prefix, more)
+            found = self._objects("Contents", prefix, {"start-after": self._prefix + after} if after else {})
             yield from self._in_order(map(self._info, found), after)
 
     def _info(self, told: Headers) -> ObjectInfo:
         """Return what a list says of an object, which is never its CRC-32."""
-        modified = self.now()
-        if "LastModified" in told:  # ISO 8601 and UTC; how many digits its seconds have is the server's own affair
-            modified = datetime.fromisoformat(told["LastModified"][:19] + "+00:00").timestamp()
+        modified = _iso(told["LastModified"]) if "LastModified" in told else self.now()
         etag, archived = told.get("ETag", "").strip('"'), _archived(told.get("StorageClass", ""))
-        return ObjectInfo(told["Key"], int(told["Size"]), etag, modified, archived=archived)
+        key = told["Key"].removeprefix(self._prefix)
+        return ObjectInfo(key, int(told["Size"]), etag, modified, archived=archived)
 
     def prefixes(self, prefix: str) -> Sequence[str]:
         with self._faults(""):
-            found = self._listed("CommonPrefixes", "Prefix", prefix, {"delimiter": "/"})
-            return [told["Prefix"].removeprefix(prefix).rstrip("/") for told in found]
+            found = self._objects("CommonPrefixes", prefix, {"delimiter": "/"})
+            return [told["Prefix"].removeprefix(self._prefix + prefix).rstrip("/") for told in found]
 
-    def _listed(self, kind: str, name: str, prefix: str, more: Headers) -> Iterator[Headers]:
-        """Yield what ListObjectsV2 says of each element of a kind; the one that names it comes without our prefix."""
+    def _objects(self, kind: str, prefix: str, more: Headers) -> Iterator[Headers]:
         which = {"list-type": "2", "encoding-type": "url", "prefix": self._prefix + prefix, **more}
+        return self._listed(kind, "", which, {"continuation-token": "NextContinuationToken"})
+
+    def _listed(self, kind: str, key: str, which: Headers, marks: Headers) -> Iterator[Headers]:
+        """Yield the elements of a kind, page by page.
+
+        `marks`: the parameters that ask for the next page, and the elements of this one that tell their values.
+        """
         while True:
-            query = urllib.parse.urlencode(sorted(which.items()), quote_via=urllib.parse.quote)
-            with self._ask("GET", f"{self._base}?{query}", {}) as reply:
-                text = reply.read()
-            if reply.status != 200:
-                raise self._refusal("", reply, text)
-            page = _parsed(text)
+            _, page = self._tell("GET", key, which)
             about = _fields(page)
-            if "Name" not in about:
+            if "list-type" in which and "Name" not in about:  # an answer of anybody else's would be an empty bucket
                 raise self._no_answer("Name")
             plain = urllib.parse.unquote_plus if about.get("EncodingType") == "url" else str
             for element in page:
                 if element.tag.endswith(kind):
                     told = _fields(element)
-                    yield {**told, name: plain(told[name]).removeprefix(self._prefix)}
+                    for name in told.keys() & {"Key", "Prefix"}:
+                        told[name] = plain(told[name])
+                    yield told
             if about.get("IsTruncated") != "true":
                 return
-            token = about.get("NextContinuationToken")
-            if not token or token == which.get("continuation-token"):
+            marked = {name: about[element] for name, element in marks.items() if about.get(element)}
+            if marked.items() <= which.items():
                 raise Denied(f"{self.url} cuts its lists short", "it does not know ListObjectsV2: use another server")
-            which["continuation-token"] = token
+            which = {**which, **marked}
 
     def delete(self, key: str) -> None:
-        # One by one: not every server knows batches of S3's kind, and GCS has none. S3 never says 404 for the key; who
-        # does without its NoSuchKey may as well be an ingress.
-        with self._ask("DELETE", self._target(key), {}) as reply:
+        # One by one: not every server knows batches of S3's kind, and GCS has none.
+        self._delete(key, {})
+
+    def _delete(self, key: str, query: Headers) -> None:
+        with self._ask("DELETE", self._target(key, query), {}) as reply:
             text = reply.read()
         if reply.status == 204:  # a portal's page is no deletion
             return
         fault = self._refusal(key, reply, text)
+        # S3 never says 404 for the key; who does without its NoSuchKey may as well be an ingress.
         if not isinstance(fault, Missing):
             raise fault
 
     def abandon_uploads(self, before: float, below: str = "") -> int:
         # Others may have uploads in this bucket.
-        old = [one for one in self._uploads(below) if one["Initiated"].timestamp() < before]
+        with self._faults(""):
+            old = [one for one in self._uploads(below) if _iso(one["Initiated"]) < before]
         for upload in old:
-            with contextlib.suppress(Missing):
-                key = upload["Key"].removeprefix(self._prefix)
-                self._call("abort_multipart_upload", key, UploadId=upload["UploadId"])
+            self._delete(upload["Key"].removeprefix(self._prefix), {"uploadId": upload["UploadId"]})
         return len(old)
 
     def _no_answer(self, what: str) -> Unreachable:
         return Unreachable(f"{self.url}: 200, but no {what}", "is there a proxy or a portal between?")
-
-    def _call(self, operation: str, key: str, **more: Any) -> Any:
-        if key:
-            more["Key"] = self._prefix + key
-        with self._faults(key):
-            return getattr(self._sdk(), operation)(Bucket=self._bucket, **more)
 
     @contextlib.contextmanager
     def _faults(self, key: str) -> Iterator[None]:
@@ -2137,12 +2125,9 @@ class S3Store(_Remote):
         try:
             yield
         except aws.ClientError as error:
-            # CompleteMultipartUpload may answer 200 with an error. Before 2023 botocore does not tell which.
-            told = error.response.get("Error", {})
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if told else 500
-            where = told.get("Region") or told.get("Endpoint") or ""
-            message = f"{told.get('Message', '')} {where}".strip()
-            raise self._fault(key, status, str(told.get("Code", "")), message) from error
+            told = error.response.get("Error", {})  # of who gives the credentials
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            raise self._fault(key, status, str(told.get("Code", "")), told.get("Message", "")) from error
         except (aws.HTTPClientError, aws.ConnectionError) as error:
             raise unanswered(self.url, error) from error
         except (aws.CredentialRetrievalError, aws.MetadataRetrievalError) as error:
@@ -2162,7 +2147,7 @@ class GCSStore(_Remote):
 
     def __init__(self, bucket: str, prefix: str, options: StoreOptions) -> None:
         super().__init__(f"gs://{bucket}/{prefix}".rstrip("/"), prefix, options)
-        # For traces that nobody asked for the SDK would read the bucket's settings, in threads that try for two minutes.
+        # For its traces the SDK would read the bucket's settings, in threads that try for two minutes.
         os.environ["DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA"] = "true"
         try:
             if sys.prefix == "/usr":  # Debian has no package of it: cassbackup-gcs brings a copy of its own

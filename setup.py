@@ -30,7 +30,7 @@ setup(
     py_modules=["cassbackup"],
     python_requires=">=3.10",
     install_requires=[
-        "boto3>=1.26",
+        "boto3>=1.20",
         "requests>=2.28",
         "google-cloud-storage>=2.10",
         "pyinotify>=0.9.6",

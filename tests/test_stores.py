@@ -625,13 +625,6 @@ def test_a_key_that_ends_with_a_line_end_is_named_and_not_shown(
     assert "CANARY" not in repr(StoreOptions(access_key="CANARY", secret_key="CANARY"))
 
 
-def test_a_boto3_that_is_too_old_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of Ubuntu 22.04."""
-    monkeypatch.setattr("boto3.__version__", "1.20.34")
-    with pytest.raises(cassbackup.Usage, match=r"needs boto3 \(this is 1.20.34\): pip install 'boto3>=1.26'"):
-        open_store("s3://bucket", StoreOptions(region="us-east-1"))
-
-
 @pytest.mark.parametrize(
     ("region", "name", "place"),
     [
@@ -1598,7 +1591,7 @@ def test_a_list_that_is_cut_short_or_out_of_order_is_no_list(weak: Store, faulty
 def test_a_server_that_lists_no_uploads_is_used_all_the_same(
     weak: Store, faulty: FaultProxy, moto: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    faulty.on("GET", r"\?uploads", s3_error(501, "NotImplemented"), count=None)
+    faulty.on("GET", "uploads=", s3_error(501, "NotImplemented"), count=None)
     put(weak, KEY, noise(LARGE))
     assert weak.abandon_uploads(time.time() + 9) == 0
     assert weak.abandon_uploads(time.time() + 9) == 0
