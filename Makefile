@@ -8,9 +8,9 @@ SHELL := /bin/bash
 # The Python of .venv, and the Pythons that `make test-pythons` looks for.
 PYTHON ?= python3
 PYTHONS ?= 3.10 3.11 3.12 3.13
-# Two test files at a time, in their order: the shortest last would be those with the longest tests. WORKERS= for one
+# Four tests at a time, since most wait more than they work; whoever is done takes some of another's. WORKERS= for one
 # after the other.
-WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
+WORKERS ?= -n 4 --dist worksteal
 # What make test-cassandra runs.
 CASSANDRA ?= tests/cassandra
 # What make test-servers builds, at versions that do not change under our tests, and where it keeps them.
@@ -41,12 +41,12 @@ venv: $(VENV)/.stamp ## build .venv with cassbackup (editable) and what its test
 demo: $(VENV)-demo/.stamp ## back up a small Cassandra tree into a local directory, and compare every byte
 	@$(VENV)-demo/bin/python tests/demo.py
 
-test: $(VENV)/.stamp ## run the tests on the Python of .venv: about 10 minutes on two cores
-	@echo "== the tests: real inotify, hard links, kills, S3 and GCS servers on loopback; about 10 minutes on two cores"
+test: $(VENV)/.stamp ## run the tests on the Python of .venv: about 8 minutes on two cores
+	@echo "== the tests: real inotify, hard links, kills, S3 and GCS servers on loopback; about 8 minutes on two cores"
 	@$(RUN) $(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
-test-fast: $(VENV)/.stamp ## the same without the slow ones: about 5 minutes
-	@echo "== the tests without storms, kills, large files and long waits; about 5 minutes on two cores"
+test-fast: $(VENV)/.stamp ## the same without the slow ones: about 2 minutes
+	@echo "== the tests without storms, kills, large files and long waits; about 2 minutes on two cores"
 	@$(RUN) $(VENV)/bin/python -m pytest $(WORKERS) -m $(FAST) $(ARGS)
 
 test-all: $(VENV)/.stamp ## each storm and kill forty times, half of them on a busy machine: hours

@@ -672,7 +672,7 @@ def test_what_lost_its_pins_while_the_store_was_away_is_not_done_before_it_is_li
 ) -> None:
     users = node.table("ks1", "users")
     users.flush()
-    scene.start(*node.data_dirs)
+    scene.start(*node.data_dirs, args=("--reconcile", "1s"))
     scene.settled()
     between.down()
     users.flush()
