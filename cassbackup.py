@@ -8720,9 +8720,10 @@ class Pruning:
             self._delete(keys)
         for keys in in_batches(self._keys.each(_EXPIRES), _BATCH_KEYS):
             self._delete(keys)
+        if any(map(parse_listing_name, self.refused)):
+            return  # a listing that stays names what would be deleted
         for file in self._due:
-            if not self.refused:  # a listing that stays names what would be deleted
-                self._sweep(file)
+            self._sweep(file)
 
     def _sweep(self, file: str) -> None:
         """Delete what was marked a day ago and no listing names, then the marks.
@@ -8730,6 +8731,7 @@ class Pruning:
         A daemon may have asked for such an object a moment before it went. So its mark stays one more day.
         """
         gone: list[str] = []
+        refused_before = len(self.refused)
         for batch in in_batches(self._keys.each(file), _BATCH_KEYS):
             if not self._store.head(file):
                 return  # another prune has deleted these, and a daemon may use the keys again
@@ -8737,7 +8739,7 @@ class Pruning:
             keys = [key for key in batch if not self._keys.has(_NAMED, key)]
             self._deleted += self._delete(keys)
             gone += keys
-        if self.refused:
+        if len(self.refused) > refused_before:
             return
         if gone:
             put_dated(self._store, f"{self.node}.pending-delete", {"keys": gone, "deleted": True})

@@ -1154,6 +1154,22 @@ def test_what_the_store_would_not_delete_is_told_with_why_and_keeps_its_objects_
     assert due not in shelf.objects
 
 
+def test_a_mark_that_the_store_would_not_delete_holds_up_no_other_deletion() -> None:
+    """Where a retention policy keeps what is young, some document of ours is refused each day."""
+    shelf = filled("monday", "tuesday", "friday")
+    run(shelf, keep_last=2, confirm=True)
+    shelf.now += HOUR
+    run(shelf, keep_last=1, force=True, confirm=True)
+    marks = sorted(shelf.keys(f"{NODE}.pending-delete/"))
+    due = {key for one in documents(shelf, "pending-delete") for key in one["keys"]}
+    assert len(marks) == 2
+    assert due <= shelf.keys()
+    shelf.now += DAY + HOUR
+    shelf.held[marks[0]] = "it is younger than the retention policy of the bucket"
+    assert run(shelf, keep_last=1, force=True, confirm=True).document["nodes"][0]["refused"] == shelf.held
+    assert not due & shelf.keys()
+
+
 def test_where_something_is_marked_bad_listings_are_read_side_by_side_all_the_same() -> None:
     shelf = Shelf()
     shelf.add(*(snapshot(f"t{day}", EPOCH + day * DAY, [("nb-1-big-Data.db", EPOCH)]) for day in range(4)))
