@@ -1608,7 +1608,7 @@ class _Remote(Store):
     def _ask(self, method: str, target: str, headers: Headers, body: Sequence[Piece] = ()) -> Iterator[Any]:
         """Yield the reply to a request that we make ourselves."""
         headers = dict(headers)
-        with self._faults(""):
+        with self._faults():
             self._authorize(method, target, headers, body)
         with self._wire.ask(method, target, headers, body) as reply:
             self._note(reply)
@@ -1631,9 +1631,9 @@ class _Remote(Store):
         message = _tag(text, "Message")
         if not message:
             found = re.search(r'"message":\s*"([^"]*)"', text)
-            message = found[1] if found else text[:200]
-        if reply.status == 301:
-            message += f" It is in {reply.headers.get('x-amz-bucket-region')}."
+            message = found[1] if found else text[:200] or http.client.responses.get(reply.status, "")
+        if reply.status == 301 and "x-amz-bucket-region" in reply.headers:
+            message += f", it is in {reply.headers['x-amz-bucket-region']}"
         return self._fault(key, reply.status, _tag(text, "Code"), message, is_object)
 
     def _fault(self, key: str, status: int, code: str, message: str, is_object: bool = False) -> Fault:
@@ -1683,22 +1683,13 @@ def sign(method: str, target: str, headers: Headers, who: Any, region: str) -> N
     headers["authorization"] = f"{credential}, SignedHeaders={signed}, Signature={signature}"
 
 
-def _parsed(text: bytes) -> Any:
-    """Return the first element of XML. Raises ValueError."""
-    from xml.etree import ElementTree
-
-    try:
-        return ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise ValueError(error) from error
-
-
 def _iso(moment: str) -> float:
-    """Return a time of S3's: ISO 8601 and UTC; how many digits its seconds have is the server's own affair."""
-    return datetime.fromisoformat(moment[:19] + "+00:00").timestamp()
+    """Return a time of S3's, in ISO 8601. How many digits its seconds have is the server's own affair."""
+    zone = re.search(r"[+-]\d\d:\d\d$", moment)
+    return datetime.fromisoformat(moment[:19] + (zone[0] if zone else "+00:00")).timestamp()
 
 
-def _fields(element: Any) -> Headers:
+def _fields(element: Any) -> dict[str, str]:
     """Return what the elements right below one hold, by their names without XML's namespace."""
     return {child.tag.rpartition("}")[2]: child.text or "" for child in element}
 
@@ -1755,10 +1746,12 @@ class S3Store(_Remote):
             hint = "pip install boto3, or apt install python3-boto3"
             raise Usage(f"s3:// needs boto3 ({error})", hint) from None
         options = self._options
-        # botocore reads these by itself since 1.31; Debian 12 has an older one, which would go to AWS.
-        endpoint = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         try:
             core = botocore.session.get_session()
+            endpoint = options.endpoint_url
+            if not endpoint and not core.get_config_variable("ignore_configured_endpoint_urls"):
+                # botocore reads these by itself since 1.31; Debian 12 has an older one, which would go to AWS.
+                endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
             core.get_component("credential_provider")  # made now: later two threads might make it at once
             keys = (options.access_key or None, options.secret_key or None)
             self._session = boto3.session.Session(*keys, region_name=options.region or None, botocore_session=core)
@@ -1794,28 +1787,35 @@ class S3Store(_Remote):
                 raise Denied(f"{self.url}: the credentials cannot be used: {name} {problem}", "correct it")
         return keys
 
+    def _target(self, key: str | None, query: dict[str, str] | None = None) -> str:
+        """Return the path of an object, or of the bucket where it is None, and what is asked about it."""
+        path = self._base
+        if key is not None:
+            path += urllib.parse.quote(self._prefix + key)
+        if query:
+            path += "?" + urllib.parse.urlencode(sorted(query.items()), quote_via=urllib.parse.quote)
+        return path
+
     def _tell(
-        self, method: str, key: str, query: Headers, headers: Headers | None = None, body: bytes = b""
+        self, method: str, key: str | None, query: dict[str, str], headers: Headers | None = None, body: bytes = b""
     ) -> tuple[Headers, Any]:
         """Send a request that S3 answers in XML; return the headers of its answer and the first element."""
+        from xml.etree import ElementTree
+
         with self._ask(method, self._target(key, query), headers or {}, [body]) as reply:
             text = reply.read().strip()  # blanks come first while it puts parts together
         if reply.status != 200:
-            raise self._refusal(key, reply, text)
-        with self._faults(key):
-            answer = _parsed(text)
+            raise self._refusal(key or "", reply, text)
+        try:
+            answer = ElementTree.fromstring(text)
+        except (ElementTree.ParseError, LookupError) as error:  # LookupError: an encoding that Python does not know
+            raise self._unreadable(error) from error
         if answer.tag.endswith("Error"):  # CompleteMultipartUpload says 200 before it knows
-            raise self._fault(key, 500, _fields(answer).get("Code", ""), _fields(answer).get("Message", ""))
+            told = _fields(answer)
+            raise self._fault(key or "", 500, told.get("Code", ""), told.get("Message", ""))
         return reply.headers, answer
 
     # bodies
-
-    def _target(self, key: str, query: Headers | None = None) -> str:
-        """Return the path of an object, or of the bucket where there is no key, and what is asked about it."""
-        path = self._base + urllib.parse.quote(self._prefix + key if key else "")
-        if not query:
-            return path
-        return f"{path}?{urllib.parse.urlencode(sorted(query.items()), quote_via=urllib.parse.quote)}"
 
     def _authorize(self, method: str, target: str, headers: Headers, body: Sequence[Piece]) -> None:
         headers["host"] = self._host
@@ -1894,7 +1894,7 @@ class S3Store(_Remote):
     def _put_large(self, key: str, source: Source) -> ObjectInfo:
         """Send a file in parts, going on with what an earlier process has left. S3 takes at most 10,000 parts."""
         step = max(PART_BYTES, -(-source.size // (9000 * MIB)) * MIB)
-        with self._faults(key):
+        with self._faults():
             upload, held = self._find_upload(key, source.size, step)
         upload = upload or self._begin(key, source.size)
 
@@ -1915,7 +1915,7 @@ class S3Store(_Remote):
                 self._abort(key, upload)
             raise
 
-    def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, Headers]]:
+    def _find_upload(self, key: str, size: int, step: int) -> tuple[str, dict[int, dict[str, str]]]:
         """Return the newest upload of this key whose parts are as long as ours would be, and its parts by number."""
         for upload in sorted(self._uploads(key), key=lambda one: one["Initiated"], reverse=True):
             if upload["Key"] != self._prefix + key:  # it only begins like ours
@@ -1931,10 +1931,13 @@ class S3Store(_Remote):
                 return upload["UploadId"], held
         return "", {}
 
-    def _uploads(self, prefix: str) -> Iterator[Headers]:
+    def _uploads(self, prefix: str) -> Iterator[dict[str, str]]:
         marks = {"key-marker": "NextKeyMarker", "upload-id-marker": "NextUploadIdMarker"}
+        whole = self._prefix + prefix
         try:
-            yield from self._listed("Upload", "", {"uploads": "", "prefix": self._prefix + prefix}, marks)
+            for upload in self._listed("Upload", None, {"uploads": "", "prefix": whole}, marks):
+                if upload["Key"].startswith(whole):  # a server that takes no notice of prefix= lists everybody's
+                    yield upload
         except Missing:  # rclone's way to say that there are none
             return
         except _Unknown:
@@ -1977,14 +1980,15 @@ class S3Store(_Remote):
                 if not future.cancel():
                     future.exception()  # waits for what has begun: it reads the source
 
-    def _send_part(self, key: str, upload: str, number: int, body: Piece, held: Headers | None) -> _Part:
+    def _send_part(self, key: str, upload: str, number: int, body: Piece, held: Mapping[str, str] | None) -> _Part:
         """Send a part unless it is held already; return its CRC-32, size and ETag."""
         crc32 = zlib.crc32(body)
         if held:
             # A server that knows no CRC-32 has the MD5 as ETag.
-            theirs = held.get("ChecksumCRC32") or held["ETag"].strip('"')
-            if theirs in (_base64_crc(crc32), _md5(body).hexdigest()):
-                return _Part(crc32, len(body), held["ETag"])
+            etag = held.get("ETag", "")
+            theirs = held.get("ChecksumCRC32") or etag.strip('"')
+            if etag and theirs in (_base64_crc(crc32), _md5(body).hexdigest()):
+                return _Part(crc32, len(body), etag)
         target = self._target(key, {"partNumber": str(number), "uploadId": upload})
 
         def send() -> Headers:
@@ -2005,9 +2009,9 @@ class S3Store(_Remote):
                 said.append(f"<ChecksumCRC32>{_base64_crc(part.crc32)}</ChecksumCRC32>")
             said.append("</Part>")
         said.append("</CompleteMultipartUpload>")
-        headers = {}
+        headers: Headers = {}
         if self._checks is not False:
-            headers = {"x-amz-checksum-crc32": _base64_crc(crc32), "x-amz-checksum-type": "FULL_OBJECT"}
+            headers.update({"x-amz-checksum-crc32": _base64_crc(crc32), "x-amz-checksum-type": "FULL_OBJECT"})
         if self._refuses is not False:
             headers["if-none-match"] = "*"
         if not self._refuses:
@@ -2034,8 +2038,8 @@ class S3Store(_Remote):
             raise self._refusal(key, reply, b"")
         told: Headers = reply.headers
         if told.keys().isdisjoint(("etag", "x-amz-request-id")) or "content-length" not in told:
-            raise self._no_answer("ETag")
-        with self._faults(key):
+            raise self._no_answer("ETag or no size")
+        with self._faults():
             crc32 = told.get("x-amz-meta-crc32", "")
             theirs = told.get("x-amz-checksum-crc32", "-")
             if "-" not in theirs:  # -N is a composite
@@ -2048,11 +2052,11 @@ class S3Store(_Remote):
             return ObjectInfo(key, size, etag, modified, crc32, archived, told.get("x-amz-server-side-encryption", ""))
 
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
-        with self._faults(""):
+        with self._faults():
             found = self._objects("Contents", prefix, {"start-after": self._prefix + after} if after else {})
             yield from self._in_order(map(self._info, found), after)
 
-    def _info(self, told: Headers) -> ObjectInfo:
+    def _info(self, told: Mapping[str, str]) -> ObjectInfo:
         """Return what a list says of an object, which is never its CRC-32."""
         modified = _iso(told["LastModified"]) if "LastModified" in told else self.now()
         etag, archived = told.get("ETag", "").strip('"'), _archived(told.get("StorageClass", ""))
@@ -2060,27 +2064,31 @@ class S3Store(_Remote):
         return ObjectInfo(key, int(told["Size"]), etag, modified, archived=archived)
 
     def prefixes(self, prefix: str) -> Sequence[str]:
-        with self._faults(""):
+        with self._faults():
             found = self._objects("CommonPrefixes", prefix, {"delimiter": "/"})
             return [told["Prefix"].removeprefix(self._prefix + prefix).rstrip("/") for told in found]
 
-    def _objects(self, kind: str, prefix: str, more: Headers) -> Iterator[Headers]:
+    def _objects(self, kind: str, prefix: str, more: dict[str, str]) -> Iterator[dict[str, str]]:
         which = {"list-type": "2", "encoding-type": "url", "prefix": self._prefix + prefix, **more}
-        return self._listed(kind, "", which, {"continuation-token": "NextContinuationToken"})
+        return self._listed(kind, None, which, {"continuation-token": "NextContinuationToken"})
 
-    def _listed(self, kind: str, key: str, which: Headers, marks: Headers) -> Iterator[Headers]:
+    def _listed(
+        self, kind: str, key: str | None, which: dict[str, str], marks: Mapping[str, str]
+    ) -> Iterator[dict[str, str]]:
         """Yield the elements of a kind, page by page.
 
         `marks`: the parameters that ask for the next page, and the elements of this one that tell their values.
         """
+        # An upload or a part that is not listed is only sent anew; an object would pass for deleted.
+        must_be_whole = "list-type" in which
         while True:
             _, page = self._tell("GET", key, which)
             about = _fields(page)
-            if "list-type" in which and "Name" not in about:  # an answer of anybody else's would be an empty bucket
+            if must_be_whole and "Name" not in about:
                 raise self._no_answer("Name")
             plain = urllib.parse.unquote_plus if about.get("EncodingType") == "url" else str
             for element in page:
-                if element.tag.endswith(kind):
+                if element.tag.rpartition("}")[2] == kind:
                     told = _fields(element)
                     for name in told.keys() & {"Key", "Prefix"}:
                         told[name] = plain(told[name])
@@ -2089,8 +2097,10 @@ class S3Store(_Remote):
                 return
             marked = {name: about[element] for name, element in marks.items() if about.get(element)}
             if marked.items() <= which.items():
+                if not must_be_whole:
+                    return
                 raise Denied(f"{self.url} cuts its lists short", "it does not know ListObjectsV2: use another server")
-            which = {**which, **marked}
+            which = {name: value for name, value in which.items() if name not in marks} | marked
 
     def delete(self, key: str) -> None:
         # One by one: not every server knows batches of S3's kind, and GCS has none.
@@ -2108,7 +2118,7 @@ class S3Store(_Remote):
 
     def abandon_uploads(self, before: float, below: str = "") -> int:
         # Others may have uploads in this bucket.
-        with self._faults(""):
+        with self._faults():
             old = [one for one in self._uploads(below) if _iso(one["Initiated"]) < before]
         for upload in old:
             self._delete(upload["Key"].removeprefix(self._prefix), {"uploadId": upload["UploadId"]})
@@ -2118,7 +2128,7 @@ class S3Store(_Remote):
         return Unreachable(f"{self.url}: 200, but no {what}", "is there a proxy or a portal between?")
 
     @contextlib.contextmanager
-    def _faults(self, key: str) -> Iterator[None]:
+    def _faults(self) -> Iterator[None]:
         from botocore import exceptions as aws
         from botocore.parsers import ResponseParserError
 
@@ -2127,13 +2137,13 @@ class S3Store(_Remote):
         except aws.ClientError as error:
             told = error.response.get("Error", {})  # of who gives the credentials
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            raise self._fault(key, status, str(told.get("Code", "")), told.get("Message", "")) from error
+            raise self._fault("", status, str(told.get("Code", "")), told.get("Message", "")) from error
         except (aws.HTTPClientError, aws.ConnectionError) as error:
             raise unanswered(self.url, error) from error
         except (aws.CredentialRetrievalError, aws.MetadataRetrievalError) as error:
             # The store has answered before: whoever gives the credentials is away for a while.
             raise unanswered(self.url, error, "" if self._date[0] else _CREDENTIALS) from error
-        except (KeyError, ValueError, ResponseParserError) as error:  # of sizes, times and names in it
+        except (KeyError, ValueError, OverflowError, ResponseParserError) as error:  # of sizes, times and names in it
             raise self._unreadable(error) from error
         except (aws.BotoCoreError, OSError) as error:  # OSError: a token file that cannot be read
             raise unanswered(self.url, error, _CREDENTIALS) from error
@@ -2159,7 +2169,7 @@ class GCSStore(_Remote):
             hint = "pip install google-cloud-storage, or install the package cassbackup-gcs"
             raise Usage(f"gs:// needs Google's client ({error})", hint) from None
         endpoint = {"api_endpoint": options.endpoint_url} if options.endpoint_url else None
-        with self._faults(""):  # objects need no project, but the client insists
+        with self._faults():  # objects need no project, but the client insists
             self._client = storage.Client(project="none", client_options=endpoint)
         self._bucket, self._extend = self._client.bucket(bucket), google_crc32c.extend
         session = self._client._http
@@ -2288,7 +2298,7 @@ class GCSStore(_Remote):
     def list(self, prefix: str, after: str = "") -> Iterator[ObjectInfo]:
         more = {"start_offset": self._prefix + after} if after else {}
         whole = self._prefix + prefix
-        with self._faults(""):
+        with self._faults():
             pages = self._pages(prefix=whole, **more)
             yield from self._in_order((self._info(blob) for page in pages for blob in page), after)
 
@@ -2300,7 +2310,7 @@ class GCSStore(_Remote):
 
     def prefixes(self, prefix: str) -> Sequence[str]:
         whole = self._prefix + prefix
-        with self._faults(""):
+        with self._faults():
             found = {name for page in self._pages(prefix=whole, delimiter="/") for name in page.prefixes}
         return [name.removeprefix(whole).rstrip("/") for name in sorted(found)]
 
@@ -2311,7 +2321,7 @@ class GCSStore(_Remote):
     # GCS has no list of sessions, and drops them by itself after a week: there are no uploads to abandon.
 
     @contextlib.contextmanager
-    def _faults(self, key: str, is_object: bool = False) -> Iterator[None]:
+    def _faults(self, key: str = "", is_object: bool = False) -> Iterator[None]:
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError, TransportError
         from requests import RequestException

@@ -157,6 +157,13 @@ class S3Bucket(Bucket):
             doomed = [{"Key": key} for key in keys[start : start + 1000]]
             self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": doomed, "Quiet": True})
 
+    def empty(self) -> None:
+        """Delete every object, and end every upload that a test has left."""
+        super().empty()
+        with contextlib.suppress(self.client.exceptions.ClientError):  # rclone's way to say that there are none
+            for one in self.client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", ()):
+                self.client.abort_multipart_upload(Bucket=self.bucket, Key=one["Key"], UploadId=one["UploadId"])
+
 
 class GcsBucket(Bucket):
     """A bucket behind the JSON API of Google Cloud Storage."""

@@ -641,6 +641,15 @@ def test_a_bucket_is_asked_for_in_its_own_region(region: str, name: str, place: 
     assert store._wire._origin + store._base == place  # type: ignore[attr-defined]
 
 
+def test_an_endpoint_of_the_environment_is_used_unless_it_is_to_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether boto3 knows these variables or is too old for them."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    options = StoreOptions(region="eu-west-1", access_key="a", secret_key="b")
+    assert open_store("s3://b", options)._wire._origin == "http://127.0.0.1:9"  # type: ignore[attr-defined]
+    monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    assert "amazonaws" in open_store("s3://b", options)._wire._origin  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("url", "sdk"), [("file:///tmp", ""), ("s3://b", "boto3"), ("gs://b", "google.cloud.storage")])
 def test_no_sdk_is_imported_before_a_store_needs_it(url: str, sdk: str, tmp_path: Path) -> None:
     code = """
@@ -905,11 +914,22 @@ def test_a_head_is_read_without_a_body_whatever_length_it_tells(moto: Bucket, op
         assert (info.size, info.etag) == (7, "e")
 
 
-@pytest.mark.parametrize("told", [b"", b"Content-Length: x\r\n", b"Content-Length: 7\r\nLast-Modified: never\r\n"])
+NEVER = b"Last-Modified: Mon, 01 Jan 9999999999 00:00:00 GMT\r\n"
+
+
+@pytest.mark.parametrize("told", [b"", b"Content-Length: x\r\n", b"Content-Length: 7\r\n" + NEVER])
 def test_a_head_that_does_not_tell_what_an_object_is_is_no_answer(moto: Bucket, opened: Opener, told: bytes) -> None:
     store = opened(moto, serve(b'HTTP/1.1 200 OK\r\nETag: "e"\r\n' + told + b"\r\n"))
     with pytest.raises(Unreachable, match="a proxy or a portal between"):
         store.head(KEY)
+
+
+def test_a_refusal_without_a_body_is_told_in_words(moto: Bucket, opened: Opener) -> None:
+    with pytest.raises(Denied, match=r"403 .*Forbidden.*check the keys and their rights"):
+        opened(moto, serve(b"HTTP/1.1 403 no\r\nContent-Length: 0\r\n\r\n")).head(KEY)
+    moved = b"HTTP/1.1 301 no\r\nX-Amz-Bucket-Region: eu-west-1\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(Denied, match=r"it is in eu-west-1.*set REGION"):
+        opened(moto, serve(moved)).head(KEY)
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nServer: x\r\n", b"\r\n\r\n", b"hello\n\n"])
@@ -1153,6 +1173,45 @@ def test_an_upload_that_can_never_be_completed_begins_anew(
     assert "Uploads" not in moto.client.list_multipart_uploads(Bucket=moto.bucket)
     put(store, KEY, noise(LARGE))
     assert moto.get(KEY) == noise(LARGE)
+
+
+def uploads(*items: str, more: str = "") -> Respond:
+    """Return a list of uploads as some servers write it: without the bucket's name."""
+    found = [f"<Upload><Key>{key}</Key><UploadId>u</UploadId><Initiated>{EARLY}</Initiated></Upload>" for key in items]
+    return Respond(
+        200, XML + f"<ListMultipartUploadsResult>{more}{''.join(found)}</ListMultipartUploadsResult>".encode()
+    )
+
+
+EARLY = "2026-01-01T02:00:00.123+02:00"  # midnight, as a server says it that has no UTC
+
+
+def test_nobody_elses_upload_is_ended_and_no_bucket_deleted_p7(
+    moto: Bucket, faulty: FaultProxy, opened: Opener
+) -> None:
+    """Some servers take no notice of `prefix`; and an upload may have the name of the folder that is ours."""
+    store = opened(moto, faulty.url, prefix="a")
+    faulty.on("GET", "uploads=", uploads("a/", "foreign/x", "a/node10/x"), count=None)
+    faulty.on("DELETE", "", Respond(204), count=None)
+    assert store.abandon_uploads(time.time(), "node1/") == 0
+    assert store.abandon_uploads(time.time()) == 2
+    bucket = moto.target.removeprefix("s3:/")
+    ended = [event.path for event in faulty.trace if event.method == "DELETE"]
+    assert ended == [f"{bucket}/a/?uploadId=u", f"{bucket}/a/node10/x?uploadId=u"]
+
+
+def test_the_age_of_an_upload_is_right_in_any_time_zone(weak: Store, faulty: FaultProxy) -> None:
+    midnight = cassbackup.seconds_of("20260101T000000.000000Z")
+    faulty.on("GET", "uploads=", uploads("node1/x"), count=None)
+    faulty.on("DELETE", "", Respond(204), count=None)
+    assert weak.abandon_uploads(midnight - 1, "node1/") == 0
+    assert weak.abandon_uploads(midnight + 1, "node1/") == 1
+
+
+@pytest.mark.parametrize("more", ["", "<IsTruncated>true</IsTruncated>"])
+def test_a_list_of_uploads_that_is_odd_costs_no_large_file(weak: Store, faulty: FaultProxy, more: str) -> None:
+    faulty.on("GET", "uploads=", uploads("other", more=more), count=None)
+    assert put(weak, KEY, noise(LARGE)).size == LARGE
 
 
 def test_uploads_are_abandoned_by_their_age(weak: Store, moto: S3Bucket) -> None:
@@ -1553,7 +1612,14 @@ def listing(*items: str, more: str = "") -> Respond:
 ENDLESS = "<IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>"
 
 
-@pytest.mark.parametrize("odd", ["<Size>many</Size>", "<Size>1</Size><LastModified>yesterday</LastModified>"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "<Size>many</Size>",
+        "<LastModified>2026-01-01T00:00:00Z</LastModified>",
+        "<Size>1</Size><LastModified>yesterday</LastModified>",
+    ],
+)
 def test_a_list_that_cannot_be_read_is_no_traceback(weak: Store, faulty: FaultProxy, odd: str) -> None:
     answer = f"<ListBucketResult><Name>b</Name><Contents><Key>a</Key>{odd}</Contents></ListBucketResult>"
     faulty.on("GET", "list-type", Respond(200, XML + answer.encode()))
@@ -1562,8 +1628,19 @@ def test_a_list_that_cannot_be_read_is_no_traceback(weak: Store, faulty: FaultPr
 
 
 @pytest.mark.parametrize("status", [200, 203])
-def test_a_page_that_is_no_xml_is_no_list(weak: Store, faulty: FaultProxy, status: int) -> None:
-    faulty.on("GET", "list-type", Respond(status, b"<!DOCTYPE html><meta charset=utf-8>&nbsp;<br>"), count=None)
+@pytest.mark.parametrize(
+    "page",
+    [
+        b"<!DOCTYPE html><meta charset=utf-8>&nbsp;<br>",
+        b"<html><body>Sign in</body></html>",
+        b"<ListPartsResult><Bucket>b</Bucket><Key>k</Key></ListPartsResult>",  # a reply to another question
+        b'<?xml version="1.0" encoding="x-nobodys"?><ListBucketResult><Name>b</Name></ListBucketResult>',
+    ],
+)
+def test_a_page_that_is_no_list_of_objects_is_no_empty_list(
+    weak: Store, faulty: FaultProxy, status: int, page: bytes
+) -> None:
+    faulty.on("GET", "list-type", Respond(status, page), count=None)
     for ask in (lambda: keys(weak), lambda: weak.prefixes("")):
         with pytest.raises(Unreachable):
             ask()
