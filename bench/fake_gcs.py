@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
                     prefixes.add(prefix + head + found)
                 else:
                     items.append(ABOUT[name])
-        return {"items": items, "prefixes": sorted(prefixes)}
+        return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
 
     def answer(self, status: int, body: Any) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
