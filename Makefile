@@ -41,8 +41,8 @@ venv: $(VENV)/.stamp ## build .venv with cassbackup (editable) and what its test
 demo: $(VENV)-demo/.stamp ## back up a small Cassandra tree into a local directory, and compare every byte
 	@$(VENV)-demo/bin/python tests/demo.py
 
-test: $(VENV)/.stamp ## run the tests on the Python of .venv: about 8 minutes on two cores
-	@echo "== the tests: real inotify, hard links, kills, S3 and GCS servers on loopback; about 8 minutes on two cores"
+test: $(VENV)/.stamp ## run the tests on the Python of .venv: about 6 minutes on two cores
+	@echo "== the tests: real inotify, hard links, kills, S3 and GCS servers on loopback; about 6 minutes on two cores"
 	@$(RUN) $(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 test-fast: $(VENV)/.stamp ## the same without the slow ones: about 2 minutes
