@@ -5522,14 +5522,12 @@ class Backup:
         files |= work.delete
         # What was given up since the pins were read is in no listing yet: its names must stay.
         left = await self.ask(self._pinner.let_go, work.unit, files, work.lost, frozenset(work.delete))
-        if left <= len(kept):
-            return None  # also where somebody removed the pins of what was refused: the pinner makes others
         if work.failed:
             path, error = next(iter(work.failed.items()))
             name = quote(os.path.join(*path))
             what = f"{len(work.failed)} files are refused, {name}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
-        return QUIET_S
+        return None if left <= len(kept) else QUIET_S
 
     # What the daemon asks
 
@@ -6234,7 +6232,6 @@ class Daemon:
         failing, failures = self._workers.failing(), self._failures()
         since, before = self._speeds[0]
         view = backup.last_view
-        at_work = [unit for unit, one in backup.units.items() if unit.tag and not one.refused]
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -6247,7 +6244,7 @@ class Daemon:
             "quiet": quiet,
             "lag_s": self._lag(),
             "oldest": oldest,
-            "tags": sorted({(unit.tag, unit.keyspace) for unit in at_work}),
+            "tags": sorted({(unit.tag, unit.keyspace) for unit, one in backup.units.items() if not one.refused}),
             "pending": {
                 "units": len(waiting),
                 "files": sum(one.files for one in waiting),
