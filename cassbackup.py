@@ -1707,7 +1707,7 @@ class _Shown(Exception):
 
 
 def _show(request: Any, **_: Any) -> None:
-    # A presigned URL would be simpler, but it goes to the global endpoint, which knows no region since 2019.
+    # A presigned URL would be simpler, but it goes to the global endpoint: that serves no region opened since 2019.
     raise _Shown(request.url)
 
 
@@ -1756,7 +1756,7 @@ class S3Store(_Remote):
             keys = (options.access_key or None, options.secret_key or None)
             self._session = boto3.session.Session(*keys, region_name=options.region or None, botocore_session=core)
             bundle = options.ca_file or core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
-            # All that it reads of S3's API is 12 MB: a session of its own, which goes with it.
+            # A client reads 12 MB of S3's API. It has a session of its own, and both are freed with this call.
             session = boto3.session.Session("-", "-", region_name=options.region or None)
             client = session.client("s3", endpoint_url=endpoint or None)
             client.meta.events.register("before-send.s3", _show)
@@ -8455,6 +8455,7 @@ _REMAINS: Final = "listing that stays"
 _NAMED: Final = "object that a listing names which stays"
 _GOES: Final = "object that is to be marked"
 _MARKED: Final = "object that is marked already"
+_DELETED: Final = "object that is deleted already, and marked for one more day"
 
 
 class KeySets:
@@ -8551,6 +8552,8 @@ class Pruning:
         for info, document in read_documents(self._store, f"{self.node}.pending-delete/"):
             keys = [(key, 0) for key in pending_keys(self.node, info.key, document)]
             self._keys.add(_MARKED, keys)
+            if document.get("deleted"):
+                self._keys.add(_DELETED, keys)
             if self._store.now() - info.modified < DAY_S:
                 continue
             if document.get("deleted"):
@@ -8731,7 +8734,7 @@ class Pruning:
         for keys in in_batches(self._keys.each(_EXPIRES), _BATCH_KEYS):
             self._delete(keys)
         if any(map(parse_listing_name, self.refused)):
-            return  # a listing that stays names what would be deleted
+            return  # a listing that stays names what would be deleted; no other document does
         for file in self._due:
             self._sweep(file)
 
@@ -8746,7 +8749,8 @@ class Pruning:
             if not self._store.head(file):
                 return  # another prune has deleted these, and a daemon may use the keys again
             self._read_new_listings()
-            keys = [key for key in batch if not self._keys.has(_NAMED, key)]
+            # A mark that the store would not delete is met again at each run, and its objects are gone.
+            keys = [key for key in batch if not self._keys.has(_NAMED, key) and not self._keys.has(_DELETED, key)]
             self._deleted += self._delete(keys)
             gone += keys
         if len(self.refused) > refused_before:

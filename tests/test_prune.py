@@ -1166,8 +1166,14 @@ def test_a_mark_that_the_store_would_not_delete_holds_up_no_other_deletion() -> 
     assert due <= shelf.keys()
     shelf.now += DAY + HOUR
     shelf.held[marks[0]] = "it is younger than the retention policy of the bucket"
-    assert run(shelf, keep_last=1, force=True, confirm=True).document["nodes"][0]["refused"] == shelf.held
+    page = run(shelf, keep_last=1, force=True, confirm=True).document["nodes"][0]
+    assert page["refused"] == shelf.held
+    assert page["deleted"] == len(due)
     assert not due & shelf.keys()
+    written = len(shelf.keys(f"{NODE}.pending-delete/"))
+    shelf.now += DAY + HOUR  # what is refused is met again each day, and nothing comes of it
+    assert run(shelf, keep_last=1, force=True, confirm=True).document["nodes"][0]["deleted"] == 0
+    assert len(shelf.keys(f"{NODE}.pending-delete/")) <= written
 
 
 def test_where_something_is_marked_bad_listings_are_read_side_by_side_all_the_same() -> None:
