@@ -1175,6 +1175,23 @@ def test_an_upload_that_can_never_be_completed_begins_anew(
     assert moto.get(KEY) == noise(LARGE)
 
 
+@pytest.mark.parametrize(("size", "crc32"), [(LARGE - 1, ""), (LARGE, "AAAAAA==")])
+def test_a_large_file_that_the_store_has_otherwise_is_not_stored_p1(
+    weak: Store, faulty: FaultProxy, size: int, crc32: str
+) -> None:
+    told = {"ETag": '"e"', "Content-Length": str(size), **({"x-amz-checksum-crc32": crc32} if crc32 else {})}
+    faulty.on("HEAD", r"Data\.db", Respond(200, headers=told), nth=2)  # the first asks whether the key is free
+    with pytest.raises(Corrupt, match="did not arrive as it was sent"):
+        put(weak, KEY, noise(LARGE))
+
+
+def test_an_error_inside_a_success_is_told_in_its_words(weak: Store, faulty: FaultProxy) -> None:
+    """CompleteMultipartUpload says 200 before it knows."""
+    faulty.on("POST", "uploadId=", s3_error(200, "InternalError"))
+    with pytest.raises(Unreachable, match="InternalError"):
+        put(weak, KEY, noise(LARGE))
+
+
 def uploads(*items: str, more: str = "") -> Respond:
     """Return a list of uploads as some servers write it: without the bucket's name."""
     found = [f"<Upload><Key>{key}</Key><UploadId>u</UploadId><Initiated>{EARLY}</Initiated></Upload>" for key in items]
