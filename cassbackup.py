@@ -3909,10 +3909,12 @@ class Pinner(threading.Thread):
         files: Mapping[FilePath, Fingerprint],
         lost: Collection[FilePath],
         delete: Collection[FilePath],
+        kept: Collection[FilePath],
     ) -> int:
         """Unlink the pins of files that are listed, if they still are these; return how much is left of the unit.
 
         `lost` is listed as lost. Of what is to `delete`, and in backups/, the name that Cassandra gave it goes too.
+        `kept` stays pinned, and is not counted.
         """
         homes = list(self._pins.get(unit.life, ()))
         pins = {disk.source(relative): disk.directory(relative, unit.life) for disk, relative in homes}
@@ -3933,7 +3935,8 @@ class Pinner(threading.Thread):
                 names = [name for name in disk.lost(relative, unit.life) if (source, name) not in lost]
                 disk.write_lost(relative, unit.life, names)
             left += self._close_pins(disk, relative, unit.life)
-        return left
+        still_kept = [name for source, name in kept if os.path.lexists(f"{pins.get(source)}/{_short(name, '~')}")]
+        return left - len(still_kept)
 
     def _others_wait(self, directories: Iterable[str]) -> bool:
         """Tell whether anything but manifest.json is pinned in these. A later start could not tell its life without."""
@@ -5091,8 +5094,8 @@ class Backup:
         waiting.size = sum(pin.size for pin in work.pins.values())
         if not work.pins and not work.lost:
             # It may still count pins that somebody removed; or their disk is away.
-            left = await self.ask(self._pinner.let_go, unit, {}, (), ())
-            if left > len(self._kept.get(unit, ())):
+            left = await self.ask(self._pinner.let_go, unit, {}, (), (), self._kept.get(unit, {}))
+            if left > 0:
                 raise Fault("its pin directory is away", "it is stored when that is back; if it was removed, restart")
             return None
         if unit.kind == "snapshot":
@@ -5521,13 +5524,13 @@ class Backup:
         files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}
         files |= work.delete
         # What was given up since the pins were read is in no listing yet: its names must stay.
-        left = await self.ask(self._pinner.let_go, work.unit, files, work.lost, frozenset(work.delete))
+        left = await self.ask(self._pinner.let_go, work.unit, files, work.lost, frozenset(work.delete), kept)
         if work.failed:
             path, error = next(iter(work.failed.items()))
             name = quote(os.path.join(*path))
             what = f"{len(work.failed)} files are refused, {name}: {error}"
             raise Fault(what, "what could be stored is stored; the rest is tried again")
-        return None if left <= len(kept) else QUIET_S
+        return None if left <= 0 else QUIET_S
 
     # What the daemon asks
 

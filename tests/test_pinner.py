@@ -154,7 +154,7 @@ class Desk:
     def let_go(self, unit: Unit, lost: bool = True, delete: frozenset[tuple[str, str]] = frozenset()) -> int:
         """Have the pins of a unit let go, as after its listing; return what is left."""
         files = {path: pin.fingerprint for path, pin in self.units().get(unit, {}).items()}
-        return self.ask(self.pinner.let_go, unit, files, self.lost(unit) if lost else (), delete)
+        return self.ask(self.pinner.let_go, unit, files, self.lost(unit) if lost else (), delete, ())
 
     def lost(self, unit: Unit) -> list[tuple[str, str]]:
         """Return what was given up of a unit."""
@@ -946,7 +946,7 @@ def test_a_pin_that_changed_or_came_meanwhile_stays(node: Node, users: Table, st
         file.write("-- more")
     (tag_of(users) / "late").write_bytes(b"late")
     desk.scan()
-    assert desk.ask(desk.pinner.let_go, unit, files, (), ()) == 3
+    assert desk.ask(desk.pinner.let_go, unit, files, (), (), ()) == 3
     assert {name for _, name in desk.units()[unit]} == {"schema.cql", "late", "manifest.json"}
     assert desk.let_go(unit) == 0
     assert desk.scan().lives("daily") == []
@@ -996,7 +996,7 @@ def test_pinning_comes_before_letting_go(node: Node, users: Table, start: Start)
     (unit,) = desk.lives("large")
     files = {path: pin.fingerprint for path, pin in desk.units()[unit].items()}
     with desk.freeze():
-        future: Future[int] = desk.pinner.ask(desk.pinner.let_go, unit, files, (), ())
+        future: Future[int] = desk.pinner.ask(desk.pinner.let_go, unit, files, (), (), ())
         node.snapshot("daily")
         desk.news.clear()
         threading.Thread(target=future.result).start()
@@ -1098,7 +1098,7 @@ def test_what_is_given_up_after_the_pins_were_read_stays_named_until_it_is_liste
         read = disk.read(relative, unit.life).lost
         desk.ask(desk.pinner.give_up, disk, relative, unit.life, {name: 1})
     assert [name for _, name in read] == ["manifest.json"]
-    desk.ask(desk.pinner.let_go, unit, {}, read, ())
+    desk.ask(desk.pinner.let_go, unit, {}, read, (), ())
     assert [name for _, name in disk.read(relative, unit.life).lost] == ["schema.cql"]
 
 
@@ -1353,7 +1353,7 @@ def test_pins_that_are_away_with_their_disk_were_removed_by_nobody(
     units = desk.units()
     node.root.rename(tmp_path / "away")
     for unit in units:
-        desk.ask(desk.pinner.let_go, unit, {}, (), ())
+        desk.ask(desk.pinner.let_go, unit, {}, (), (), ())
     assert "somebody removed pins" not in caplog.text
     (tmp_path / "away").rename(node.root)
     desk.scan().assert_pinned(node.history)

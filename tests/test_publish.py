@@ -14,7 +14,7 @@ import oracle
 import pytest
 from conftest import Daemon, Run
 from faultproxy import FaultProxy, assert_written_once, bytes_sent
-from scene import Scene, area_of, assert_no_pin_is_left, wait_for
+from scene import Scene, area_of, assert_no_pin_is_left, pins, wait_for
 from servers import Bucket, FileBucket
 from tree import Copy, Node
 
@@ -457,6 +457,25 @@ def test_links_of_an_sstable_that_come_late_make_it_neither_torn_nor_deleted_bef
     (listing,) = scene.listings("incremental")
     assert listing.state == "complete"
     assert len([entry for entry in listing.entries if sstable.stem in entry.path]) == len(sstable.components)
+
+
+@pytest.mark.slow
+def test_a_torn_sstable_is_listed_though_somebody_removed_the_pins_of_the_one_that_is_kept_p2(
+    scene: Scene, node: Node
+) -> None:
+    """Of the pins that are left those of the kept SSTable do not count; what is gone of them is no other file's."""
+    users = node.table("ks1", "users")
+    scene.start(*node.data_dirs, args=("--delete-uploaded-incrementals", "--incomplete-after", "2s"))
+    users.flush()
+    scene.settled()
+    for pin in pins(area_of(node)):
+        os.unlink(pin)
+    node.incremental = False
+    torn = users.flush()
+    backups = users.directories()[0] / "backups"
+    for component in ("Data.db", "Digest.crc32"):
+        os.link(torn.path(component), backups / torn.path(component).name)
+    wait_for(lambda: [one.state for one in scene.listings("incremental")][-1:] == ["incomplete"])
 
 
 # ------------------------------------------------------------------------------------------------------------
