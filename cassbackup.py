@@ -1678,7 +1678,7 @@ def sign(method: str, target: str, headers: Headers, who: Any, region: str) -> N
     scope = f"{day}/{region}/s3/aws4_request"
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{digest}"
     key = _signing_key(who.secret_key, day, region)
-    signature = hmac.digest(key, text.encode(), "sha256").hex()
+    signature = hmac.new(key, text.encode(), "sha256").hexdigest()
     credential = f"AWS4-HMAC-SHA256 Credential={who.access_key}/{scope}"
     headers["authorization"] = f"{credential}, SignedHeaders={signed}, Signature={signature}"
 
@@ -2692,7 +2692,7 @@ _LEDGER_TABLES: Final = """
 """
 # UnicodeDecodeError: Python reads the names of columns, and what SQLite has to say of them.
 _LEDGER_FAILURES: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
-_ASK: Final = 500  # rows at a time; until 3.32 SQLite took no more than 999 parameters
+_ASK, _WRITE = 500, 100  # rows at a time; until 3.32 SQLite took no more than 999 parameters
 
 
 def _name_bytes(quoted_place: str, name: str, disk: str, fingerprint: Fingerprint) -> str:
@@ -2798,9 +2798,13 @@ class Ledger:
         if self._path != ":memory:":
             self.broken = ""
 
-    def _write(self, into: str, rows: Iterable[tuple[object, ...]]) -> None:
-        summed = [(*row, self._sum(row)) for row in rows]
-        self._change(f"INSERT OR REPLACE INTO {into}", summed)
+    def _write(self, table: str, rows: Sequence[tuple[object, ...]]) -> None:
+        # Many with one statement: around each SQLite lets other threads run, and then we wait for our turn.
+        for start in range(0, len(rows), _WRITE):
+            summed = [(*row, self._sum(row)) for row in rows[start : start + _WRITE]]
+            marks = ", ".join("?" * len(summed[0]))
+            places = ", ".join([f"({marks})"] * len(summed))
+            self._change(f"INSERT OR REPLACE INTO {table} VALUES {places}", [tuple(itertools.chain(*summed))])
 
     def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FileBytes, Remembered]:
         """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
@@ -2825,7 +2829,7 @@ class Ledger:
             one = Remembered(entry.key, entry.etag, entry.crc32, run, self.now())
             told[entry.path, entry.fingerprint] = one
             rows.append((_name_bytes(where, entry.name, disk, entry.fingerprint), *one))
-        self._write("stored VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        self._write("stored", rows)
         return told
 
     def is_fresh(self, one: Remembered) -> bool:
@@ -2844,7 +2848,7 @@ class Ledger:
         """Remember what a listing has of each directory, as 64-bit marks."""
         blobs = {directory: array("Q", some).tobytes() for directory, some in marks.items()}
         rows = [(quote(directory), life, listed, blob) for directory, blob in blobs.items()]
-        self._write("listed VALUES (?, ?, ?, ?, ?)", rows)
+        self._write("listed", rows)
 
     def listed(self) -> dict[str, tuple[str, set[int]]]:
         """Return {directory: (its newest life, the marks of what is listed of that)}."""
@@ -2878,7 +2882,7 @@ class Ledger:
     def remember(self, name: str, value: str) -> None:
         """Remember a value; "" is none."""
         if value:
-            self._write("facts VALUES (?, ?, ?)", [(quote(name), quote(value))])
+            self._write("facts", [(quote(name), quote(value))])
         else:
             self._change("DELETE FROM facts WHERE name = ?", [(quote(name),)])
 
@@ -4090,7 +4094,8 @@ def read_quietly(fd: int, start: int, end: int) -> memoryview:
     got = 0
     for flags, status in _WAYS:
         try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, status)
+            if not flags:  # else it is as it was opened
+                fcntl.fcntl(fd, fcntl.F_SETFL, status)
             got = os.preadv(fd, [window], start - skipped, flags)
             break
         except OSError as error:
@@ -4116,11 +4121,15 @@ class PinnedSource:
 
     def read(self, start: int, end: int) -> memoryview:
         """Read a range. Raises Changed if these are not the bytes that were pinned; OSError if the disk refuses."""
-        with open(self.pinned.pin, "rb", buffering=0) as file:
-            body = read_quietly(file.fileno(), start, end)
+        # Not open(): each system call lets another thread run, and to get back costs more than the call.
+        fd = os.open(self.pinned.pin, os.O_RDONLY)
+        try:
+            body = read_quietly(fd, start, end)
             # Cassandra appends to TOC.txt and writes manifest.json in place: only now is it sure what was read.
-            if Fingerprint.of(os.fstat(file.fileno())) != self.pinned.fingerprint:
-                raise Changed(f"{quote(file.name)} changed while it was read", "it is read again")
+            if Fingerprint.of(os.fstat(fd)) != self.pinned.fingerprint:
+                raise Changed(f"{quote(self.pinned.pin)} changed while it was read", "it is read again")
+        finally:
+            os.close(fd)
         return body
 
 
@@ -4744,6 +4753,8 @@ class Workers:
     def __init__(self, idle: threading.Event, threads: int, patience_s: float) -> None:
         self._idle, self._patience_s = idle, patience_s
         self._pools = {True: ThreadPoolExecutor(2, "urgent"), False: ThreadPoolExecutor(threads, "bulk")}
+        # Pins are read on one thread: each stat(2) lets another one run, and many would take turns more than read.
+        self._pins = ThreadPoolExecutor(1, "local")
         # Few jobs wait in a pool's own queue, so that what is urgent or older is never behind many.
         self._slots = {True: asyncio.Semaphore(4), False: asyncio.Semaphore(threads + 4)}
         self._hold_until = 0.0
@@ -4760,8 +4771,9 @@ class Workers:
                 raise asyncio.CancelledError
             began = time.monotonic()
             self._running += 1
+            pool = self._pins if operation == "pins" else self._pools[urgent]
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._pools[urgent], job, *args)
+                return await asyncio.get_running_loop().run_in_executor(pool, job, *args)
             finally:
                 self._running -= 1
                 taken = time.monotonic() - began
@@ -4835,7 +4847,7 @@ class Workers:
         until = time.monotonic() + limit_s
         while self._running and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        for pool in self._pools.values():
+        for pool in (*self._pools.values(), self._pins):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -4945,6 +4957,16 @@ def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str) -> Pi
         files.update(found.files)
         lost.extend(found.lost)
     return Pins(files, tuple(lost))
+
+
+def _pin_paths(directories: Iterable[tuple[PinDirectory, str]], life: str) -> set[str]:
+    """Return the paths of the pins that are there: what `_read_pins` would find, without a stat(2) of each."""
+    paths: set[str] = set()
+    for disk, relative in directories:
+        folder = disk.directory(relative, life)
+        with contextlib.suppress(FileNotFoundError):
+            paths.update(f"{folder}/{name}" for name in os.listdir(folder) if name.endswith("~"))
+    return paths
 
 
 def _beside(folders: Mapping[str, str], sstables: Collection[str]) -> list[Pinned]:
@@ -5125,8 +5147,8 @@ class Backup:
         has_manifest = any(name == MANIFEST for _, name in files)
         scanned = has_manifest and await self.ask(self._pinner.scan_tag, unit)
         # This also tells whether the disk of the pins went away meanwhile.
-        there = await self._workers.once("pins", False, _read_pins, list(work.waiting.directories), unit.life)
-        if there.files.keys() != work.pins.keys():
+        there = await self._workers.once("pins", False, _pin_paths, list(work.waiting.directories), unit.life)
+        if there != {pin.pin for pin in work.pins.values()}:
             return QUIET_S  # more has come while this was sent
         verdict = await self._judge(work, files, judge_snapshot, scanned)
         self._check_bucket(work)

@@ -28,7 +28,7 @@ from faults.s3 import StrictS3
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "0"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(int(MINUTES * 60) + 900)]
-THREADS = 3 + 2 + 8 + 4  # loop, pinner and local disk; urgent, bulk and large bodies
+THREADS = 3 + 1 + 2 + 8 + 4  # loop, pinner and local disk; pins, urgent, bulk and large bodies
 CALM_S = 12.0  # between two moments of calm
 FAULTS: list[Callable[[], Action]] = [
     lambda: SLOW_DOWN,
