@@ -16,7 +16,8 @@ CASSANDRA ?= tests/cassandra
 # What make test-servers builds, at versions that do not change under our tests, and where it keeps them.
 VERSITYGW := github.com/versity/versitygw/cmd/versitygw@v1.8.0
 FAKE_GCS := github.com/fsouza/fake-gcs-server@v1.56.1
-SERVERS ?= $(VERSITYGW) $(FAKE_GCS)
+SEAWEEDFS := github.com/seaweedfs/seaweedfs/weed@v0.0.0-20261109003541-7506e5f91cd6
+SERVERS ?= $(VERSITYGW) $(SEAWEEDFS) $(FAKE_GCS)
 SERVERS_IN ?= $(HOME)/.cache/cassbackup-servers
 # What make test-faults leaves for make scorecard, and for how long it soaks.
 SCORE := $(CURDIR)/tests/.build/score
@@ -76,7 +77,7 @@ test-cassandra: $(VENV)/.stamp-cassandra ## run tests/cassandra on real nodes, w
 servers:
 	@bash -euo pipefail -c "$$BUILD_SERVERS"
 
-test-servers: $(VENV)/.stamp servers ## the same program over versitygw and fake-gcs-server, which Go builds into a cache
+test-servers: $(VENV)/.stamp servers ## the same program over versitygw, SeaweedFS and fake-gcs-server, which Go builds into a cache
 	@CASSBACKUP_SERVERS=$(SERVERS_IN) $(RUN) $(VENV)/bin/python -m pytest $(WORKERS) -m real_server tests/test_servers.py tests/test_stores.py $(ARGS)
 
 deb: ## build dist/*.deb for Debian and Ubuntu; root also installs what that needs
@@ -164,9 +165,15 @@ export NEW_VENV
 
 define BUILD_SERVERS
 command -v go >/dev/null || { echo "no Go here, which builds the servers; on Debian: apt-get install golang" >&2; exit 1; }
+# In a module of its own: go install takes no program whose go.mod replaces another module, as that of SeaweedFS does.
+build() {
+    folder=$$(mktemp -d)
+    (cd "$$folder" && go mod init servers && go get "$$1" && go build -o $(SERVERS_IN)/ "$${1%@*}")
+    rm -rf "$$folder"
+}
 for module in $(SERVERS); do
     name=$${module##*/} name=$${name%@*}
-    test -x $(SERVERS_IN)/$$name || { echo "== building $$module"; GOBIN=$(SERVERS_IN) go install $$module; }
+    test -x $(SERVERS_IN)/$$name || { echo "== building $$module"; build $$module; }
 done
 endef
 export BUILD_SERVERS

@@ -35,6 +35,7 @@ from servers import (
     RcloneS3,
     Service,
     Versity,
+    Weed,
     kill_group,
     tethered,
 )
@@ -146,12 +147,17 @@ def closing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
 
 
 @pytest.fixture(scope="session")
+def weed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    yield from running(Weed(tmp_path_factory.mktemp("weed")))
+
+
+@pytest.fixture(scope="session")
 def fakegcs_server() -> Iterator[Service]:
     yield from running(FakeGcs())
 
 
 # What only `make test-servers` runs.
-REAL = [pytest.param(name, marks=pytest.mark.real_server) for name in ("versity", "closing", "fakegcs")]
+REAL = [pytest.param(name, marks=pytest.mark.real_server) for name in ("versity", "closing", "weed", "fakegcs")]
 
 
 @pytest.fixture

@@ -431,6 +431,40 @@ class ClosingVersity(Versity):
     keeps_alive = False
 
 
+class WeedBucket(S3Bucket):
+    """A bucket of SeaweedFS: of a key that is deleted its folder stays for two minutes, and no key can be called so."""
+
+    def empty(self) -> None:
+        """Begin another bucket."""
+        self.is_touched = True
+        self.bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=self.bucket)
+
+
+class Weed(Service):
+    """SeaweedFS, all its parts in one process: objects lie in volumes, their names in a database."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+
+    def command(self, port: int) -> list[str]:
+        key = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
+        who = {"name": "test", "credentials": [key], "actions": ["Admin"]}
+        config = self.root / "s3.json"
+        config.write_text(json.dumps({"identities": [who]}))
+        ports = [f"-s3.port={port}", f"-s3.port.grpc={free_port()}"]
+        for part in ("master", "volume", "filer"):
+            ports += [f"-{part}.port={free_port()}", f"-{part}.port.grpc={free_port()}"]
+        where = [f"-dir={self.root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
+        limits = ["-master.volumeSizeLimitMB=64", "-volume.max=2000"]
+        s3 = ["-s3", f"-s3.config={config}", "-s3.allowBackslashInKey"]
+        return [built("weed"), "server", "-filer", *s3, *where, *ports, *limits]
+
+    def fresh(self) -> WeedBucket:
+        return WeedBucket(self.url, f"bucket-{uuid.uuid4().hex[:12]}")
+
+
 class FakeGcs(Service):
     """fake-gcs-server in memory: it honours `ifGenerationMatch` and pages, as the other emulator does not."""
 
