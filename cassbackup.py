@@ -7270,17 +7270,20 @@ def open_folder(placed: Placed) -> Iterator[int]:
     """Open a file's directory, and make what is not there; nothing below the root may be a symbolic link."""
     fd = os.open(placed.root, os.O_DIRECTORY)
     owner = _owner_ids(placed.entry.user, placed.entry.group)
+    how = os.O_DIRECTORY | os.O_NOFOLLOW
     try:
         for part in placed.path.split("/")[:-1]:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(part, 0o755, dir_fd=fd)
-                os.fsync(fd)
-            if os.geteuid() == 0 and os.stat(part, dir_fd=fd, follow_symlinks=False).st_uid == 0:
-                # Also what was there: a run that was killed may have made it.
-                os.chown(part, *owner, dir_fd=fd, follow_symlinks=False)
-            below = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            try:
+                below = os.open(part, how, dir_fd=fd)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):  # another thread was faster
+                    os.mkdir(part, 0o755, dir_fd=fd)
+                    os.fsync(fd)
+                below = os.open(part, how, dir_fd=fd)
             os.close(fd)
             fd = below
+            if os.geteuid() == 0 and os.fstat(fd).st_uid == 0:  # a run that was killed may have made it, too
+                os.fchown(fd, *owner)
         yield fd
     finally:
         os.close(fd)
