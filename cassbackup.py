@@ -3939,8 +3939,10 @@ class Pinner(threading.Thread):
                 names = [name for name in disk.lost(relative, unit.life) if (source, name) not in lost]
                 disk.write_lost(relative, unit.life, names)
             left += self._close_pins(disk, relative, unit.life)
-        still_kept = [name for source, name in kept if os.path.lexists(f"{pins.get(source)}/{_short(name, '~')}")]
-        return left - len(still_kept)
+        for source, name in kept:
+            if source in pins and os.path.lexists(f"{pins[source]}/{_short(name, '~')}"):
+                left -= 1
+        return left
 
     def _others_wait(self, directories: Iterable[str]) -> bool:
         """Tell whether anything but manifest.json is pinned in these. A later start could not tell its life without."""
@@ -4753,7 +4755,7 @@ class Workers:
     def __init__(self, idle: threading.Event, threads: int, patience_s: float) -> None:
         self._idle, self._patience_s = idle, patience_s
         self._pools = {True: ThreadPoolExecutor(2, "urgent"), False: ThreadPoolExecutor(threads, "bulk")}
-        # Pins are read on one thread: each stat(2) lets another one run, and many would take turns more than read.
+        # Snapshots' pins are read on one thread: each stat(2) lets another run, and many would take turns, not read.
         self._pins = ThreadPoolExecutor(1, "local")
         # Few jobs wait in a pool's own queue, so that what is urgent or older is never behind many.
         self._slots = {True: asyncio.Semaphore(4), False: asyncio.Semaphore(threads + 4)}
@@ -4771,7 +4773,9 @@ class Workers:
                 raise asyncio.CancelledError
             began = time.monotonic()
             self._running += 1
-            pool = self._pins if operation == "pins" else self._pools[urgent]
+            pool = self._pools[urgent]
+            if operation == "pins" and not urgent:
+                pool = self._pins
             try:
                 return await asyncio.get_running_loop().run_in_executor(pool, job, *args)
             finally:
@@ -5292,6 +5296,7 @@ class Backup:
         The newest SSTable of a table stays, with its pins, until a newer one has come: else Cassandra could begin
         again to count its generations, and the same names would come with other content.
         """
+        self._check_bucket(work)  # what is kept is listed in this bucket
         listed = [pin for path, pin in work.pins.items() if path in work.files]
         if not self._options.delete_uploaded_incrementals or work.unit.kind != "incremental" or not listed:
             return {}

@@ -30,6 +30,7 @@ from tree import Node
 import cassbackup
 from cassbackup import (
     Backup,
+    Changed,
     Fingerprint,
     Known,
     Ledger,
@@ -973,10 +974,14 @@ def test_the_newest_sstable_of_a_table_stays_in_backups_though_a_backlog_is_list
     def deleted(generation: int) -> list[str]:
         name = f"nb-{generation}-big-Data.db"
         pin = Pinned("/backups", name, Fingerprint(generation, 1, generation), 0, 0, 0, 1, f"/pins/{name}~", "disk")
-        work: Any = SimpleNamespace(unit=unit, pins={pin.path: pin}, files={pin.path: None})
+        work: Any = SimpleNamespace(unit=unit, pins={pin.path: pin}, files={pin.path: None}, bucket="")
         return [name for _, name in backup._deletable(work)]
 
     assert [deleted(9), deleted(3), deleted(10)] == [[], ["nb-3-big-Data.db"], ["nb-9-big-Data.db"]]
+    backup.bucket = "made anew while they were judged"
+    with pytest.raises(Changed):
+        deleted(11)
+    assert not any("nb-11-" in name for kept in backup._kept.values() for _, name in kept), "it would not be stored"
 
 
 def test_a_loss_is_told_until_a_snapshot_taken_since_is_complete_p8(tmp_path: Path) -> None:
