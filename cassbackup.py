@@ -3018,13 +3018,6 @@ class Filters:
                     yield f"--{option} {pattern}"
 
 
-class Pins(NamedTuple):
-    """What a pin directory holds."""
-
-    files: dict[FilePath, Pinned]
-    lost: tuple[FilePath, ...]  # given up to keep the disk free, and not yet listed as lost
-
-
 def _short(name: str, suffix: str) -> str:
     """Return a name and its suffix, or #<hash> and the suffix where that would be more than NAME_MAX, 255 bytes."""
     if name.startswith("#") or len(os.fsencode(name + suffix)) > 255:
@@ -3089,7 +3082,7 @@ class PinDirectory:
     `lost` names what was given up.
 
     It is made closed, with path and id "", and opened by `check` when the data directory is there. From then on
-    `read` may be called by any thread, all else by the pinner alone.
+    `read` and `lost` may be called by any thread, all else by the pinner alone.
     """
 
     def __init__(self, root: str, pin_dir: str = "") -> None:
@@ -3215,8 +3208,8 @@ class PinDirectory:
             os.rmdir(path)
         return left
 
-    def read(self, relative: str, life: str) -> Pins:
-        """Return the pins of a source directory as they are now, and what is lost of it."""
+    def read(self, relative: str, life: str) -> dict[FilePath, Pinned]:
+        """Return the pins of a source directory as they are now."""
         source, path = self.source(relative), self.directory(relative, life)
         files: dict[FilePath, Pinned] = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
@@ -3229,10 +3222,10 @@ class PinDirectory:
                         name = _read_name(f"{path}/{name}.name")
                     who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
                     files[source, name] = Pinned(source, name, Fingerprint.of(info), *who, entry.path, self.id)
-        return Pins(files, tuple((source, name) for name in self.lost(relative, life)))
+        return files
 
     def lost(self, relative: str, life: str) -> list[str]:
-        """Return the names of what was given up of a source directory."""
+        """Return the names of what was given up of a source directory, and is not yet listed as lost."""
         try:
             text = _read_name(f"{self.directory(relative, life)}/lost")
         except FileNotFoundError:
@@ -3269,7 +3262,7 @@ class PinnerState:
     # When the last full scan began, seconds since 1970; 0 before the first has ended, of all or since `forget`.
     scanned: float
     counts: Mapping[str, int]  # found, found_by_rescan, vanished, refused, skipped, deleted
-    refused: Mapping[str, float]  # directories in which something cannot be pinned, and since when
+    refused: frozenset[str]  # directories in which something cannot be pinned
     tables: frozenset[str]  # ks/table-id
     absent: Mapping[str, str]  # data directories of which nothing can be pinned, and why
     unmatched: tuple[str, ...]  # filters that fit nothing
@@ -3422,7 +3415,7 @@ class Pinner(threading.Thread):
         self._opened: set[PinDirectory] = set()
         self._counts: Counter[str] = Counter()
         self._unlinked = 0
-        self._refused: dict[str, float] = {}
+        self._refused = set[str]()
         self._absent: dict[str, str] = {}
         self._named: set[str] = set()  # paths that the log has named
         self._names: set[str] = set()  # keyspaces and ks.tables that were seen
@@ -3511,7 +3504,7 @@ class Pinner(threading.Thread):
         self._reported = time.monotonic()
         tables = frozenset(place.relative for place in self._places.values() if place.is_table)
         unmatched = tuple(self._filters.unmatched(self._names)) if self._scanned else ()
-        told = (dict(self._counts), dict(self._refused), tables, dict(self._absent), unmatched)
+        told = (dict(self._counts), frozenset(self._refused), tables, dict(self._absent), unmatched)
         state = PinnerState(self._scanned, *told)
         self._post(state)
         return state
@@ -3618,7 +3611,7 @@ class Pinner(threading.Thread):
             self._tell_pinned(disk, relative, life)
             place = self._resume(disk, relative, life)
             if place:
-                for pin in disk.read(relative, life).files.values():
+                for pin in disk.read(relative, life).values():
                     place.pinned[pin.name] = pin.fingerprint.inode
                     place.listed.discard(mark_of(pin.name, pin.fingerprint))  # listed, but not let go before the end
 
@@ -3664,7 +3657,7 @@ class Pinner(threading.Thread):
             self._scan(next(iter(self._dirty)))
         if self._scanned:
             self._counts["found_by_rescan"] += self._counts["found"] - before
-        self._refused = {path: since for path, since in self._refused.items() if os.path.lexists(path)}
+        self._refused = {path for path in self._refused if os.path.lexists(path)}
         self._scanned = began
         return self._report()
 
@@ -3709,7 +3702,7 @@ class Pinner(threading.Thread):
         else:
             self._scan_folders(place, fd)
         if self._counts["refused"] == refused:
-            self._refused.pop(place.path, None)
+            self._refused.discard(place.path)
             # The kernel's clock for mtimes ticks coarsely: what changed just now may change again without a trace.
             if abs(time.time_ns() - info.st_mtime_ns) > 2e9:
                 place.mtime_ns = info.st_mtime_ns
@@ -3882,7 +3875,7 @@ class Pinner(threading.Thread):
     def _refuse(self, directory: str, path: str, why: str, hint: str = _MAY_LINK) -> None:
         """Name what cannot be pinned now. It is tried again at each reconciliation: the hint is used up."""
         self._counts["refused"] += 1
-        self._refused.setdefault(directory, time.time())
+        self._refused.add(directory)
         if path not in self._named:
             self._named.add(path)
             log.error("cannot pin path=%s error=%s hint=%s", quote(path), why, hint)
@@ -4953,14 +4946,16 @@ def _read_small(store: Store, pins: PinMap, files: Mapping[FilePath, Known], pat
     return read_object(store, files[path].key)
 
 
-def _read_pins(directories: Iterable[tuple[PinDirectory, str]], life: str) -> Pins:
+def _read_pins(
+    directories: Iterable[tuple[PinDirectory, str]], life: str
+) -> tuple[dict[FilePath, Pinned], tuple[FilePath, ...]]:
+    """Return the pins of a unit, and what was given up of it."""
     files: dict[FilePath, Pinned] = {}
     lost: list[FilePath] = []
     for disk, relative in directories:
-        found = disk.read(relative, life)
-        files.update(found.files)
-        lost.extend(found.lost)
-    return Pins(files, tuple(lost))
+        files.update(disk.read(relative, life))
+        lost += [(disk.source(relative), name) for name in disk.lost(relative, life)]
+    return files, tuple(lost)
 
 
 def _pin_paths(directories: Iterable[tuple[PinDirectory, str]], life: str) -> set[str]:
@@ -5111,8 +5106,8 @@ class Backup:
     async def _back_up(self, unit: Unit, waiting: Waiting) -> float | None:
         """Store and list what there is of a unit; None when it is done, else the seconds until the next time."""
         directories = sorted(waiting.directories, key=lambda one: one[1])
-        found = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
-        work = Round(unit, waiting, self.bucket, self.clock(), found.files, found.lost)
+        pins, lost = await self._workers.once("pins", unit.urgent, _read_pins, directories, unit.life)
+        work = Round(unit, waiting, self.bucket, self.clock(), pins, lost)
         for path, fingerprint in self._kept.get(unit, {}).items():
             if path in work.pins and work.pins[path].fingerprint == fingerprint:
                 del work.pins[path]
@@ -5169,7 +5164,9 @@ class Backup:
         if complete or not before.covered:
             kept = [entry for path, entry in files.items() if path not in verdict.strays]
             taken = manifest_time(kept) or before.listing.unit.life
-            listing = self._draft(before.listing.unit, taken, complete, kept, missing, lost)
+            lost_names = tuple(name for _, name in sorted(lost))
+            lacks = () if complete else tuple(sorted(missing))
+            listing = Listing(self.node, before.listing.unit, taken, "", complete, tuple(kept), lacks, lost_names)
             for path in sorted(verdict.strays & work.pins.keys()):
                 log.warning("not in its manifest.json, not listed path=%s", quote("/".join(path)))
             if self._adds(listing, before.listing):
@@ -5235,7 +5232,8 @@ class Backup:
         if entries or work.lost:
             complete = not missing and not work.lost
             unit = replace(unit, life="")  # in backups/ all lives are listed alike
-            draft = self._draft(unit, work.began, complete, entries.values(), missing, work.lost)
+            files, lost = tuple(entries.values()), tuple(name for _, name in sorted(work.lost))
+            draft = Listing(self.node, unit, work.began, "", complete, files, tuple(sorted(missing)), lost)
             await self._publish(draft, work)
         work.files = {path: entry for path, entry in entries.items() if path in pins} | listed
         if not missing:
@@ -5312,19 +5310,6 @@ class Backup:
         return released
 
     # What both have in common
-
-    def _draft(
-        self,
-        unit: Unit,
-        taken: str,
-        complete: bool,
-        files: Iterable[Known],
-        missing: Iterable[str],
-        lost: Iterable[FilePath],
-    ) -> Listing[Known]:
-        lost_names = tuple(name for _, name in sorted(lost))
-        missing_names = () if complete else tuple(sorted(missing))
-        return Listing(self.node, unit, taken, "", complete, tuple(files), missing_names, lost_names)
 
     async def ask(self, do: Callable[..., T], *args: object) -> T:
         """Have the pinner do something in its own thread; return its answer."""
@@ -5589,12 +5574,12 @@ def pins_alone(
     """
     inodes = array("Q")
     for unit, relative in directories:
-        pins = disk.read(relative, unit.life).files.values()
+        pins = disk.read(relative, unit.life).values()
         inodes.extend(pin.fingerprint.inode for pin in pins if pin.links > 1)
     twice = {inode for inode, next_one in itertools.pairwise(sorted(inodes)) if inode == next_one}
     read, ours = [], Counter[int]()
     for unit, relative in directories:
-        pins = disk.read(relative, unit.life).files.values()
+        pins = disk.read(relative, unit.life).values()
         some = [pin for pin in pins if pin.links == 1 or pin.fingerprint.inode in twice]
         ours.update(pin.fingerprint.inode for pin in some)
         read.append((unit, relative, some))
@@ -5604,18 +5589,6 @@ def pins_alone(
         if alone:
             found.append((unit, relative, alone))
     return found
-
-
-def overdraft(size: int, free: int, held: int, max_pinned: float, min_free: float) -> int:
-    """Return how many bytes our pins must give back to a disk of this size on which they alone hold `held` bytes.
-
-    It is what exceeds --max-pinned; or what --min-free lacks, but only if our pins are more than a tenth of what is
-    free: to give up a few pins would not help a disk that others have filled.
-    """
-    over = held - int(max_pinned * size)
-    if held > free / 10:
-        over = max(over, int(min_free * size) - free)
-    return max(0, min(over, held))
 
 
 def tell_manager(environ: Mapping[str, str], line: str) -> None:
@@ -5832,7 +5805,7 @@ class Daemon:
         self._workers = Workers(self._pinner.idle, options.store.threads, patience)
         self._local = ThreadPoolExecutor(1, "local")
         self._backup = Backup(options, self._pinner, self._workers, ledger)
-        self._state = PinnerState(0.0, {}, {}, frozenset(), {}, ())
+        self._state = PinnerState(0.0, {}, frozenset(), frozenset(), {}, ())
         self._blind = 0.0  # when something was last not seen
         self._first_scan = math.inf  # when the first scan ended that saw every data directory
         self._alive = time.monotonic()  # when the pinner last said something
@@ -5919,12 +5892,7 @@ class Daemon:
             return FAILED
         if backup.counts["incomplete"] or backup.units:
             return BEHIND
-        tables = self._tables()
-        if self._lost(tables) or self._with_fact("incomplete:", tables):
-            return BEHIND
-        if state.refused or state.absent or state.unmatched or self._options.problems:
-            return BEHIND
-        return DONE
+        return BEHIND if any(self._unprotected(self._tables()).values()) else DONE
 
     # What the pinner tells
 
@@ -6072,7 +6040,12 @@ class Daemon:
         """Give up what a disk must have back; return how many bytes our pins alone held. Each of n pins counts 1/n."""
         alone = await self._on_disk(pins_alone, disk, directories)
         held = sum(pin.size // pin.links for _, _, pins in alone for pin in pins.values())
-        over = overdraft(size, free, held, self._options.max_pinned, self._options.min_free)
+        # What exceeds --max-pinned; or what --min-free lacks, but only if our pins are more than a tenth of what is
+        # free: to give up a few would not help a disk that others have filled.
+        over = held - int(self._options.max_pinned * size)
+        if held > free / 10:
+            over = max(over, int(self._options.min_free * size) - free)
+        over = min(over, held)
         for unit, relative, pins in alone:
             if over <= 0:
                 break
@@ -6579,8 +6552,7 @@ def read_listing(store: Patient, node: str, info: ListingInfo) -> Listing[Known]
     """Read a listing. Raises Corrupt as `check_listing` does, and Missing."""
     if info.body > _LISTING_BYTES:
         raise Corrupt(f"{quote(info.key)} has {info.body} bytes", "that is no listing of ours")
-    body = b"".join(store.get(info.key, 0, info.body))
-    return check_listing(node, info.key, body)
+    return check_listing(node, info.key, read_object(store, info.key))
 
 
 def names_bad(store: Patient, node: str, bad: Collection[str], infos: Iterable[ListingInfo]) -> bool:
@@ -6721,10 +6693,9 @@ def meaning_of(store: Patient, node: str, word: str) -> Callable[[Snapshot], boo
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """What the bucket tells of a node: its place in the ring (node.<UTC>.json), and when it was last heard of."""
+    """What the bucket tells of a node: its name, and its place in the ring (node.<UTC>.json)."""
 
     name: str
-    heard: str = ""  # UTC of the newest heartbeat
     cluster: str = ""
     host_id: str = ""
     dc: str = ""
@@ -6742,11 +6713,6 @@ class NodeInfo:
 
 def node_info(store: Patient, name: str) -> NodeInfo:
     """Ask the bucket who a node is. Raises Usage where 0.1 wrote its listings; a damaged document is only logged."""
-    heard = ""
-    for info in store.list(f"{name}.listings/heartbeat/"):
-        told = moment_of(info.key)
-        if is_utc(told):
-            heard = max(heard, min(told, utc(info.modified)))  # the node's clock may have been ahead
     try:
         newest_document(store, f"{name}.listings/owner.")
         place = newest_document(store, f"{name}.listings/node.")
@@ -6754,10 +6720,10 @@ def node_info(store: Patient, name: str) -> NodeInfo:
         words = {word: str(place.get(word) or "") for word in names}
         addresses = tuple(map(str, place.get("addresses") or ()))
         tokens = tuple(map(str, place.get("tokens") or ()))
-        return NodeInfo(name, heard, **words, addresses=addresses, tokens=tokens)
+        return NodeInfo(name, **words, addresses=addresses, tokens=tokens)
     except (Corrupt, TypeError) as fault:
         log.warning("skipped what tells the place in the ring node=%s error=%s", quote(name), quote(str(fault)))
-        return NodeInfo(name, heard)
+        return NodeInfo(name)
 
 
 def node_names(store: Patient) -> list[str]:
@@ -7907,23 +7873,16 @@ def check_space(placed: Sequence[Placed]) -> None:
             raise Fault(what, f"it has room for {disk.f_favail} files and {size_text(free)}")
 
 
-@contextlib.contextmanager
-def locked(roots: Iterable[str]) -> Iterator[None]:
-    """Keep other restores out of directories. Raises Busy."""
+def receive_safely(bucket: Bucket, tops: Iterable[str], files: Sequence[Placed]) -> dict[str, str]:
+    """Restore files; `tops` are directories that must hold nothing else. Keeps other restores out. Raises Busy."""
     with contextlib.ExitStack() as stack:
-        for root in sorted(roots):
+        for root in sorted({one.root for one in files}):
             fd = os.open(root, os.O_DIRECTORY)
             stack.callback(os.close, fd)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Busy(f"another restore writes to {quote(root)}", "wait for it") from None
-        yield
-
-
-def receive_safely(bucket: Bucket, tops: Iterable[str], files: Sequence[Placed]) -> dict[str, str]:
-    """Restore files below directories that hold nothing else."""
-    with locked({one.root for one in files}):
         for top in tops:
             check_target(top, files)
         check_space(files)
@@ -8011,8 +7970,7 @@ def restore_schema(bucket: Bucket, plan: Plan) -> dict[str, str]:
     make_target(plan.where)
     if body:
         write_new(os.path.join(plan.where, SCHEMA), body)
-    with locked({one.root for one in plan.files}):
-        return receive_all(bucket, plan.files)
+    return receive_safely(bucket, [], plan.files)  # an earlier run may have staged the tables there
 
 
 def _is_left_by_drop(path: str) -> bool:
@@ -9801,7 +9759,11 @@ def _list_node(bucket: Bucket, options: ListOptions, node: NodeInfo) -> dict[str
 
     found: list[ListingInfo] = []
     covered: dict[str, tuple[str, str]] = {}
-    last = node.heard
+    last = ""
+    for beat in bucket.store.list(f"{node.name}.listings/heartbeat/"):
+        told = moment_of(beat.key)
+        if is_utc(told):
+            last = max(last, min(told, utc(beat.modified)))  # the node's clock may have been ahead
     for info in listings_of(bucket.store, node.name):
         marks.pop(info.key, None)
         last = max(last, info.listed)

@@ -123,7 +123,7 @@ class Desk:
         for disk in self.disks:
             for relative, life in pin_directories(disk):
                 unit = cassbackup.unit_of(disk.root, relative, life)
-                found.setdefault(unit, {}).update(disk.read(relative, life).files)
+                found.setdefault(unit, {}).update(disk.read(relative, life))
         return dict(sorted(found.items(), key=lambda item: item[0].life))
 
     def lives(self, tag: str) -> list[Unit]:
@@ -162,7 +162,7 @@ class Desk:
         for disk in self.disks:
             for relative, life in pin_directories(disk):
                 if life == unit.life:
-                    found += disk.read(relative, life).lost
+                    found += [(disk.source(relative), name) for name in disk.lost(relative, life)]
         return found
 
     def let_all_go(self) -> Listed:
@@ -327,7 +327,7 @@ def test_each_descriptor_that_is_held_is_of_its_own_directory(
     monkeypatch.setattr(os, "link", clear_meanwhile)
     desk = start(tmp_path / "a" / "data", tmp_path / "b" / "data")
     assert not first.exists()
-    assert desk.state.refused == {}
+    assert desk.state.refused == set()
     held = {place.path: place.held for place in desk.pinner._places.values() if place.held >= 0}
     assert str(second) in held
     assert {path: os.readlink(f"/proc/self/fd/{fd}") for path, fd in held.items()} == {path: path for path in held}
@@ -544,7 +544,7 @@ def test_a_linked_keyspace_or_table_is_red_until_it_is_mended_or_left_out_p8(
     (node.data_dirs[0] / "ks2").unlink()
     (tmp_path / "ks2").rename(node.data_dirs[0] / "ks2")
     desk.scan().assert_pinned(node.history)
-    assert desk.state.refused == {}
+    assert desk.state.refused == set()
 
 
 def test_a_directory_that_becomes_a_symlink_is_not_followed(
@@ -1041,8 +1041,7 @@ def test_only_bytes_that_nobody_else_holds_are_given_up_and_a_restart_knows_it(
     desk.end()
     lost.write_text(lost.read_text() + "\nnb-1-big-Data.db")  # as after a kill amid giving up
     desk = start(*node.data_dirs)
-    found = desk.disks[0].read(relative, unit.life)
-    assert {name for _, name in found.lost} == set(given_up)
+    assert set(desk.disks[0].lost(relative, unit.life)) == set(given_up)
     assert desk.let_go(unit, lost=False) == 1
     assert unit in desk.units(), "pending until it is listed as lost"
     assert desk.let_go(unit, lost=True) == 0
@@ -1095,11 +1094,11 @@ def test_what_is_given_up_after_the_pins_were_read_stays_named_until_it_is_liste
     node.clear("daily")
     disk, relative = desk.disks[0], str(tag_of(users).relative_to(node.data_dirs[0]))
     for name in ("manifest.json", "schema.cql"):
-        read = disk.read(relative, unit.life).lost
+        read = [(disk.source(relative), name) for name in disk.lost(relative, unit.life)]
         desk.ask(desk.pinner.give_up, disk, relative, unit.life, {name: 1})
     assert [name for _, name in read] == ["manifest.json"]
     desk.ask(desk.pinner.let_go, unit, {}, read, (), ())
-    assert [name for _, name in disk.read(relative, unit.life).lost] == ["schema.cql"]
+    assert disk.lost(relative, unit.life) == ["schema.cql"]
 
 
 def test_what_was_given_up_and_is_still_there_is_pinned_again(node: Node, users: Table, start: Start) -> None:
@@ -1416,7 +1415,7 @@ def test_what_cannot_be_linked_now_is_named_and_tried_again(
     (unit,) = desk.units()
     shutil.rmtree(ballast)
     assert str(folder / "c") in desk.scan().copies()
-    assert desk.state.refused == {}
+    assert desk.state.refused == set()
     assert set(desk.units()) == {unit}
 
 

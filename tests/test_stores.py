@@ -71,8 +71,10 @@ from cassbackup import (
     Unreachable,
     Usage,
     crc32_combine,
+    listing_info,
     open_store,
     pauses,
+    read_listing,
     read_object,
     sign,
     unanswered,
@@ -241,6 +243,13 @@ class TestEveryStore:
             assert store.head(absent) is None
             with pytest.raises(Missing):
                 read(store, absent)
+
+    def test_a_listing_that_a_record_names_and_that_is_gone_is_missing(self, store: Store) -> None:
+        key = "node1.listings/ks/users-1/backups/20261130T000000.000000Z-complete-1-1.json"
+        recorded = listing_info("node1", ObjectInfo(key, 0, "", 0.0))
+        assert recorded
+        with pytest.raises(Missing):
+            read_listing(Patient(store, 0), "node1", recorded)
 
     def test_a_body_is_read_from_one_place_to_another(self, store: Store) -> None:
         body, end = noise((2 << 20) + 17), (2 << 20) + 17
