@@ -37,8 +37,8 @@ class Mutant(NamedTuple):
 MUTANTS = {
     # The ten of the report.
     "drop fsync": Mutant(
-        "                os.fsync(file.fileno())\n                yield None\n            folders",
-        "                yield None\n            folders",
+        "                os.fsync(file.fileno())\n                yield None  # durable\n",
+        "                yield None  # durable\n",
         "test_stores.py",
         "group_is_durable",
     ),
@@ -102,7 +102,7 @@ MUTANTS = {
         "begins_another_life or another_life",
     ),
     "Known taken for Stored": Mutant(
-        "if entry.key in certain or _is_there(", "if True or _is_there(", "test_judge.py", "p1_what_is_absent"
+        "if entry.key in certain or check_object(", "if True or check_object(", "test_judge.py", "p1_what_is_absent"
     ),
     "a retry that holds its thread": Mutant(
         "                await asyncio.sleep(wait)\n            else:\n                self.note(",
@@ -111,7 +111,7 @@ MUTANTS = {
         "retry_asks_again",
     ),
     "a page shortened": Mutant(
-        '            if not page.get("IsTruncated"):\n                return\n',
+        '            if about.get("IsTruncated") != "true":\n                return\n',
         "            return\n",
         "test_stores.py",
         "list_has_as_many_pages and moto",
