@@ -19,6 +19,7 @@ FAKE_GCS := github.com/fsouza/fake-gcs-server@v1.56.1
 SEAWEEDFS := github.com/seaweedfs/seaweedfs/weed@v0.0.0-20261109003541-7506e5f91cd6
 SERVERS ?= $(VERSITYGW) $(SEAWEEDFS) $(FAKE_GCS)
 SERVERS_IN ?= $(HOME)/.cache/cassbackup-servers
+BUILT := $(abspath $(SERVERS_IN))
 # What make test-faults leaves for make scorecard, and for how long it soaks.
 SCORE := $(CURDIR)/tests/.build/score
 SOAK_MINUTES ?= 10
@@ -78,7 +79,7 @@ servers:
 	@bash -euo pipefail -c "$$BUILD_SERVERS"
 
 test-servers: $(VENV)/.stamp servers ## the same program over versitygw, SeaweedFS and fake-gcs-server, which Go builds into a cache
-	@CASSBACKUP_SERVERS=$(SERVERS_IN) $(RUN) $(VENV)/bin/python -m pytest $(WORKERS) -m real_server tests/test_servers.py tests/test_stores.py $(ARGS)
+	@CASSBACKUP_SERVERS=$(BUILT) $(RUN) $(VENV)/bin/python -m pytest $(WORKERS) -m real_server tests/test_servers.py tests/test_stores.py $(ARGS)
 
 deb: ## build dist/*.deb for Debian and Ubuntu; root also installs what that needs
 	debian/build dist
@@ -97,7 +98,7 @@ format: $(VENV)/.stamp ## let ruff mend imports and layout
 
 bench: $(VENV)/.stamp-bench ## measure ours beside s5cmd and others, on an idle machine; versitygw joins where there is Go
 	@if command -v go >/dev/null; then $(MAKE) --no-print-directory servers SERVERS='$(VERSITYGW)' || echo "versitygw is left out"; fi
-	CASSBACKUP_SERVERS=$(SERVERS_IN) $(VENV)/bin/python bench/bench.py $(ARGS)
+	CASSBACKUP_SERVERS=$(BUILT) $(VENV)/bin/python bench/bench.py $(ARGS)
 
 clean: ## remove all that make has made
 	rm -rf $(VENV) $(VENV)-* .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/.build
@@ -166,14 +167,18 @@ export NEW_VENV
 define BUILD_SERVERS
 command -v go >/dev/null || { echo "no Go here, which builds the servers; on Debian: apt-get install golang" >&2; exit 1; }
 # In a module of its own: go install takes no program whose go.mod replaces another module, as that of SeaweedFS does.
-build() {
+build() (
+    export GO111MODULE=on GOFLAGS= GOWORK=off
     folder=$$(mktemp -d)
-    (cd "$$folder" && go mod init servers && go get "$$1" && go build -o $(SERVERS_IN)/ "$${1%@*}")
-    rm -rf "$$folder"
-}
+    trap 'rm -rf "$$folder"' EXIT
+    cd "$$folder"
+    go mod init servers
+    go get "$$1"
+    go build -o "$(BUILT)/" "$${1%@*}"
+)
 for module in $(SERVERS); do
     name=$${module##*/} name=$${name%@*}
-    test -x $(SERVERS_IN)/$$name || { echo "== building $$module"; build $$module; }
+    test -x "$(BUILT)/$$name" || { echo "== building $$module"; build $$module; }
 done
 endef
 export BUILD_SERVERS

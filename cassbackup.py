@@ -3082,7 +3082,7 @@ class PinDirectory:
     `lost` names what was given up.
 
     It is made closed, with path and id "", and opened by `check` when the data directory is there. From then on
-    `read` and `lost` may be called by any thread, all else by the pinner alone.
+    `read`, `lost` and what only names a path may be called by any thread, all else by the pinner alone.
     """
 
     def __init__(self, root: str, pin_dir: str = "") -> None:
@@ -6271,7 +6271,10 @@ class Daemon:
         }
 
     def _unprotected(self, tables: Collection[str]) -> dict[str, Any]:
-        """Return what is not stored, and will not be by itself. `tables`: those that are neither gone nor dropped."""
+        """Return what is not stored, and will not be by itself: any of it makes --once end with 3.
+
+        `tables`: those that are neither gone nor dropped.
+        """
         state = self._state
         return {
             "refused": sorted(state.refused),
@@ -6463,7 +6466,7 @@ class ListingInfo(NamedTuple):
     complete: bool
     files: int
     size: int
-    body: int  # bytes of JSON
+    body: int  # bytes of JSON; 0 where a record alone tells of it
     when: float  # listed, or stored if that is later: of two clocks the younger counts
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -286,6 +288,10 @@ class Service(ABC):
     def __init__(self) -> None:
         self.url = ""
 
+    def port(self) -> int:
+        """Return a free port for it."""
+        return free_port()
+
     @abstractmethod
     def command(self, port: int) -> list[str]:
         """Return the command that serves `port` of 127.0.0.1."""
@@ -297,7 +303,7 @@ class Service(ABC):
     def __enter__(self) -> Service:
         with tempfile.TemporaryFile() as output:
             for _ in range(3):  # somebody may have taken the port meanwhile
-                port = free_port()
+                port = self.port()
                 self.url = f"http://127.0.0.1:{port}"
                 self._process = subprocess.Popen(
                     tethered(self.command(port)), stdout=output, stderr=output, start_new_session=True
@@ -447,19 +453,36 @@ class Weed(Service):
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root
+        self.ports: list[int] = []
+
+    def port(self) -> int:
+        """Return one that no client is given meanwhile: it is bound two seconds after the start."""
+        while True:
+            port = random.randrange(20000, 32000)
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+                self.ports.append(port)
+                return port
 
     def command(self, port: int) -> list[str]:
+        root = tempfile.mkdtemp(dir=self.root)  # what a try has left is no beginning for the next
         key = {"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}
         who = {"name": "test", "credentials": [key], "actions": ["Admin"]}
-        config = self.root / "s3.json"
+        config = Path(root, "s3.json")
         config.write_text(json.dumps({"identities": [who]}))
-        ports = [f"-s3.port={port}", f"-s3.port.grpc={free_port()}"]
+        ports = [f"-s3.port={port}", f"-s3.port.grpc={self.port()}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         for part in ("master", "volume", "filer"):
-            ports += [f"-{part}.port={free_port()}", f"-{part}.port.grpc={free_port()}"]
-        where = [f"-dir={self.root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
+            ports += [f"-{part}.port={self.port()}", f"-{part}.port.grpc={self.port()}"]
+        where = [f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"]
         limits = ["-master.volumeSizeLimitMB=64", "-volume.max=2000"]
         s3 = ["-s3", f"-s3.config={config}", "-s3.allowBackslashInKey"]
         return [built("weed"), "server", "-filer", *s3, *where, *ports, *limits]
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for port in self.ports:  # no option moves its sockets
+            for path in glob.glob(f"/tmp/seaweedfs-*{port}.sock"):
+                os.unlink(path)
 
     def fresh(self) -> WeedBucket:
         return WeedBucket(self.url, f"bucket-{uuid.uuid4().hex[:12]}")

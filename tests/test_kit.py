@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import oracle
 import pytest
-from conftest import Daemon, Run
+from conftest import REPOSITORY, Daemon, Run
 from faultproxy import (
     LOST_ACK,
     SLOW_DOWN,
@@ -31,6 +31,7 @@ from faultproxy import (
     joined,
     writes,
 )
+from faults.test_mutants import MUTANTS
 from scene import wait_for
 from servers import Bucket, FakeMetadata, FileBucket
 from storm import HERE, Gust, Storm, compiled
@@ -700,3 +701,8 @@ def test_a_daemon_can_be_stopped_killed_and_started_again(
         one.wait_until(lambda: False, timeout=0.1)
     assert one.stop() == 0
     assert not one.is_running
+
+
+def test_each_mutant_finds_its_place_in_the_program() -> None:
+    text = (REPOSITORY / "cassbackup.py").read_text()
+    assert {name: text.count(mutant.before) for name, mutant in MUTANTS.items()} == dict.fromkeys(MUTANTS, 1)

@@ -1524,7 +1524,6 @@ def test_a_node_is_meant_by_its_name_host_id_or_address_never_by_a_part(
     shelf.store.put("db1-i-0abc.listings/owner.json", Body(dump_document(id="x")))
     about = {"host_id": "8d5e", "addresses": ["10.0.0.2"], "cluster": "blue", "tokens": ["1"]}
     shelf.store.put("db10-7777.listings/node.20261121T000000.000000Z.json", Body(dump_document(**about)))
-    shelf.store.put("db10-7777.listings/heartbeat/20261121T000000.000000Z.json", Body(b""))
     bucket = cassbackup.Bucket(shelf.store, 2)
     if found:
         choice = cassbackup.NodeChoice(word, all_nodes=True)

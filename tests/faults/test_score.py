@@ -7,7 +7,6 @@ import sys
 
 from faults.rows import ROWS, is_of
 from faults.scorecard import REPOSITORY, all_tests, named_tests
-from faults.test_mutants import MUTANTS
 
 
 def test_every_row_names_all_tests() -> None:
@@ -21,8 +20,3 @@ def test_pytest_finds_each_test_that_is_run_for_the_scorecard() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", *named_tests()]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def test_each_mutant_finds_its_place_in_the_program() -> None:
-    text = (REPOSITORY / "cassbackup.py").read_text()
-    assert {name: text.count(mutant.before) for name, mutant in MUTANTS.items()} == dict.fromkeys(MUTANTS, 1)
