@@ -341,6 +341,16 @@ def test_a_file_that_changed_since_it_was_pinned_is_not_stored(bench: Bench, cha
     assert bench.objects() == {"n/data": b"good"}
 
 
+def test_reading_a_pin_leaves_no_descriptor_open_p5(bench: Bench) -> None:
+    good, changed = bench.pin("nb-1-big-Data.db", b"good"), bench.pin("nb-1-big-TOC.txt", b"bytes")
+    grown(changed.pin)
+    before = os.listdir("/proc/self/fd")
+    PinnedSource(good).read(0, 4)
+    with pytest.raises(Changed):
+        PinnedSource(changed).read(0, 5)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_file_that_grows_while_it_is_read_has_changed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     pin = bench.pin("nb-1-big-TOC.txt", b"bytes")
 
