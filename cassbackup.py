@@ -2850,14 +2850,14 @@ class Ledger:
         rows = [(quote(directory), life, listed, blob) for directory, blob in blobs.items()]
         self._write("listed", rows)
 
-    def listed(self) -> dict[str, tuple[str, set[int]]]:
+    def listed(self) -> dict[str, tuple[str, array[int]]]:
         """Return {directory: (its newest life, the marks of what is listed of that)}."""
-        found: dict[str, tuple[str, set[int]]] = {}
+        found: dict[str, tuple[str, array[int]]] = {}
         for quoted, life, _, blob in self._select("SELECT * FROM listed ORDER BY life"):
             directory = unquote(quoted)
             if directory not in found or found[directory][0] != life:
-                found[directory] = (life, set())
-            found[directory][1].update(array("Q", blob))
+                found[directory] = (life, array("Q"))
+            found[directory][1].frombytes(blob)
         return found
 
     def replace_listed(self, directory: str, life: str, until: str, marks: Collection[int]) -> None:
@@ -3277,9 +3277,9 @@ class Place:
     path: str
     unit: Unit  # without its life: with the other places of this unit, on all disks, it shares one
     has_files: bool  # else it is watched for new directories alone
-    life: str = ""  # of the pin directory that is open; "" where nothing is pinned or listed
-    pinned: dict[str, int] = field(default_factory=dict)  # inodes, by name
-    listed: set[int] = field(default_factory=set)  # marks of what is listed, and pinned no more
+    life: str = ""  # of the pins that wait, and of a tag also of what is listed; "" where there is none
+    pins: Counter[str] = field(default_factory=Counter)  # how many we have linked and not let go, by life
+    listed: array[int] = field(default_factory=lambda: array("Q"))  # marks of what is listed, and pinned no more
     held: int = -1  # a descriptor of the very directory, while it has pins: see Pinner._may_go_on
     wd: int = -1  # inotify's watch; -1 where it has no room
     inode: int = 0
@@ -3295,6 +3295,18 @@ class Place:
     def is_table(self) -> bool:
         """Tell whether it is a table's own directory."""
         return self.relative.count("/") == 1
+
+    def pinned(self) -> dict[str, int]:
+        """Return the inodes of the pins that count for a scan, by the names of the pins.
+
+        The disk is asked each time: a million names in memory would be 200 MB.
+        """
+        inodes: dict[str, int] = {}
+        for life in [self.life] if self.is_tag else self.pins:
+            folder = self.disk.directory(self.relative, life)
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+                inodes.update((entry.name, entry.inode()) for entry in entries if entry.name.endswith("~"))
+        return inodes
 
 
 @dataclass(slots=True)
@@ -3390,7 +3402,7 @@ class Pinner(threading.Thread):
         self,
         disks: Sequence[PinDirectory],
         filters: Filters,
-        listed: Mapping[str, tuple[str, set[int]]],
+        listed: Mapping[str, tuple[str, array[int]]],
         reconcile_s: float,
         post: Callable[[object], None],
     ) -> None:
@@ -3611,9 +3623,10 @@ class Pinner(threading.Thread):
             self._tell_pinned(disk, relative, life)
             place = self._resume(disk, relative, life)
             if place:
-                for pin in disk.read(relative, life).values():
-                    place.pinned[pin.name] = pin.fingerprint.inode
-                    place.listed.discard(mark_of(pin.name, pin.fingerprint))  # listed, but not let go before the end
+                pins = disk.read(relative, life).values()
+                place.pins[life] = len(pins)
+                left = {mark_of(pin.name, pin.fingerprint) for pin in pins}  # listed, and not let go before the end
+                place.listed = array("Q", set(place.listed) - left)
 
     def _tell_pinned(self, disk: PinDirectory, relative: str, life: str) -> None:
         found = min(seconds_of(life), time.time())  # a clock that was once ahead has named lives in the future
@@ -3727,7 +3740,7 @@ class Pinner(threading.Thread):
             self._end_life(self._groups[place.unit], place.life)
             entries = self._sort(place, fd)
         if not place.is_tag:
-            place.listed = entries.seen  # what was deleted from backups/ need not be remembered
+            place.listed = array("Q", entries.seen)  # what was deleted from backups/ need not be remembered
         if entries.found:  # else what is missing is being cleared
             self._pin(place, fd, entries.found)
         for name, inode in entries.folders:  # of an index; after its table, whose life it joins
@@ -3736,10 +3749,10 @@ class Pinner(threading.Thread):
     def _sort(self, place: Place, where: int | str) -> _Sorted:
         """Compare a directory, given by a descriptor or by its path, with what is known of it."""
         found, folders, seen, still_pinned, replaced = [], [], set(), 0, False
-        pinned, listed, is_archive = place.pinned, place.listed, place.unit.kind == "archive"
+        pinned, listed, is_archive = place.pinned(), set(place.listed), place.unit.kind == "archive"
         with os.scandir(where) as entries:
             for entry in entries:
-                inode = pinned.get(entry.name)
+                inode = pinned.get(_short(entry.name, "~")) if pinned else None
                 if inode == entry.inode():  # our link holds the number: it is the same file
                     still_pinned += 1
                 elif entry.is_dir(follow_symlinks=False):
@@ -3753,7 +3766,8 @@ class Pinner(threading.Thread):
                 else:
                     found.append(entry)
                     replaced = replaced or inode is not None
-        unchanged = still_pinned == len(pinned) and len(seen) == len(listed)
+        # Counted by what we have linked: somebody may have removed a pin and its name.
+        unchanged = still_pinned == place.pins[place.life] and len(seen) == len(listed)
         return _Sorted(found, folders, seen, replaced, unchanged)
 
     # Which life
@@ -3806,7 +3820,7 @@ class Pinner(threading.Thread):
                 place.life = ""
                 if place.is_tag:
                     self._release(place)
-                    place.pinned, place.listed = {}, set()
+                    place.listed = array("Q")
                     self._dirty[place] = None
 
     def _join(self, place: Place) -> str:
@@ -3833,7 +3847,6 @@ class Pinner(threading.Thread):
                     if pin.startswith("#"):
                         _keep_name(f"/proc/self/fd/{pins}", pin[:-1], entry.name)
                     os.link(entry.name, pin, src_dir_fd=fd, dst_dir_fd=pins, follow_symlinks=False)
-                    place.pinned[entry.name] = entry.inode()
                     linked += 1
                     if entry.name in IN_PLACE:
                         in_place.append(((place.path, entry.name), Fingerprint.of(os.stat(pin, dir_fd=pins))))
@@ -3847,6 +3860,7 @@ class Pinner(threading.Thread):
         if not linked:
             self._close_pins(place.disk, place.relative, place.life)
             return
+        place.pins[place.life] += linked
         self._counts["found"] += linked
         unit = replace(place.unit, life=place.life)
         self._post(Touched(unit, place.disk, place.relative, linked, time.time(), tuple(in_place)))
@@ -3863,7 +3877,7 @@ class Pinner(threading.Thread):
                 if one.listed and one.life == place.life:
                     mark = mark_of(MANIFEST, Fingerprint.of(os.lstat(f"{one.path}/{MANIFEST}")))
                     if mark in one.listed:
-                        one.listed.discard(mark)
+                        one.listed.remove(mark)
                         self._dirty[one] = None
 
     def _skip(self, path: str) -> None:
@@ -3956,16 +3970,12 @@ class Pinner(threading.Thread):
             self._delete_source(os.path.join(*path), info)
         os.unlink(pin)
         source, name = path
-        place = self._place_of(source, unit.life)
-        if place and place.pinned.get(name) == info.st_ino:
-            del place.pinned[name]
-            place.listed.add(mark_of(name, fingerprint))
-        self._pin_between()
-
-    def _place_of(self, source: str, life: str) -> Place | None:
-        """Return the place in whose `pinned` the pins of a life are."""
         place = self._places.get(source)
-        return place if place and (place.life == life or not place.is_tag) else None
+        if place:
+            place.pins[unit.life] -= 1
+            if place.life == unit.life or not place.is_tag:  # else it is in another life by now
+                place.listed.append(mark_of(name, fingerprint))
+        self._pin_between()
 
     def _delete_source(self, path: str, pin: os.stat_result) -> None:
         """Unlink a file of backups/ by its own name, if that still is the file that we hold."""
@@ -3994,22 +4004,14 @@ class Pinner(threading.Thread):
         if not homes:
             self._pins.pop(life, None)
         place = self._places.get(disk.source(relative))
-        if place and place.pinned:
-            self._miss_pins(place)
+        if place and place.pins.pop(life, 0) > 0:
+            log.error("somebody removed pins, what is still there is pinned again path=%s", quote(place.path))
+            self._dirty[place] = None
         if place and place.life == life:
             self._release(place)
             if not place.is_tag:
                 place.life = self._groups[place.unit].life = ""
         return 0
-
-    def _miss_pins(self, place: Place) -> None:
-        """Pin a directory again of which a pin directory has just ended, and pins are missing in it."""
-        home = (place.disk, place.relative)
-        if any(home in homes for homes in self._pins.values()):
-            return  # they are in the pin directory of another life
-        log.error("somebody removed pins, what is still there is pinned again path=%s", quote(place.path))
-        place.pinned = {}
-        self._dirty[place] = None
 
     def give_up(self, disk: PinDirectory, relative: str, life: str, links: Mapping[str, int]) -> tuple[str, ...]:
         """Unlink pins that have no other links than so many of ours; return which names are lost by that."""
@@ -4037,24 +4039,24 @@ class Pinner(threading.Thread):
         for name, info in alone.items():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(pins[name])
-            place = self._place_of(disk.source(relative), life)
-            if place and place.pinned.get(name) == info.st_ino:
-                del place.pinned[name]
+            place = self._places.get(disk.source(relative))
+            if place:
+                place.pins[life] -= 1
                 self._dirty[place] = None
             self._pin_between()
         return tuple(alone)
 
-    def listed(self) -> dict[str, set[int]]:
+    def listed(self) -> dict[str, array[int]]:
         """Return the marks of what is listed of each directory that is there, or whose disk is away."""
         known = {path: marks for path, (_, marks) in self._listed.items()}
-        known.update((place.path, set(place.listed)) for place in self._places.values())
+        known.update((place.path, place.listed[:]) for place in self._places.values())
         return known
 
     def forget(self) -> None:
         """Pin whatever is there: nothing is listed any more."""
         self._listed.clear()
         for place in self._places.values():
-            place.listed = set()
+            place.listed = array("Q")
             self._dirty[place] = None
         self._tell_all_pinned(self._disks)  # what was listed, and is pinned all the same
         self._scanned = 0.0
@@ -5565,30 +5567,27 @@ class Backup:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def pins_alone(
-    disk: PinDirectory, directories: Collection[tuple[Unit, str]]
-) -> list[tuple[Unit, str, dict[str, Pinned]]]:
-    """Return the pins whose bytes only pins hold, by source directory and name.
+def alone_in(disk: PinDirectory, relative: str, life: str, others: Counter[int]) -> dict[str, Pinned]:
+    """Return the pins of a source directory whose bytes only pins hold, by name; `others` as `held_alone` tells it."""
+    pins = disk.read(relative, life).values()
+    return {pin.name: pin for pin in pins if pin.links == 1 + others[pin.fingerprint.inode]}
 
-    Two snapshots of one SSTable are two pins of the same inode.
+
+def held_alone(disk: PinDirectory, directories: Collection[tuple[Unit, str]]) -> tuple[int, Counter[int]]:
+    """Return how many bytes only pins hold, and of each inode how many pins it has besides the first.
+
+    Two snapshots of one SSTable are two pins of the same inode: each of n pins counts 1/n.
     """
     inodes = array("Q")
     for unit, relative in directories:
         pins = disk.read(relative, unit.life).values()
         inodes.extend(pin.fingerprint.inode for pin in pins if pin.links > 1)
-    twice = {inode for inode, next_one in itertools.pairwise(sorted(inodes)) if inode == next_one}
-    read, ours = [], Counter[int]()
+    others = Counter(inode for inode, next_one in itertools.pairwise(sorted(inodes)) if inode == next_one)
+    held = 0
     for unit, relative in directories:
-        pins = disk.read(relative, unit.life).values()
-        some = [pin for pin in pins if pin.links == 1 or pin.fingerprint.inode in twice]
-        ours.update(pin.fingerprint.inode for pin in some)
-        read.append((unit, relative, some))
-    found = []
-    for unit, relative, some in read:
-        alone = {pin.name: pin for pin in some if pin.links == ours[pin.fingerprint.inode]}
-        if alone:
-            found.append((unit, relative, alone))
-    return found
+        alone = alone_in(disk, relative, unit.life, others).values()
+        held += sum(pin.size // pin.links for pin in alone)
+    return held, others
 
 
 def tell_manager(environ: Mapping[str, str], line: str) -> None:
@@ -6037,20 +6036,21 @@ class Daemon:
     async def _keep_limits_of(
         self, disk: PinDirectory, directories: Collection[tuple[Unit, str]], size: int, free: int
     ) -> int:
-        """Give up what a disk must have back; return how many bytes our pins alone held. Each of n pins counts 1/n."""
-        alone = await self._on_disk(pins_alone, disk, directories)
-        held = sum(pin.size // pin.links for _, _, pins in alone for pin in pins.values())
+        """Give up what a disk must have back; return how many bytes our pins alone held."""
+        held, others = await self._on_disk(held_alone, disk, directories)
         # What exceeds --max-pinned; or what --min-free lacks, but only if our pins are more than a tenth of what is
         # free: to give up a few would not help a disk that others have filled.
         over = held - int(self._options.max_pinned * size)
         if held > free / 10:
             over = max(over, int(self._options.min_free * size) - free)
         over = min(over, held)
-        for unit, relative, pins in alone:
+        for unit, relative in directories:
             if over <= 0:
                 break
+            pins = await self._on_disk(alone_in, disk, relative, unit.life, others)
             links = {name: pin.links for name, pin in pins.items()}
             given_up = await self._backup.ask(self._pinner.give_up, disk, relative, unit.life, links)
+            others.subtract(pins[name].fingerprint.inode for name in given_up)
             over -= sum(pins[name].size // pins[name].links for name in given_up)
             self._backup.note_lost(unit, disk.source(relative), given_up)
         return held
@@ -6095,7 +6095,7 @@ class Daemon:
             if directory not in there:
                 ledger.forget_directory(directory)
             elif not life:  # a snapshot goes as a whole, but from backups/ files go one by one
-                ledger.replace_listed(directory, life, now, marks & there[directory])
+                ledger.replace_listed(directory, life, now, set(marks).intersection(there[directory]))
         ours = f"{self._backup.node}/"
         await self._workers.once("trim", True, store.abandon_uploads, store.now() - 7 * 86400, ours)
 

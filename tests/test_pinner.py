@@ -18,6 +18,8 @@ import sys
 import textwrap
 import threading
 import time
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -43,7 +45,7 @@ from cassbackup import (
 
 T = TypeVar("T")
 Start = Callable[..., "Desk"]
-Listed = dict[str, tuple[str, set[int]]]
+Listed = dict[str, tuple[str, "array[int]"]]
 PATIENCE_S = 60.0
 
 
@@ -170,8 +172,8 @@ class Desk:
         listed: Listed = {}
         for unit, pins in self.units().items():
             for (directory, name), pin in pins.items():
-                marks = listed.setdefault(directory, (unit.life, set()))[1]
-                marks.add(mark_of(name, pin.fingerprint))
+                marks = listed.setdefault(directory, (unit.life, array("Q")))[1]
+                marks.append(mark_of(name, pin.fingerprint))
             assert self.let_go(unit) == 0
         return listed
 
@@ -925,12 +927,11 @@ def test_backups_forget_what_was_deleted_there(node: Node, users: Table, start: 
     desk = start(*node.data_dirs)
     desk.let_all_go()
     backups = users.directories()[0] / "backups"
-    place = desk.pinner._places[str(backups)]
-    assert len(place.listed) == 8
+    assert len(desk.ask(desk.pinner.listed)[str(backups)]) == 8
     for file in backups.iterdir():
         file.unlink()
     desk.scan()
-    assert place.listed == set()
+    assert not desk.ask(desk.pinner.listed)[str(backups)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1061,13 +1062,18 @@ def test_bytes_that_two_pins_of_ours_hold_and_nobody_else_can_be_given_up_p5(
     places = [(unit, str(tag_of(users, unit.tag).relative_to(node.data_dirs[0]))) for unit in desk.units() if unit.tag]
     node.clear("monday")
     node.clear("tuesday")
-    held = {name for _, _, pins in cassbackup.pins_alone(disk, places) for name in pins}
-    assert held == {"manifest.json", "schema.cql"}, "the SSTables are live"
+
+    def alone(others: Counter[int]) -> list[dict[str, Pinned]]:
+        return [cassbackup.alone_in(disk, relative, unit.life, others) for unit, relative in places]
+
+    held, others = cassbackup.held_alone(disk, places)
+    assert [set(pins) for pins in alone(others)] == [{"manifest.json", "schema.cql"}] * 2, "the SSTables are live"
+    assert held == sum(pin.size for pins in alone(others) for pin in pins.values())
     users.sstables[1].remove()
-    alone = cassbackup.pins_alone(disk, places)
-    assert [sorted(pins)[:1] for _, _, pins in alone] == [["manifest.json"]] * 2
-    links = [{name: pin.links for name, pin in pins.items() if name.startswith("nb-2")} for _, _, pins in alone]
+    more, others = cassbackup.held_alone(disk, places)
+    links = [{name: pin.links for name, pin in pins.items() if name.startswith("nb-2")} for pins in alone(others)]
     assert [set(some.values()) for some in links] == [{2}, {2}]
+    assert more - held == sum(2 * (pin.size // 2) for name, pin in alone(others)[0].items() if name.startswith("nb-2"))
     for (unit, relative), some in zip(places, links, strict=True):
         given_up = desk.ask(desk.pinner.give_up, disk, relative, unit.life, some)
         assert sorted(given_up) == sorted(some)
