@@ -236,7 +236,7 @@ class Throttled(Unreachable):
 
 
 class Unmounted(Unreachable):
-    """The directory of a file:// store is not there. A daemon waits for its disk; a command says so at once."""
+    """A directory is not there: a file:// store's, or of the data. A daemon waits for its disk; a command says so."""
 
 
 # ======================================================================================================
@@ -3116,16 +3116,19 @@ class PinDirectory:
         try:
             info = os.stat(self.root)
             with os.scandir(self.root) as entries:
-                if all(entry.name in _NEVER_SCANNED for entry in entries):
-                    return _EMPTY
+                is_empty = all(entry.name in _NEVER_SCANNED for entry in entries)
         except PermissionError:  # it may be the place where a disk is mounted late
             return f"user {user_name(os.geteuid())} may not read it: run as the owner of the data"
         except OSError as error:
             return str(error.strerror)
+        if self.path and info.st_dev != self._device:
+            return "it is on another file system than before"
+        if is_empty:
+            return _EMPTY
         if not self.path:
             self._device = info.st_dev
             return self._open(user_name(info.st_uid))
-        return "" if info.st_dev == self._device else "it is on another file system than before"
+        return ""
 
     def _open(self, owner: str) -> str:
         """Open the first pin directory that can be had. What every place refuses for good is a wrong configuration."""
@@ -3180,7 +3183,7 @@ class PinDirectory:
     def pending(self) -> list[tuple[str, str]]:
         """Return (life, source directory) of each directory that holds something. Empty ones, of a crash, go."""
         found = []
-        for name in os.listdir(self.path) if self.path else ():
+        for name in os.listdir(self.path):
             path = f"{self.path}/{name}"
             short, _, life = name.rpartition("~")
             if is_utc(life) and self.tidy(path):
@@ -3589,13 +3592,20 @@ class Pinner(threading.Thread):
             why = disk.check()
         except Fault as fault:
             why = str(fault)
-        ours = [place for place in self._places.values() if place.disk is disk]
-        had_tables = any(place.is_table for place in ours)
+        ours = [place.path for place in self._places.values() if place.disk is disk and place.is_table]
+        had_tables = any(table_id_of(os.path.basename(path))[1] for path in ours)
         is_archive = self._filters.is_archive(disk.root, [other.root for other in self._disks])
         if why == _EMPTY and is_archive and not had_tables:
+            self._absent.pop(disk.root, None)
             return False
         if not why and not is_archive and not had_tables and not any(tables_in(disk.root)):
             why = "it has no tables: name the directory above the keyspaces"  # as Cassandra's own always has
+        if not why and disk not in self._opened:
+            try:
+                self._recover(disk)
+                self._opened.add(disk)
+            except OSError as error:
+                why = f"what is pinned of it cannot be read ({error.strerror})"
         if why:
             if disk.root not in self._absent:
                 log.error("data directory is absent path=%s error=%s", quote(disk.root), quote(why))
@@ -3604,9 +3614,6 @@ class Pinner(threading.Thread):
         if self._absent.pop(disk.root, None):
             log.warning("data directory is there path=%s", quote(disk.root))
             self._tell_all_pinned([disk])  # whose units wait for it
-        if disk not in self._opened:
-            self._recover(disk)  # where that fails, it is tried again
-            self._opened.add(disk)
         return True
 
     def _recover(self, disk: PinDirectory) -> None:
@@ -3728,11 +3735,15 @@ class Pinner(threading.Thread):
                 info = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 if stat.S_ISDIR(info.st_mode):
                     self._enter(place.disk, relative, info.st_ino)
-                elif stat.S_ISLNK(info.st_mode) and self._filters.wants_directory(relative):
-                    # Cassandra follows it. We do not: a pin of what is behind it would not be on its disk.
-                    path = place.disk.source(relative)
-                    if os.path.isdir(path):
-                        self._refuse(path, path, "symbolic link, nothing behind it is stored", _UNLINK)
+                elif stat.S_ISLNK(info.st_mode) and os.path.isdir(place.disk.source(relative)):
+                    self._pass_over(place, name)
+
+    def _pass_over(self, place: Place, name: str) -> None:
+        """Name a link to a directory. Cassandra follows it. We do not: what is behind it may be on another disk."""
+        relative = f"{place.relative}/{name}" if place.relative else name
+        if self._filters.wants_directory(relative):
+            path = place.disk.source(relative)
+            self._refuse(path, path, "symbolic link, nothing behind it is stored", _UNLINK)
 
     def _scan_files(self, place: Place, fd: int) -> None:
         entries = self._sort(place, fd)
@@ -3757,6 +3768,8 @@ class Pinner(threading.Thread):
                     still_pinned += 1
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append((entry.name, entry.inode()))
+                elif is_archive and entry.is_dir():
+                    self._pass_over(place, entry.name)
                 elif not entry.is_file(follow_symlinks=False):
                     self._skip(f"{place.path}/{entry.name}")
                 elif is_archive and not self._filters.wants_file(f"{place.path}/{entry.name}"):
@@ -4035,8 +4048,11 @@ class Pinner(threading.Thread):
                 path = quote(f"{disk.source(relative)}/{largest}")
                 log.error("LOST, the disk is too full to note it first path=%s", path)
                 os.unlink(pins[largest])
-                disk.write_lost(relative, life, names)
-        for name, info in alone.items():
+                try:
+                    disk.write_lost(relative, life, names)
+                except OSError:  # somebody took the room at once: this one is lost, and the others are not
+                    alone = {largest: alone[largest]}
+        for name in alone:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(pins[name])
             place = self._places.get(disk.source(relative))
@@ -5118,7 +5134,7 @@ class Backup:
         if not work.pins and not work.lost:
             # It may still count pins that somebody removed; or their disk is away.
             left = await self.ask(self._pinner.let_go, unit, {}, (), (), self._kept.get(unit, {}))
-            if left > 0:
+            if left > 0 and not waiting.news.is_set():  # else something was pinned meanwhile
                 raise Fault("its pin directory is away", "it is stored when that is back; if it was removed, restart")
             return None
         if unit.kind == "snapshot":
@@ -5739,8 +5755,8 @@ def _ask_once(state_dir: str, request: Mapping[str, Any], timeout_s: float) -> d
         asker.sendall(json.dumps(request).encode() + b"\n")
         with asker.makefile("rb") as reply:
             line = reply.readline()
-    if not line:
-        raise ConnectionResetError("the daemon ended before it answered")
+    if not line.endswith(b"\n"):
+        raise ConnectionResetError("the daemon ended before it had answered")
     document = json.loads(line)
     if "error" in document:
         kind = Denied if document.get("denied") else Fault
@@ -5954,7 +5970,6 @@ class Daemon:
         if known is None or (known.node, known.url) != (identity.node, identity.url):
             backup.ledger.close()
             backup.ledger = self._open_ledger(identity)
-            await backup.ask(self._pinner.forget)
         await self._workers.retry("claim", self._claim)
         self._known = identity
         for path in self._memories:
@@ -5967,6 +5982,9 @@ class Daemon:
         backup, ledger = self._backup, self._backup.ledger
         folder = f"{backup.node}.listings"
         machine = machine_id() or self._disks[0].id
+        if not machine:
+            what = "there is no /etc/machine-id, and the first data directory is not there"
+            raise Unmounted(what, "without either, nothing tells this machine from another")
         owner = await self._workers.once("claim", True, newest_document, backup.store, f"{folder}/owner.")
         bucket = str(owner.get("id") or f"{random.getrandbits(64):016x}")
         if self._options.adopt and not (owner or ledger.bucket or self._options.name):
@@ -6356,7 +6374,10 @@ def _open_disks(options: WatchOptions) -> list[PinDirectory]:
         user, group = _user_for(directories[0])
         _open_state(options.state_dir, user)
         _become(user, group, options.state_dir)
-        lock_file(os.path.join(options.state_dir, "lock"))
+        try:
+            lock_file(os.path.join(options.state_dir, "lock"))
+        except PermissionError as error:
+            raise Fault(str(error), f"chown -R {user}:{group} {quote(options.state_dir)}") from None
         disks = [PinDirectory(path, options.pin_dir) for path in directories]
         for disk in disks:
             disk.check()

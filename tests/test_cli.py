@@ -8,8 +8,10 @@ import random
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,6 +423,47 @@ def test_what_may_not_be_read_or_written_is_named_with_exit_2(
     assert "Traceback" not in done.stderr
 
 
+def test_a_state_directory_that_root_has_used_once_is_told_with_its_cure(
+    script: Path, tmp_path: Path, home: Path
+) -> None:
+    command, root = as_nobody(script, tmp_path), tmp_path / "room"
+    for folder in ("data/ks/t-1", "state"):
+        (root / folder).mkdir(parents=True)
+    for path in [root, *root.rglob("*")]:
+        os.chown(path, 65534, 65534)
+    (root / "state/lock").touch()
+    done = run_as_nobody([*command, "watch", f"{root}/data", "--state-dir", f"{root}/state", "-b", "s3://b"], home)
+    assert (done.returncode, "chown -R 65534:65534" in done.stderr) == (1, True), done.stderr
+
+
+def test_a_node_that_nothing_tells_from_another_claims_no_name(
+    run_cassbackup: Run, node: Node, tmp_path: Path, tmp_bucket: FileBucket
+) -> None:
+    """A container has no machine id, and may start before Cassandra has made its first data directory."""
+    node.table("ks1", "users").flush()
+    hide = 'mount --bind /dev/null /etc/machine-id || exit 99; exec "$@"'
+    if subprocess.run(["unshare", "-rm", "sh", "-c", hide, "-", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    aside, where = tmp_path / "aside", node.data_dirs[0]
+    options = ("--once", "--name", "n", "--state-dir", tmp_path / "state", "--bucket", tmp_bucket.target)
+
+    def watch(code: int) -> str:
+        return run_cassbackup(
+            "watch", where, *options, check=code, within=["unshare", "-rm", "sh", "-c", hide, "-"]
+        ).stderr
+
+    where.rename(aside)
+    where.mkdir()
+    assert "no /etc/machine-id" in watch(1)
+    assert list(tmp_bucket.keys()) == []
+    where.rmdir()
+    aside.rename(where)
+    watch(0)
+    where.rename(aside)
+    where.mkdir()
+    assert "no /etc/machine-id" in watch(1)
+
+
 @pytest.mark.parametrize("whose", ["a link", "another user's"])
 def test_a_state_directory_of_somebody_else_or_behind_a_link_is_not_used(
     cli: Any, node: Node, tmp_path: Path, whose: str
@@ -719,6 +762,28 @@ def test_whatever_is_wrong_with_a_daemon_is_behind_and_named(wrong: dict[str, An
     """P8: a daemon that protects nothing is red, not idle."""
     (why,) = why_behind({**WELL, **wrong}, StatusOptions("", False, 900.0, 26 * 3600.0))
     assert why.startswith(said)
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
+    """As of a daemon that is killed while it tells of thousands of tables."""
+    lock = cassbackup.lock_file(f"{tmp_path}/lock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/socket")
+        listener.listen()
+        replies = [b"", b'{"lag_s": 1', b'{"lag_s": 1}', b'{"lag_s": 12}\n']
+
+        def answer() -> None:
+            for reply in replies:
+                asker, _ = listener.accept()
+                with asker:
+                    asker.recv(1000)
+                    asker.sendall(reply)
+
+        daemon = threading.Thread(target=answer)
+        daemon.start()
+        assert cassbackup.ask_daemon(str(tmp_path), {"do": "status"}, 20.0) == {"lag_s": 12}
+        daemon.join()
+    os.close(lock)
 
 
 def test_status_waits_until_what_is_there_is_listed(scene: Scene, node: Node) -> None:

@@ -526,8 +526,9 @@ def test_what_is_no_regular_file_is_named_once_and_never_hangs(
         assert caplog.text.count(f"skipped path={backups / name}\n") == 1
 
 
+@pytest.mark.parametrize("include", [None, re.compile("/commitlog/")])
 def test_a_linked_keyspace_or_table_is_red_until_it_is_mended_or_left_out_p8(
-    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture, include: Any
 ) -> None:
     """Cassandra follows such links, to another disk."""
     posts, home = node.table("ks2", "posts"), users.directories()[0]
@@ -537,7 +538,7 @@ def test_a_linked_keyspace_or_table_is_red_until_it_is_mended_or_left_out_p8(
     home.rename(tmp_path / "home")
     home.symlink_to(tmp_path / "home")
     (node.data_dirs[0] / "dangling").symlink_to("/no/where")
-    desk = start(*node.data_dirs).scan()
+    desk = start(*node.data_dirs, include=include).scan()
     assert set(desk.state.refused) == {str(home), str(node.data_dirs[0] / "ks2")}
     assert caplog.text.count("symbolic link, nothing behind it is stored") == 2
     assert desk.copies() == {}
@@ -635,6 +636,17 @@ def test_archived_files_are_pinned_however_they_come(tmp_path: Path, start: Star
     (logs / "deeper").mkdir(parents=True)
     desk = start(logs, include=re.compile(r"CommitLog-.*\.log$"), exclude=re.compile("CommitLog-9"))
     assert desk.state.absent == {}, "an empty archive is nothing to worry about"
+    logs.rename(tmp_path / "aside")
+    assert desk.scan().state.absent.keys() == {str(logs)}
+    (tmp_path / "aside").rename(logs)
+    (logs / "deeper").rmdir()
+    assert desk.scan().state.absent == {}
+    (logs / "2026" / "11").mkdir(parents=True)
+    desk.scan()
+    shutil.rmtree(logs / "2026")
+    assert desk.scan().state.absent == {}, "its directories were no tables"
+    (logs / "deeper").mkdir()
+    desk.scan()
     (tmp_path / "moved").write_bytes(b"moved")
     (tmp_path / "moved").rename(logs / "CommitLog-1.log")
     (tmp_path / "linked").write_bytes(b"linked")
@@ -1389,6 +1401,69 @@ def test_another_file_system_at_its_path_is_not_the_data_directory(
     (node.data_dirs[0] / "ks1" / "users" / "backups" / "nb-1-big-Data.db").touch()
     assert "another file system" in desk.scan().state.absent[str(node.data_dirs[0])]
     desk.assert_pinned(node.history)
+
+
+def test_an_archive_whose_disk_went_away_is_not_taken_for_an_empty_one_p8(
+    tmp_path: Path, start: Start, mount: Callable[..., None]
+) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "CommitLog-7-1.log").write_bytes(b"log")
+    desk = start(logs, include=re.compile("/logs/"))
+    assert desk.state.absent == {}
+    mount(logs)
+    assert "another file system" in desk.scan().state.absent[str(logs)]
+
+
+def test_pins_that_cannot_be_read_at_the_start_cost_no_other_data_directory(
+    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Node(tmp_path / "other")
+    other.table("ks2", "posts").flush()
+    long = users.directories()[0] / "backups" / f"{'x' * 252}.db"
+    long.touch()
+    desk = start(*node.data_dirs, *other.data_dirs)
+    [told] = Path(desk.disks[0].path).glob("*/#*.name")
+    desk.end()
+    told.rename(tmp_path / "told")
+    told.mkdir()
+    other.tables[0].flush()
+    desk = start(*node.data_dirs, *other.data_dirs)
+    assert "what is pinned of it cannot be read" in desk.scan().state.absent[str(node.data_dirs[0])]
+    assert {news.disk for news in desk.said(Touched) if news.files} == {desk.disks[1]}
+    told.rmdir()
+    (tmp_path / "told").rename(told)
+    assert desk.scan().state.absent == {}
+    assert str(long) in desk.copies()
+
+
+def test_where_a_full_disk_stays_full_one_file_is_given_up_and_told_at_a_time_p2(
+    tmp_path: Path, start: Start, mount: Callable[..., None]
+) -> None:
+    """To note what is lost takes room, and somebody else may be faster."""
+    (tmp_path / "cassandra").mkdir()
+    mount(tmp_path / "cassandra")
+    node = Node(tmp_path / "cassandra")
+    users = node.table("ks1", "users")
+    users.flush()
+    desk = start(*node.data_dirs)
+    disk, backups = desk.disks[0], users.directories()[0] / "backups"
+    [(unit, pins)] = desk.units().items()
+    users.sstables[0].remove()
+    shutil.rmtree(backups)
+    with contextlib.ExitStack() as held:
+        for pin in pins.values():
+            held.enter_context(open(pin.pin, "rb"))  # so its bytes stay
+        with contextlib.suppress(OSError), (node.root / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        give_up = (desk.pinner.give_up, disk, str(backups.relative_to(node.data_dirs[0])), unit.life)
+        links = {name: 1 for _, name in pins}
+        [first] = desk.ask(*give_up, links)
+        assert first == max(pins.values(), key=lambda pin: pin.size).name
+        assert len(desk.units()[unit]) == 7
+    (node.root / "ballast").unlink()
+    assert sorted([first, *desk.ask(*give_up, links)]) == sorted(links)
 
 
 def test_what_cannot_be_linked_now_is_named_and_tried_again(
