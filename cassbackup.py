@@ -1498,7 +1498,7 @@ _ANSWERS: Final[tuple[tuple[str, type[Fault], str], ...]] = (
     ("^413", Denied, "something between takes no body of this size: raise its limit"),
     ("BadDigest|RequestTimeout|IncompleteBody|Mismatch|^400 .*crc32c", Unreachable, ""),
     ("^20", Unreachable, "is there a proxy or a portal between?"),
-    ("^(408|409|5(?!01))", Unreachable, ""),
+    ("^(408|409|410|5(?!01))", Unreachable, ""),  # 410: GCS has lost the upload
     ("^404", Denied, "is this the right kind of server? Check --endpoint-url and the keys"),
     ("^40[13]|ExpiredToken|InvalidToken|TokenRefresh", Denied, "check the keys and their rights: man 7 cassbackup"),
     ("(?i)^(501|405)|if-none-match|checksum|content-md5", _Unknown, "check {}"),
@@ -1596,9 +1596,9 @@ class _Remote(Store):
 
     def now(self) -> float:
         date, then = self._date
-        if not date:
-            return time.time()
-        return _moment(date) + time.monotonic() - then
+        with contextlib.suppress(ValueError, OverflowError):  # none yet; or what stands between has spoilt it
+            return _moment(date) + time.monotonic() - then
+        return time.time()
 
     def _note(self, reply: Any, *_: Any, **__: Any) -> None:
         """Take the time from a reply."""
@@ -1782,8 +1782,8 @@ class S3Store(_Remote):
         keys = found.get_frozen_credentials()
         # Secrets are often files that an editor has ended with a line end. With it S3 says only: wrong signature.
         for name, key in (("AWS_ACCESS_KEY_ID", keys.access_key), ("AWS_SECRET_ACCESS_KEY", keys.secret_key)):
-            if not key or key != key.strip():
-                problem = "ends with a line end or a blank" if key else "is absent"
+            if not key or key != key.strip() or not key.isascii():
+                problem = "ends with a line end or a blank, or is not ASCII" if key else "is absent"
                 raise Denied(f"{self.url}: the credentials cannot be used: {name} {problem}", "correct it")
         return keys
 
@@ -1853,12 +1853,14 @@ class S3Store(_Remote):
         """Put. A header that the server does not know is left out from then on."""
         if not self._encrypts:
             raise self._not_encrypted()
+        refuses, checks = self._refuses, self._checks  # by these we have sent; others may find out meanwhile
         try:
             return super().put(key, source)
         except _Unknown as fault:
-            if self._refuses is not False and "checksum" not in str(fault).lower():
+            told = fault.what.removeprefix(self.url).replace(quote(key), "").lower()
+            if refuses is not False and "checksum" not in told:
                 header, self._refuses = "if-none-match", False
-            elif self._checks is not False:
+            elif checks is not False:
                 header, self._checks = "checksum", False
             else:
                 raise  # so it was something else, perhaps an option

@@ -23,6 +23,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -626,7 +627,9 @@ def test_what_googles_library_says_twice_is_said_once() -> None:
         assert str(unanswered("gs://b", error, cure)).count("token server") == 1
 
 
-@pytest.mark.parametrize("keys_", [("CANARY\n", "x"), ("CANARY\r", "x"), ("x", "CANARY\n"), ("x", " CANARY")])
+@pytest.mark.parametrize(
+    "keys_", [("CANARY\n", "x"), ("CANARY\r", "x"), ("x", "CANARY\n"), ("x", " CANARY"), ("\u200bCANARY", "x")]
+)
 def test_a_key_that_ends_with_a_line_end_is_named_and_not_shown(
     moto: Bucket, opened: Opener, keys_: tuple[str, str]
 ) -> None:
@@ -936,6 +939,17 @@ def test_a_head_that_does_not_tell_what_an_object_is_is_no_answer(moto: Bucket, 
     store = opened(moto, serve(b'HTTP/1.1 200 OK\r\nETag: "e"\r\n' + told + b"\r\n"))
     with pytest.raises(Unreachable, match="a proxy or a portal between"):
         store.head(KEY)
+
+
+@pytest.mark.parametrize("date", [b"", b"Date: soon\r\n", b"Date: Mon, 01 Jan 9999999999 00:00:00 GMT\r\n"])
+def test_a_reply_without_a_date_that_can_be_read_leaves_us_our_own_clock(
+    moto: Bucket, opened: Opener, date: bytes
+) -> None:
+    store = opened(moto, serve(b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 7\r\n' + date + b"\r\n"))
+    info = store.head(KEY)
+    assert info
+    for moment in (info.modified, store.now()):
+        assert abs(moment - time.time()) < 60
 
 
 def test_a_refusal_without_a_body_is_told_in_words(moto: Bucket, opened: Opener) -> None:
@@ -1436,6 +1450,7 @@ ANSWERS = [
     (400, "InvalidArgument", Denied, "--storage-class GALCIER"),
     (403, "QuotaExceeded", Unreachable, "full"),
     (507, "XMinioStorageFull", Unreachable, "full"),
+    (410, "Gone", Unreachable, ""),  # GCS says so of an upload that it has lost
     (400, "ThrottlingException", Throttled, ""),
     (429, "RateLimitExceeded", Throttled, ""),
     (503, "ServiceUnavailable", Throttled, ""),
@@ -1567,6 +1582,30 @@ def test_a_header_that_the_server_does_not_know_is_left_out(
     assert moto.objects() == bodies
     if size == 20:
         assert caplog.text.count("refuses a header") == (2 if quirk == "both" else 1)
+
+
+@pytest.mark.parametrize("quirk", ["condition", "checksum"])
+def test_of_two_puts_that_are_refused_at_once_neither_blames_another_header(
+    moto: Bucket, faulty: FaultProxy, opened: Opener, caplog: pytest.LogCaptureFixture, quirk: str
+) -> None:
+    """Also where the bucket's own name reads like a header."""
+    store = opened(moto, faulty.url, prefix="checksums", fresh=True)
+    both, first = threading.Barrier(2), {"a", "b"}
+
+    class Together(Action):
+        def reach(self, stage: Stage, exchange: Exchange) -> None:
+            name = exchange.head.start.split()[1][-1]
+            if name in first:
+                first.remove(name)
+                both.wait(60.0)
+            QUIRKS[quirk].reach(stage, exchange)
+
+    faulty.on("PUT", "", Together(), count=None)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: put(store, name), "ab"))
+    put(store, "c")
+    assert (store._checks, store._refuses) == (quirk == "condition", quirk == "checksum")  # type: ignore[attr-defined]
+    assert set(moto.objects()) == {f"checksums/{name}" for name in "abc"}
 
 
 def test_p1_a_server_that_no_longer_checks_a_crc32_is_sent_an_md5(
