@@ -6445,7 +6445,7 @@ class BucketOptions:
 
 
 def open_bucket(options: BucketOptions, patience_s: float = 60.0, new: bool = False) -> Bucket:
-    """Open the bucket for a command; `new`: nothing need be in it yet. Raises Usage, Unreachable."""
+    """Open the bucket for a command; `new`: for a node that may have stored nothing yet. Raises Usage, Unreachable."""
     known = load_identity(os.path.join(options.state_dir, "identity.json"))
     bucket, prefix = options.bucket, options.prefix
     if known and not bucket:
@@ -6453,7 +6453,7 @@ def open_bucket(options: BucketOptions, patience_s: float = 60.0, new: bool = Fa
     try:
         identity = identify(bucket, prefix, options.name, options.store.region, options.environ, known)
     except Fault:
-        if "://" not in bucket or options.name:
+        if "://" not in bucket or options.name or new:
             raise
         # A machine that cannot say who it is may still read a bucket whose URL is complete.
         identity = Identity("", "", f"{bucket}/{prefix}".rstrip("/"), options.store.region)
@@ -7301,7 +7301,7 @@ def _is_restored(name: str, entry: Known, folder: int) -> bool:
                 return True
     finally:
         os.close(fd)
-    raise Conflict(f"{quote(name)} has other content", "move it away, or choose another --into")
+    raise Conflict(f"{quote(name)} has other content", "move it away, or restore to an empty directory")
 
 
 def _fetch_range(store: Patient, entry: Known, fd: int, start: int) -> tuple[int, int]:
@@ -7730,7 +7730,7 @@ def place_live(tables: Sequence[Chosen], given: Sequence[str]) -> Iterator[Place
         roots = {path: path for path in data_directories()}
     for word in given:
         old, _, new = word.rpartition("=")
-        if not new or (old and old in roots):
+        if not new or old in roots:
             raise Usage(f"--data-dir {word!r} names no directory, or one twice", "write OLD=NEW, or one NEW for all")
         roots[old] = os.path.abspath(new)
     for_all = roots.get("", "")
@@ -7757,6 +7757,8 @@ def notes_on(reader: Reader, tables: Sequence[Chosen], moment: float) -> Iterato
     if moment and through < utc(moment):
         yield f"what {reader.node} found after {through or 'its start'} may not be in the bucket"
     oldest = moment or min((one.base.end for one in tables), default=now)
+    if moment and is_utc(through):  # --latest of a node that is dead for long brings no more than that
+        oldest = min(oldest, seconds_of(through))
     if now - oldest > _OLD_S:
         yield "older than 10 days (the default gc_grace_seconds): what was deleted since can come back on a live node"
 
@@ -7775,6 +7777,23 @@ def find_lacking(bucket: Bucket, placed: Sequence[Placed]) -> tuple[list[str], l
             if info and info.archived:
                 archived.append(key)
     return absent, archived
+
+
+def described_schema(store: Patient, node: str, tables: Iterable[Chosen]) -> bytes:
+    """Return what DESCRIBE SCHEMA said when the newest snapshot of these was taken; nothing where nobody asked.
+
+    Raises Corrupt.
+    """
+    bases = [one.base.listing for one in tables if one.base.listing]
+    if not bases:
+        return b""
+    unit = max(bases, key=lambda listing: listing.taken).unit
+    tag = component(unit.tag, "%2F")
+    for _, record in read_documents(store, f"{node}.listings/tags/{tag}/"):
+        listings = " ".join(map(str, record.get("listings") or ()))
+        if unit_prefix(node, unit) in listings:
+            return str(record.get("schema", "")).encode()
+    return b""
 
 
 def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str) -> Plan:
@@ -7811,7 +7830,11 @@ def make_plan(bucket: Bucket, node: NodeInfo, options: RestoreOptions, into: str
     is_moment = options.at > 0 or options.latest
     notes = list(notes_on(reader, tables, at if is_moment else 0.0))
     if options.schema_only:
-        notes.extend(f"{one}: no schema.cql" for one in tables if not one.schema)
+        bare = [f"{one}: no schema.cql" for one in tables if not one.schema]
+        if described_schema(bucket.store, node.name, tables):
+            notes += bare
+        else:
+            lacking += bare
     if options.archive:
         others = map(unquote, bucket.store.prefixes(f"{node.name}.listings/archive/"))
         below = [other for other in others if other.startswith(os.path.normpath(options.archive) + "/")]
@@ -7958,24 +7981,6 @@ def restore_staged(bucket: Bucket, plan: Plan, options: RestoreOptions) -> dict[
     return wrong
 
 
-def described_schema(store: Patient, plan: Plan) -> bytes:
-    """Return what DESCRIBE SCHEMA said when the plan's newest snapshot was taken; nothing where nobody asked.
-
-    Raises Corrupt.
-    """
-    node = plan.node.name
-    bases = [one.base.listing for one in plan.tables if one.base.listing]
-    if not bases:
-        return b""
-    unit = max(bases, key=lambda listing: listing.taken).unit
-    tag = component(unit.tag, "%2F")
-    for _, record in read_documents(store, f"{node}.listings/tags/{tag}/"):
-        listings = " ".join(map(str, record.get("listings") or ()))
-        if unit_prefix(node, unit) in listings:
-            return str(record.get("schema", "")).encode()
-    return b""
-
-
 def write_new(path: str, body: bytes) -> None:
     """Write a file; an equal one is kept. Raises Conflict if there is another one."""
     temporary = os.path.join(os.path.dirname(path), ".cassbackup-new")
@@ -7990,7 +7995,7 @@ def write_new(path: str, body: bytes) -> None:
 
 def restore_schema(bucket: Bucket, plan: Plan) -> dict[str, str]:
     """Write each table's schema.cql, and above them, as schema.cql, what DESCRIBE SCHEMA said."""
-    body = described_schema(bucket.store, plan)
+    body = described_schema(bucket.store, plan.node.name, plan.tables)
     if not body and not plan.files:
         raise Missing("the backup has no schema", "choose another snapshot")
     make_target(plan.where)
@@ -8585,9 +8590,11 @@ class Pruning:
     def _plan_retirement(self) -> None:
         """Let everything of the node go, if nothing was heard of it for 30 days."""
         heard = 0.0
+        # Verify and prune write these, wherever they run.
+        others = tuple(f"{self.node}.listings/{name}/" for name in ("bad", "pruned", "tags"))
         for what, folder in ((_EXPIRES, ".listings/"), (_GOES, "/")):
             for info in self._list(folder):
-                if info.key not in self._pruned_documents:  # that was prune
+                if not info.key.startswith(others):
                     heard = max(heard, info.modified)
                 self._keys.add(what, [(info.key, info.size)])
         if self._began - heard < _SILENT_S:
@@ -8908,9 +8915,8 @@ class DoctorOptions(BucketOptions):
 
 def _check_user(options: DoctorOptions) -> str:
     # Only the owner of a file may link it (fs.protected_hardlinks). As root we go on as the daemon does.
-    me = os.geteuid()
     for root in data_directories(options.paths):
-        info = os.stat(root)
+        me, info = os.geteuid(), os.stat(root)
         if me not in (0, info.st_uid):
             cure = f"sudo -u '#{info.st_uid}' cassbackup doctor"
             raise Fault(f"{quote(root)} belongs to user {info.st_uid}, this is user {me}", cure)
@@ -8996,7 +9002,7 @@ def _check_settings(options: DoctorOptions) -> str:
 
 
 def _check_cloud(options: DoctorOptions) -> str:
-    cloud, node = detect_cloud(options.environ), open_bucket(options).here
+    cloud, node = detect_cloud(options.environ), open_bucket(options, new=True).here
     where = "neither AWS nor Google Cloud"
     if cloud:
         where = f"{cloud.scheme} {cloud.region} {cloud.instance}"
@@ -9532,7 +9538,8 @@ class SnapshotOptions(BucketOptions):
 
 def wanted_tables(options: SnapshotOptions, roots: Iterable[str]) -> list[str]:
     """Return the tables that are to be stored, as keyspace/table-id."""
-    there = {place for root in roots for place in tables_in(root)}
+    # Not tables_in: what Cassandra made before 2.1 has a directory without an id, to this day.
+    there = {"/".join(path.split("/")[-3:-1]) for root in roots for path in glob.iglob(f"{glob.escape(root)}/*/*/")}
     wanted = sorted(filter(options.filters.wants_directory, there))
     return [place for place in wanted if not options.keyspaces or place.split("/")[0] in options.keyspaces]
 
@@ -9547,11 +9554,13 @@ def manifests_of(options: SnapshotOptions, tag: str) -> list[str]:
     return found
 
 
-def check_taken(options: SnapshotOptions, tag: str, manifests: Iterable[str]) -> None:
+def check_taken(options: SnapshotOptions, tag: str, manifests: Collection[str]) -> None:
     """Refuse a tag that some tables lack: a `nodetool snapshot` that was broken off leaves it so. Raises Fault."""
     roots = data_directories(options.paths)
     taken = {"/".join(path.split("/")[-5:-3]) for path in manifests}
-    bare = [place for place in wanted_tables(options, roots) if place not in taken and oldest_data(roots, [place])]
+    began = min((os.stat(path).st_mtime for path in manifests), default=0.0)
+    there = [place for place in wanted_tables(options, roots) if created_at(place) <= began]  # not one made since
+    bare = [place for place in there if place not in taken and oldest_data(roots, [place])]
     if taken and bare:
         hint = f"it was broken off: nodetool clearsnapshot -t {tag}, and run this again"
         raise Fault(tell(f"{len(bare)} tables have SSTables and no manifest.json of {tag}", bare), hint)
@@ -9968,7 +9977,7 @@ class Option(NamedTuple):
             return _UNSET.get(self.metavar, "")
         try:
             return read_value(self.metavar, text)
-        except (ValueError, re.error):
+        except (ValueError, OverflowError, re.error):
             name = f"{self.variable} ({place})"
             if place == "flag":
                 name = self.flags.split()[0]
@@ -10356,7 +10365,7 @@ def default_state_dir(environ: Mapping[str, str]) -> str:
 def use_key_files(bucket: str, environ: MutableMapping[str, str]) -> None:
     """Name the service's key files to the SDKs, unless other keys are named. Raises Usage where we may not read one."""
     for scheme, name, variable, others in (
-        ("s3", "aws", "AWS_SHARED_CREDENTIALS_FILE", {"AWS_ACCESS_KEY_ID", "AWS_PROFILE"}),
+        ("s3", "aws", "AWS_SHARED_CREDENTIALS_FILE", {"AWS_ACCESS_KEY_ID", "AWS_PROFILE", "CASSBACKUP_ACCESS_KEY"}),
         ("gs", "gcs.json", "GOOGLE_APPLICATION_CREDENTIALS", {"STORAGE_EMULATOR_HOST"}),
     ):
         is_elsewhere = "://" in bucket and not bucket.startswith(f"{scheme}://")
@@ -10395,8 +10404,9 @@ def settle(name: str, flags: Mapping[str, Any], environ: MutableMapping[str, str
     # A setting of another command is not read here: a mistake in --keep-last must not keep `status` from its work.
     for option in COMMANDS[name].options:
         text, place = given.get(option.variable, (option.default, "default"))
-        if option.key.startswith("keep_") and flags.keys() & {"tag", "retire"}:
-            text, place = option.default, "default"  # what the settings keep is for the timer's prune
+        is_for_timer = option.key.startswith("keep_") and flags.keys() & {"tag", "retire"}
+        if is_for_timer or (option.key == "into" and "in_place" in flags):
+            text, place = option.default, "default"  # the settings speak of the usual prune and restore, not of this
         if option.key in flags:
             text, place = flags[option.key], "flag"
             if text == "" and (not option.twin or option.key in ("bucket", "into", "config")):

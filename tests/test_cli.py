@@ -110,6 +110,7 @@ def complaint(done: tuple[int, str, str], code: int = 2) -> str:
         ("watch /x --max-bandwidth fast", "write 50M or 1.5G"),
         ("watch /x --max-pinned lots", "write a part of the disk"),
         ("watch /x --include (", "write a regular expression"),
+        ("watch /x --include a{99999999999}", "write a regular expression"),
         ("watch /x --sse rot13", "write AES256 or aws:kms"),
         ("watch /x --metrics-listen 9108", "write [HOST]:PORT"),
         ("restore --at yesterday", "--at 'yesterday' cannot be read\n  write 2026-11-21"),
@@ -135,6 +136,15 @@ def test_what_the_timers_prune_keeps_does_not_stand_in_the_way_of_another_prune(
     where = ("--bucket", f"file://{tmp_path}")
     assert "no node" in cli("prune", "--tag", "x", *where)[2]
     assert "you passed two of --keep-" in complaint(cli("prune", "--tag", "x", "--keep-last", "2", *where))
+
+
+def test_where_the_settings_restore_to_does_not_stand_in_the_way_of_a_restore_in_place(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CASSBACKUP_INTO", f"{tmp_path}/into")
+    line = ("restore", "--latest", "--in-place", "--same-node", "--bucket", f"file://{tmp_path}", "--node", "db1")
+    assert "--into" not in complaint(cli(*line), 1)
+    assert "--into does not go with --in-place" in complaint(cli(*line, "--into", f"{tmp_path}/into"))
 
 
 def test_a_bucket_inside_the_data_is_refused_before_anything_is_made_there(cli: Any, node: Node) -> None:
@@ -496,6 +506,9 @@ def test_the_services_key_file_is_used_unless_another_is_named(
     os.environ.update(AWS_SHARED_CREDENTIALS_FILE="/mine")
     settled(monkeypatch, cli, "--bucket", "s3://b")
     assert os.environ["AWS_SHARED_CREDENTIALS_FILE"] == "/mine"
+    del os.environ["AWS_SHARED_CREDENTIALS_FILE"]
+    settled(monkeypatch, cli, "--bucket", "s3://b", "-k", "mine", "-s", "secret")
+    assert "AWS_SHARED_CREDENTIALS_FILE" not in os.environ
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -511,7 +524,7 @@ BAD: dict[str, list[str]] = {  # by metavar: what no option of this kind takes
     "NUMBER": ["0", "-3", "1.5", "seven", "9" * 30],
     "PART": ["10", "100%", "-1%", "%"],
     "RATE": ["fast", "-1", "50X", "9" * 500],
-    "REGEX": ["(", "*", "[a", "a{2,1}", "(?P<"],
+    "REGEX": ["(", "*", "[a", "a{2,1}", "(?P<", "a{99999999999}"],
     "TIME": ["yesterday", "25:00", "2026-02-30", "9999-12-31T23:59-14:00", "0001-01-01", "20:24:xx"],
 }
 GOOD: dict[str, list[str]] = {

@@ -250,6 +250,15 @@ def test_on_a_cloud_a_node_is_its_host_and_its_instance(machine: Machine) -> Non
     assert machine.identify(bucket="b", region="eu-9").region == "eu-9"
 
 
+def test_who_is_to_store_must_have_a_name_and_who_reads_need_not(machine: Machine, tmp_path: Path) -> None:
+    """Doctor asks as a daemon does: that one would end with exit 2."""
+    machine.fqdn = machine.host = "localhost"
+    options = cassbackup.BucketOptions({}, str(tmp_path), cassbackup.StoreOptions(), f"file://{tmp_path}")
+    assert cassbackup.open_bucket(options).here == ""
+    with pytest.raises(Usage, match="names no node"):
+        cassbackup.open_bucket(options, new=True)
+
+
 def test_off_cloud_a_node_is_its_host_and_the_beginning_of_its_machine_id(machine: Machine) -> None:
     machine.fqdn = "db1.example.org."
     assert machine.identify() == Identity(f"db1.example.org-{HERE}", HERE, "s3://b", "")

@@ -151,6 +151,10 @@ def test_root_looks_as_the_owner_that_the_daemon_becomes(doctor: Doctor) -> None
     assert found["bucket"]["result"] == "ok"
     root = doctor.node.root.parent / "bucket"
     assert {path.stat().st_uid for path in root.rglob("*")} <= {12345}
+    other = doctor.node.root.parent / "other"
+    (other / "ks1" / "posts-1").mkdir(parents=True)
+    found = doctor(paths=[*doctor.node.data_dirs, other])
+    assert f"{other} belongs to user 0, this is user 12345" in found["user"]["detail"]
 
 
 @pytest.mark.parametrize(

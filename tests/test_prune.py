@@ -1105,7 +1105,8 @@ def test_a_node_is_retired_when_it_was_silent_for_thirty_days_and_no_other_is_to
     with pytest.raises(cb.Usage, match="30 days"):
         run(shelf, "", retire=NODE, confirm=True)
     shelf.now += 2 * DAY
-    shelf.put(f"{NODE}.listings/pruned/{utc(shelf.now)}.json", pruned)  # by a prune of all nodes
+    for folder in ("pruned", "tags/daily", "bad"):  # by a prune of all nodes, and a verify
+        shelf.put(f"{NODE}.listings/{folder}/{utc(shelf.now)}.json", pruned)
     before = set(shelf.objects)
     with pytest.raises(cb.Missing, match=r"full name is needed here; there are node1.example, node1, node10"):
         run(shelf, "", retire="node", confirm=True)

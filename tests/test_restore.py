@@ -987,9 +987,13 @@ def test_an_old_snapshot_is_restored_with_a_word_on_what_was_deleted_since(
 
 def test_how_far_the_bucket_reaches_is_told_and_a_damaged_heartbeat_does_no_harm(daily: Shelf, into: Path) -> None:
     daily.document("heartbeat/20261121T000000.000000Z.json", listed_through="20261120T000000.000000Z")
-    assert "found after 20261120T000000" in daily.restore(latest=True, into=into, dry_run=True).text
+    said = daily.restore(latest=True, into=into, dry_run=True).text
+    assert "found after 20261120T000000" in said
+    assert "gc_grace" in said, "the latest of a node that died long ago is old"
     daily.document("heartbeat/20261122T000000.000000Z.json", listed_through="20991120T000000.000000Z")
-    assert "found after" not in daily.restore(latest=True, into=into, dry_run=True).text
+    said = daily.restore(latest=True, into=into, dry_run=True).text
+    assert "found after" not in said
+    assert "gc_grace" not in said
     daily.put("node1.listings/heartbeat/20991121T000000.000000Z.json", b"\xff{")
     assert daily.restore(latest=True, into=into).code == DONE
 
@@ -1155,6 +1159,23 @@ def test_the_schema_alone_comes_from_the_snapshot_s_own_files(
     assert mine.read_text() == "mine"
 
 
+def test_a_table_whose_schema_nobody_has_is_lacking_where_the_schema_is_asked_for_p8(
+    shelf: Shelf, node: Node, into: Path
+) -> None:
+    for name in ("users", "groups"):
+        node.table("ks1", name).flush()
+    node.snapshot("daily")
+    next(node.root.glob("data/ks1/users-*/snapshots/daily/schema.cql")).unlink()
+    shelf.keep(node, "daily")
+    answer = shelf.restore(tag="daily", into=into, schema_only=True)
+    assert answer.code == BEHIND
+    assert [name for name in tree(into) if "/users/" in name] == []
+    keys = [str(listing_of(shelf, "groups")[0].relative_to(shelf.at))]
+    record = {"node": "node1", "tag": "daily", "ring": "", "taken": keys[0].split("/")[-2], "listings": keys}
+    shelf.document("tags/daily/20261121T000000.000000Z.json", schema="CREATE KEYSPACE ks1 …;", **record)
+    assert shelf.restore(tag="daily", into=into, schema_only=True).code == DONE
+
+
 def test_the_schema_that_the_cluster_described_comes_too_and_never_overwrites(
     daily: Shelf, into: Path, expected: dict[str, bytes]
 ) -> None:
@@ -1304,7 +1325,7 @@ def test_in_place_the_target_is_said_once_and_is_a_name(stopped: tuple[Shelf, No
     shelf, node = stopped
     with pytest.raises(Usage, match="--into does not go with --in-place"):
         in_place(shelf, same_node=True, into=tmp_path / "other")
-    for given in (("",), (f"{node.data_dirs[0]}=",), ("/old=/new", "/old=/newer")):
+    for given in (("",), (f"{node.data_dirs[0]}=",), ("/old=/new", "/old=/newer"), ("/new", "/newer")):
         with pytest.raises(Usage, match="names no directory, or one twice"):
             in_place(shelf, same_node=True, data_dir=given)
 

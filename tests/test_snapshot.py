@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,27 @@ def test_a_tag_that_nodetool_has_taken_of_some_tables_only_is_no_snapshot_of_all
     snapshots.node.clear("weekly")
     snapshots("-t", "weekly")
     assert snapshots.listed("weekly") == snapshots.tables
+
+
+def test_a_table_that_was_created_since_the_snapshot_is_no_part_of_it(snapshots: Snapshots) -> None:
+    """It may take hours to store one."""
+    snapshots.node.snapshot("weekly")
+    visits = snapshots.node.table("ks1", "visits")
+    for folder in visits.directories():
+        folder.rename(folder.with_name(f"visits-{uuid.uuid1().hex}"))
+    (next(snapshots.data.glob("ks1/visits-*")) / "nb-1-big-Data.db").write_bytes(b"flushed")
+    snapshots("-t", "weekly")
+    assert {table.split("-")[0] for table in snapshots.listed("weekly")} == {"ks1/users", "ks1/orders", "system/local"}
+
+
+def test_a_table_from_before_cassandra_2_1_is_part_of_a_snapshot(snapshots: Snapshots) -> None:
+    """Its directory has no id, to this day."""
+    old = next(snapshots.data.glob("ks1/users-*"))
+    old.rename(old.with_name("users"))
+    snapshots("-t", "weekly")
+    assert "ks1/users" in snapshots.listed("weekly")
+    assert any("/ks1/users/" in key for key in snapshots.records("weekly")[0]["listings"])
+    assert snapshots.on_disk() == set()
 
 
 def test_a_snapshot_of_some_keyspaces_clears_no_other_of_its_name(snapshots: Snapshots) -> None:
