@@ -45,7 +45,8 @@ In the bucket (UTC is 20261121T202438.123456Z; every key is written once)
     <node>.listings/ks/users-5a1c/snapshots/daily/<life>/<UTC>-complete-<files>-<bytes>.json
     <node>.listings/ks/users-5a1c/backups/<UTC>-complete-<files>-<bytes>.json
     <node>.listings/archive/<quoted directory>/<UTC>-complete-<files>-<bytes>.json
-    <node>.listings/owner.json, node.<UTC>.json, tags/<tag>/<UTC>.json, heartbeat/<UTC>.json, bad/<UTC>.json
+    <node>.listings/owner.json, owner.<UTC>.json, node.<UTC>.json, tags/<tag>/<UTC>.json
+    <node>.listings/heartbeat/<UTC>.json, bad/<UTC>.json, pruned/<UTC>.json
     <node>.pending-delete/<UTC>.json                                     what prune is about to delete
 
 Contents
@@ -68,7 +69,7 @@ Contents
     Prune           the command: what may go, and deleting it without a lock
     Doctor          the command: ten checks, and the cure of each
     Report          the command: restorability over time, as a picture
-    Commands        watch, status, snapshot, list
+    Commands        status, snapshot, list
     Command line    options, settings, exit codes, main
 """
 
@@ -375,8 +376,7 @@ class Listing(Generic[Entry]):
     @property
     def lacks(self) -> list[str]:
         """Return the names of the files that it should have and has not, without their directories."""
-        names = [*self.missing, *self.lost]
-        return sorted({name.rpartition("/")[2] for name in names})
+        return sorted({name.rpartition("/")[2] for name in (*self.missing, *self.lost)})
 
 
 # ======================================================================================================
@@ -503,7 +503,7 @@ def later(moment: str, than: str) -> str:
 
 
 class Clock:
-    """Moments that only go forward, whatever the system's clock does meanwhile. One for each thread."""
+    """Moments that only go forward, whatever the system's clock does meanwhile: the loop's."""
 
     def __init__(self) -> None:
         self._newest = utc(0)
@@ -597,20 +597,14 @@ def typed(document: Mapping[str, Any], name: str, kind: type[T]) -> T:
     return value
 
 
-def _load_name(text: str) -> str:
-    name = unquote(text)
-    if name in ("", ".", "..") or _NO_NAME.search(name):
-        raise ValueError(f"{text!r} is no file name")
-    return name
-
-
 def _load_entry(directory: str, document: Mapping[str, Any]) -> Known:
-    name = _load_name(typed(document, "name", str))
+    name = unquote(typed(document, "name", str))
     file = Fingerprint(*(typed(document, word, int) for word in Fingerprint._fields))
     mode = typed(document, "mode", str)
     texts = {word: typed(document, word, str) for word in _ENTRY_TEXTS}
+    is_file = name not in ("", ".", "..") and not _NO_NAME.search(name)
     # SQLite and utime(2) take no more than 64 bits.
-    is_file = 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63
+    is_file = is_file and 0 <= file.inode < 1 << 64 and 0 <= file.size < 1 << 63
     is_file = is_file and -(1 << 63) <= file.mtime_ns < 1 << 63
     if not is_file or not _MODE.fullmatch(mode) or not _CRC32.fullmatch(texts["crc32"]):
         raise ValueError(f"{name!r} is no file with {file}, mode {mode!r} and CRC-32 {texts['crc32']!r}")
@@ -2427,7 +2421,7 @@ _CLOUDS: Final = (  # as DMI calls its maker, how to ask, the SDKs' own switch a
 
 
 def detect_cloud(environ: Mapping[str, str], dmi: str = DMI_VENDOR, limit_s: float = 5.0) -> Cloud | None:
-    """Ask the metadata services of AWS (IMDSv2) and GCE at once. None: off cloud, by what DMI says.
+    """Ask the metadata services of AWS (IMDSv2) and GCE at once. None: off cloud, by DMI or, without it, by silence.
 
     Raises Unreachable where DMI names a cloud and nobody answers: silence is no proof of another machine.
     """
@@ -2583,7 +2577,7 @@ _YAMLS: Final = ("/etc/cassandra/cassandra.yaml", "/etc/cassandra/conf/cassandra
 
 
 class Nodetool:
-    """Cassandra's own nodetool, as the operator calls it."""
+    """Cassandra's own nodetool, or its cqlsh, as the operator calls it."""
 
     def __init__(self, command: str, timeout_s: float | None = None) -> None:
         self._command, self._timeout_s = shlex.split(command), timeout_s
@@ -2789,11 +2783,11 @@ class Ledger:
             return []
         return [tuple(row) for *row, checksum in rows if checksum == self._sum(tuple(row))]
 
-    def _change(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        """Do a statement for each row, in one transaction."""
+    def _change(self, statement: str, *args: object) -> None:
+        """Do a statement, in a transaction of its own."""
         try:
             with self._db:
-                self._db.executemany(statement, rows)
+                self._db.execute(statement, args)
         except _LEDGER_FAILURES as error:
             self._fail(error)
             return
@@ -2806,7 +2800,7 @@ class Ledger:
             summed = [(*row, self._sum(row)) for row in rows[start : start + _WRITE]]
             marks = ", ".join("?" * len(summed[0]))
             places = ", ".join([f"({marks})"] * len(summed))
-            self._change(f"INSERT OR REPLACE INTO {table} VALUES {places}", [tuple(itertools.chain(*summed))])
+            self._change(f"INSERT OR REPLACE INTO {table} VALUES {places}", *itertools.chain(*summed))
 
     def lookup(self, place: str, pins: Iterable[Pinned]) -> dict[FileBytes, Remembered]:
         """Return what is remembered of the bytes of these files of a table, wherever they were stored from."""
@@ -2844,12 +2838,11 @@ class Ledger:
 
     def trim(self, before: float) -> None:
         """Forget the bytes that nobody has stored, confirmed or listed since a moment."""
-        self._change("DELETE FROM stored WHERE confirmed < ?", [(before,)])
+        self._change("DELETE FROM stored WHERE confirmed < ?", before)
 
     def add_listed(self, life: str, listed: str, marks: Mapping[str, Collection[int]]) -> None:
         """Remember what a listing has of each directory, as 64-bit marks."""
-        blobs = {directory: array("Q", some).tobytes() for directory, some in marks.items()}
-        rows = [(quote(directory), life, listed, blob) for directory, blob in blobs.items()]
+        rows = [(quote(directory), life, listed, array("Q", some).tobytes()) for directory, some in marks.items()]
         self._write("listed", rows)
 
     def listed(self) -> dict[str, tuple[str, array[int]]]:
@@ -2864,12 +2857,12 @@ class Ledger:
 
     def replace_listed(self, directory: str, life: str, until: str, marks: Collection[int]) -> None:
         """Remember these marks in place of all that was listed of a directory until a moment (UTC)."""
-        self._change("DELETE FROM listed WHERE directory = ? AND listed <= ?", [(quote(directory), until)])
+        self._change("DELETE FROM listed WHERE directory = ? AND listed <= ?", quote(directory), until)
         self.add_listed(life, until, {directory: marks})
 
     def forget_directory(self, directory: str) -> None:
         """Forget what is listed of a directory: it is gone."""
-        self._change("DELETE FROM listed WHERE directory = ?", [(quote(directory),)])
+        self._change("DELETE FROM listed WHERE directory = ?", quote(directory))
 
     def fact(self, name: str) -> str:
         """Return a remembered value, "" if there is none."""
@@ -2886,13 +2879,13 @@ class Ledger:
         if value:
             self._write("facts", [(quote(name), quote(value))])
         else:
-            self._change("DELETE FROM facts WHERE name = ?", [(quote(name),)])
+            self._change("DELETE FROM facts WHERE name = ?", quote(name))
 
     def forget(self, bucket: str) -> None:
         """Forget everything: from now on the ledger is of another life of the bucket."""
         # What a full disk keeps us from deleting does not check any more.
         for table in ("stored", "listed", "facts"):
-            self._change(f"DELETE FROM {table}", [()])
+            self._change(f"DELETE FROM {table}")
         # This row belongs to the scope alone, or nobody could read it at the next start.
         self.bucket = ""
         self.remember("bucket", bucket)
@@ -2984,10 +2977,8 @@ class Filters:
                 return False
         if len(parts) < 3 or parts[2:] == ["snapshots"]:
             return True
-        if parts[2] == "snapshots" and self.only_tag:
-            return parts[3] == self.only_tag
         if parts[2] == "snapshots":
-            return not any_glob(parts[3], self.exclude_tag)
+            return parts[3] == self.only_tag if self.only_tag else not any_glob(parts[3], self.exclude_tag)
         return not self.only_tag and (parts[2] == "backups" or self.include is not None)
 
     def wants_file(self, path: str) -> bool:
@@ -2998,7 +2989,7 @@ class Filters:
         return bool(self.include and self.include.search(path)) and not (self.exclude and self.exclude.search(path))
 
     def is_archive(self, root: str, roots: Iterable[str]) -> bool:
-        """Tell whether one of all paths is, or may be, one of archived files: those go as soon as they are stored."""
+        """Tell whether a data directory has, or may have, archived files: it may be empty, and without tables."""
         # Archives are empty most of the time, so what lies in them tells nothing: only the pattern does. It fits a
         # commit log there, or has the path written out, perhaps escaped, before names of another kind.
         spelt = self.include.pattern.replace("\\", "") if self.include else ""
@@ -3250,7 +3241,7 @@ class PinDirectory:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """To the loop: a source directory has new pins of a unit; or, at the first scan, those of an earlier process."""
+    """To the loop: a source directory has new pins of a unit; or, with files 0, pins that must be looked at again."""
 
     unit: Unit
     disk: PinDirectory
@@ -3517,14 +3508,12 @@ class Pinner(threading.Thread):
         if time.monotonic() >= self._reported + _STATE_S:
             self._report()
 
-    def _report(self) -> PinnerState:
+    def _report(self) -> None:
         self._reported = time.monotonic()
         tables = frozenset(place.relative for place in self._places.values() if place.is_table)
         unmatched = tuple(self._filters.unmatched(self._names)) if self._scanned else ()
         told = (dict(self._counts), frozenset(self._refused), tables, dict(self._absent), unmatched)
-        state = PinnerState(self._scanned, *told)
-        self._post(state)
-        return state
+        self._post(PinnerState(self._scanned, *told))
 
     # Which directories are scanned
 
@@ -3669,7 +3658,7 @@ class Pinner(threading.Thread):
 
     # Scanning
 
-    def reconcile(self) -> PinnerState:
+    def reconcile(self) -> None:
         """Scan the directories that changed without a hint, or may have; and those that a hint named meanwhile."""
         began, before = time.time(), self._counts["found"]
         for place in list(self._places.values()):
@@ -3681,7 +3670,7 @@ class Pinner(threading.Thread):
             self._counts["found_by_rescan"] += self._counts["found"] - before
         self._refused = {path for path in self._refused if os.path.lexists(path)}
         self._scanned = began
-        return self._report()
+        self._report()
 
     def _scan(self, place: Place) -> None:
         """Watch a directory, scan it, and pin what is new. Watch first: what comes between is seen by one of both."""
@@ -4617,7 +4606,7 @@ def listed_snapshot(store: Store, node: str, view: BucketView, unit: Unit, pins:
     new = replace(unit, life=manifest_time(pins.values()) or unit.life)
     own = unit_prefix(node, unit)
     named = unit_prefix(node, new)
-    # What a process of no memory was the first to list has another name than these two.
+    # A process that had lost its memory may have listed it under a third name: the newest are asked, too.
     candidates = [own, named, *sorted(folders)[-3:]]
     ours = bytes_of(pins.values())
     manifests = bytes_of(pin for pin in pins.values() if pin.name == MANIFEST)
@@ -5238,9 +5227,7 @@ class Backup:
     async def _back_up_incrementals(self, work: Round) -> float | None:
         unit, pins = work.unit, work.pins
         listed = await self._listed_already(work)
-        young: set[FilePath] = set()
-        if unit.kind == "archive":
-            young = self._young(work)
+        young = self._young(work) if unit.kind == "archive" else set()
         fresh = [pin for path, pin in pins.items() if path not in listed and path not in young]
         chosen = _round_of(fresh)
         await self._store(work, chosen)
@@ -5365,15 +5352,6 @@ class Backup:
         disks = [(work.waiting.disk_of(entry.directory), entry) for entry in entries]
         self.ledger.record(work.unit.place, disks)
 
-    def _remember_listed(self, work: Round) -> None:
-        marks: dict[str, set[int]] = {}
-        for entry in work.files.values():
-            here = marks.setdefault(entry.directory, set())
-            here.add(mark_of(entry.name, entry.fingerprint))
-        # In backups/ all lives count alike, so there they have one name.
-        life = work.unit.life if work.unit.kind == "snapshot" else ""
-        self.ledger.add_listed(life, self.clock(), marks)
-
     async def _store(self, work: Round, pins: Sequence[Pinned]) -> None:
         """Store what is not known to be stored. A file that is refused costs no other."""
         unsent = self._unsent(work, pins)
@@ -5427,7 +5405,9 @@ class Backup:
 
     async def _send_batches(self, work: Round, batches: Iterator[list[Pinned]]) -> None:
         for batch in batches:
-            names = self._names_of(work, batch)
+            # Of each of these keys, and of these bytes, there is one put at a time.
+            names: list[object] = [object_key(self.node, pin.path) for pin in batch]
+            names += [(work.unit.place, pin.name, pin.disk, pin.fingerprint) for pin in batch]
             # Another unit may be sending these very bytes: a snapshot follows on a flush. Or other bytes to this key:
             # where a server cannot put conditionally, only one of us may look and put at a time.
             while busy := {self._under_way[name] for name in names if name in self._under_way}:
@@ -5435,14 +5415,6 @@ class Backup:
             batch = self._unsent(work, batch)  # whoever was sending them may have ended before our turn came
             if batch:
                 await self._send(work, batch, names)
-
-    def _names_of(self, work: Round, pins: Iterable[Pinned]) -> list[object]:
-        """Return the bytes and the keys of files: of each there is one put at a time."""
-        names: list[object] = []
-        for pin in pins:
-            names.append((work.unit.place, pin.name, pin.disk, pin.fingerprint))
-            names.append(object_key(self.node, pin.path))
-        return names
 
     async def _send(self, work: Round, pins: list[Pinned], names: list[object]) -> None:
         """Send files until each is stored or refused; remember at once what is stored."""
@@ -5551,11 +5523,15 @@ class Backup:
     async def _let_go(self, work: Round) -> float | None:
         """Have the pins of what is listed unlinked; return as _back_up. Raises what a file was refused for."""
         self._check_bucket(work)
-        self._remember_listed(work)
+        marks: dict[str, set[int]] = {}
+        for entry in work.files.values():
+            marks.setdefault(entry.directory, set()).add(mark_of(entry.name, entry.fingerprint))
+        # In backups/ all lives count alike, so there they have one name.
+        life = work.unit.life if work.unit.kind == "snapshot" else ""
+        self.ledger.add_listed(life, self.clock(), marks)
         kept = self._kept.get(work.unit, {})
         files = {path: entry.fingerprint for path, entry in work.files.items() if path not in kept}
         files |= work.delete
-        # What was given up since the pins were read is in no listing yet: its names must stay.
         left = await self.ask(self._pinner.let_go, work.unit, files, work.lost, frozenset(work.delete), kept)
         if work.failed:
             path, error = next(iter(work.failed.items()))
@@ -5624,7 +5600,7 @@ _METRICS: Final = (
     ("started_timestamp_seconds", "started", "When the daemon was started."),
     ("last_scan_timestamp_seconds", "scanned", "When the last full scan that has ended began; 0: none has ended."),
     ("lag_seconds", "lag_s", "Seconds since the oldest file was found that is not listed; 0: all is listed."),
-    ("pending_units", "pending units", "Snapshots of tables, and incrementals of tables, that are not listed."),
+    ("pending_units", "pending units", "Snapshots and incrementals of tables, and archives, that are not listed."),
     ("pending_files", "pending files", "Files in them."),
     ("pending_bytes", "pending bytes", "Bytes in them."),
     ("pinned_alone_bytes", "pinned_alone_bytes", "Disk space that only our pins hold."),
@@ -5643,9 +5619,9 @@ _METRICS: Final = (
     ("refused_total", "counts refused", "Times that a directory could not be scanned, or a file not linked."),
     ("digest_mismatches_total", "counts digest_mismatch", "Data.db files that are not what their Digest.crc32 says."),
     ("data_directories_absent", "absent", "Data directories that are gone, empty, or on another disk than before."),
-    ("filters_unmatched", "unmatched", "Filters that match no keyspace, table or tag."),
+    ("filters_unmatched", "unmatched", "Filters that match no keyspace and no table."),
     ("settings_wrong", "problems", "Settings that are misspelt or cannot be read, and so count for nothing."),
-    ("refused_directories", "refused", "Directories of which nothing can be stored; see the log."),
+    ("refused_directories", "refused", "Directories in which something cannot be stored; see the log."),
     ("bad_objects", "bad_objects", "Objects that `verify --repair` found bad, and that are not stored again."),
     ("last_verify_timestamp_seconds", "last_verify", "When `verify --repair` last wrote down what it found; 0: never."),
 )
@@ -6097,8 +6073,7 @@ class Daemon:
         What a first scan finds was written long before. Until that is listed, it is what the last heartbeat said.
         """
         ledger, state = self._backup.ledger, self._state
-        found = [waiting.found for waiting in self._backup.units.values()]
-        oldest = min(found, default=math.inf)
+        oldest = min((one.found for one in self._backup.units.values()), default=math.inf)
         if oldest > self._first_scan:
             ledger.remember("through", utc(min(state.scanned, oldest)))
         return ledger.fact("through")
@@ -6554,9 +6529,8 @@ def is_selected(unit: Unit, words: Sequence[str]) -> bool:
 
 def is_chosen(unit: Unit, words: Sequence[str], exclude: Sequence[str]) -> bool:
     """Tell whether a table is selected, and not excluded."""
-    if exclude and is_selected(unit, exclude):
-        return False
-    return is_selected(unit, words)
+    is_excluded = bool(exclude) and is_selected(unit, exclude)
+    return is_selected(unit, words) and not is_excluded
 
 
 def table_folders(store: Patient, node: str, words: Sequence[str] = (), exclude: Sequence[str] = ()) -> Iterator[str]:
@@ -6730,11 +6704,10 @@ class NodeInfo:
     tokens: tuple[str, ...] = ()
 
     def is_called(self, word: str) -> bool:
-        """Tell whether a word means this node: its name, with or without the instance, its host id or an address."""
+        """Tell whether a word (not "") means this node: its name, also without the instance, host id, an address."""
         before_last = self.name.rpartition("-")[0]
         host = re.sub("-i-[^-]*$", "", self.name)  # AWS' instance ids have a "-" themselves: db1-i-0abc
-        names = {self.name, before_last, host, self.host_id, *self.addresses}
-        return word in names - {""}
+        return word in {self.name, before_last, host, self.host_id, *self.addresses}
 
 
 def node_info(store: Patient, name: str) -> NodeInfo:
@@ -7011,13 +6984,6 @@ def base_on(listing: Listing[Known], created: float = 0.0) -> Base:
     return Base(start - _SLACK_S, end, listing, newest)
 
 
-def _may_be_base(snapshot: Snapshot, before: float) -> bool:
-    unit = snapshot.unit
-    if emptied_at(unit) or is_partial(unit):
-        return False
-    return snapshot.complete and seconds_of(unit.life) - _SLACK_S <= before
-
-
 def last_emptied(
     snapshots: Iterable[Snapshot], before: float, read: Callable[[Snapshot], Listing[Known]]
 ) -> tuple[float, Snapshot | None]:
@@ -7053,7 +7019,8 @@ def choose_base(
     for one in sorted(snapshots, key=lambda one: one.newest.listed, reverse=True):
         if seconds_of(one.newest.listed) <= end:
             break  # it had ended when it was listed
-        if not _may_be_base(one, before):
+        is_whole = one.complete and not emptied_at(one.unit) and not is_partial(one.unit)
+        if not is_whole or seconds_of(one.unit.life) - _SLACK_S > before:
             continue
         listing = read(one)
         if listing.complete and end < end_of(listing) <= before:
@@ -7532,16 +7499,6 @@ def choose_moment(reader: Reader, folders: Sequence[str], before: float) -> list
     raise Missing(f"nothing had been backed up by {utc(before)}", f"the first moment is {first}")
 
 
-def recorded_of(reader: Reader, words: Sequence[str], exclude: Sequence[str], pruned: bool) -> list[ListingInfo]:
-    """Return the recorded listings of the chosen tables; what cannot be read is lacking."""
-    try:
-        recorded = recorded_listings(reader.store, reader.node, pruned)
-    except Corrupt as fault:
-        reader.lacking.append(f"whether a listing is gone cannot be told: {fault}")
-        return []
-    return [info for info in recorded if is_chosen(info.unit, words, exclude)]
-
-
 def choose_tag(reader: Reader, folders: Sequence[str], word: str) -> list[Chosen]:
     """Choose what TAG, or TAG@TIME, means: of all tables the newest such snapshot. Raises Missing, with the tags."""
     found = spread(reader.listings, [f"{folder}snapshots/" for folder in folders], reader.threads)
@@ -7578,10 +7535,16 @@ def choose(reader: Reader, options: RestoreOptions, before: float) -> list[Chose
         exclude += ("system.local", "system.peers*")
     if not options.table and not options.in_place:
         exclude += SYSTEM_KEYSPACES  # Cassandra imports none of these
+    told: list[ListingInfo] = []
+    try:
+        told = recorded_listings(reader.store, reader.node, pruned=options.tag != "")
+    except Corrupt as fault:
+        reader.lacking.append(f"whether a listing is gone cannot be told: {fault}")
     recorded: dict[str, list[ListingInfo]] = {}
-    for info in recorded_of(reader, options.table, exclude, pruned=options.tag != ""):
-        folder = _table_folder(info.key.removeprefix(f"{reader.node}.listings/"))
-        recorded.setdefault(folder, []).append(info)
+    for info in told:
+        if is_chosen(info.unit, options.table, exclude):
+            folder = _table_folder(info.key.removeprefix(f"{reader.node}.listings/"))
+            recorded.setdefault(folder, []).append(info)
     reader = replace(reader, recorded=recorded)
     folders = list(table_folders(reader.store, reader.node, options.table, exclude))
     folders += sorted(recorded.keys() - set(folders))
@@ -7725,9 +7688,7 @@ def place_live(tables: Sequence[Chosen], given: Sequence[str]) -> Iterator[Place
     `given` are --data-dir: OLD=NEW, or one for all. Without a word, files go back to where this machine's
     cassandra.yaml has their data directory too: a listing alone cannot name a place.
     """
-    roots: dict[str, str] = {}
-    if not given:
-        roots = {path: path for path in data_directories()}
+    roots = {} if given else {path: path for path in data_directories()}
     for word in given:
         old, _, new = word.rpartition("=")
         if not new or old in roots:
@@ -7735,8 +7696,7 @@ def place_live(tables: Sequence[Chosen], given: Sequence[str]) -> Iterator[Place
         roots[old] = os.path.abspath(new)
     for_all = roots.get("", "")
     for one in tables:
-        homes = {sstable.home for sstable in one.sstables}
-        for home in homes:
+        for home in {sstable.home for sstable in one.sstables}:
             root = roots.setdefault(home, for_all)
             if not os.path.isdir(root):
                 hint = f"create it, or pass --data-dir {quote(home)}=<here>"
@@ -7862,8 +7822,7 @@ def make_target(into: str) -> None:
     """Make the directory to restore to. Raises Usage where Cassandra reads it, or we may not write to it."""
     live: list[str] = []
     with contextlib.suppress(Usage):
-        live = data_directories()
-    live = [os.path.realpath(path) for path in live]
+        live = [os.path.realpath(path) for path in data_directories()]
     above = os.path.realpath(into)
     while above != os.path.dirname(above):
         # Cassandra keeps its own tables there, with their ids in their names.
@@ -8236,10 +8195,6 @@ class Verification:
     def _is_in_a_record(self, info: ListingInfo) -> bool:
         return info.key in {one.key for one in recorded_listings(self._store, self._node)}
 
-    def _is_pruned(self, finding: Finding, users: Sequence[ListingInfo]) -> bool:
-        """Tell whether prune has let an object go since its listings were read."""
-        return finding.found == "absent" and not any(self._store.head(info.key) for info in users)
-
     def _check_table(self, infos: Sequence[ListingInfo]) -> None:
         selected = self._select(infos)
         self._listings += len(selected)
@@ -8260,8 +8215,8 @@ class Verification:
         newest = max((one.newest.listed for one in snapshots_of(infos) if one.complete), default="")
         findings = spread(functools.partial(self._check, there), entries, self._threads)
         for (entry, users), finding in zip(named.values(), findings, strict=True):
-            if self._is_pruned(finding, users):
-                continue
+            if finding.found == "absent" and not any(self._store.head(info.key) for info in users):
+                continue  # prune has let it go since its listings were read
             self._objects += 1
             self._size += entry.size
             if finding != _GOOD or entry.key in self._marked:
@@ -8321,8 +8276,8 @@ def verify(bucket: Bucket, options: VerifyOptions) -> Answer:
     empty = [name for name, page in pages.items() if not page]
     if not nodes:
         raise Missing("no listing matches", "`cassbackup list` shows what there is")
-    code = BEHIND if empty else DONE
-    if any(node["needs_thaw"] or node["incomplete"] for node in nodes):
+    code = DONE
+    if empty or any(node["needs_thaw"] or node["incomplete"] for node in nodes):
         code = BEHIND
     if any(node["bad"] for node in nodes):
         code = FAILED
@@ -8339,7 +8294,7 @@ _AUTOMATIC_S: Final = 14 * DAY_S  # snapshots that Cassandra took by itself, or 
 _SILENT_S: Final = 30 * DAY_S  # what nobody has listed since never will be; who is silent so long may be retired
 _SKEW_S: Final = 3600.0  # the clocks of a store's machines may differ
 _FILE_KEYS: Final = 100_000  # in one file below <node>.pending-delete/
-_BATCH_KEYS: Final = 1000  # S3 deletes so many at once
+_BATCH_KEYS: Final = 1000  # before so many go, a sweep looks once more
 
 
 @dataclass(frozen=True, slots=True)
@@ -8369,7 +8324,7 @@ class Candidate(NamedTuple):
     taken: float  # when Cassandra took it
     when: float  # when it was listed, by the younger of two clocks
     counts: bool  # complete, and not Cassandra's own: one of those of which the --keep options keep so many
-    good: bool  # nothing that its newest listing names is marked bad
+    good: bool  # nothing that its listings, added up, name is marked bad
     end: float  # when it was complete
     objects: Sequence[tuple[str, int]] = ()  # key and size of all that its listings name
 
@@ -8927,16 +8882,14 @@ def _check_user(options: DoctorOptions) -> str:
 
 
 def _check_data(options: DoctorOptions) -> str:
-    named = {os.path.realpath(path) for path in data_directories(options.paths)}
-    configured = list[str]()
+    roots = data_directories(options.paths)
+    named = {os.path.realpath(path) for path in roots}
     with contextlib.suppress(Usage):
-        configured = configured_directories()
-    for path in configured:
-        if os.path.realpath(path) not in named:
-            raise Fault(f"{quote(path)} of cassandra.yaml is not backed up", "name it as a PATH, too")
+        for path in configured_directories():
+            if os.path.realpath(path) not in named:
+                raise Fault(f"{quote(path)} of cassandra.yaml is not backed up", "name it as a PATH, too")
     names = set[str]()
     count = 0
-    roots = data_directories(options.paths)
     for root in roots:
         tables = list(tables_in(root))
         if not tables and options.filters.is_archive(root, roots):
@@ -9594,12 +9547,6 @@ def find_listings(bucket: Bucket, manifests: Sequence[str]) -> list[str]:
     return sorted(set(found.values()))  # one for all data directories
 
 
-def _was_recorded_before(bucket: Bucket, keys: Iterable[str]) -> bool:
-    """Tell whether an earlier run has recorded all these listings as a tag's."""
-    records = tag_records(bucket.store, bucket.here).values()
-    return any(set(keys) <= set(record["listings"]) for record in records)
-
-
 def _place_in_ring(nodetool: Nodetool, ring: str) -> dict[str, Any]:
     """Return what a successor needs to know of this node."""
     text = nodetool("info", "-T") + nodetool("describecluster")
@@ -9734,7 +9681,8 @@ def snapshot(options: SnapshotOptions) -> Answer:
         manifests = manifests_of(options, tag)
         check_taken(options, tag, manifests)
         keys = find_listings(bucket, manifests)
-        if not is_new and _was_recorded_before(bucket, keys):
+        records = () if is_new else tag_records(bucket.store, bucket.here).values()
+        if any(set(keys) <= set(record["listings"]) for record in records):
             hint = f"nodetool clearsnapshot -t {tag}, or pass another --tag"
             raise Fault(f"{tag} was taken and stored by an earlier run, and none was taken now", hint)
         record_tag(bucket, tag, keys, nodetool, options.cqlsh)
@@ -9946,7 +9894,7 @@ def read_value(metavar: str, text: str) -> Any:
 
 
 class Option(NamedTuple):
-    """An option. It has a twin of the same name in the environment and in /etc/default/cassbackup."""
+    """An option. Unless `twin` is False it has one of its name in the environment and in /etc/default/cassbackup."""
 
     flags: str  # the first one names it; PATH and KEYSPACE, which stand alone, have no dashes
     metavar: str  # what it is, and so how it is read; "" for a switch
@@ -10028,9 +9976,7 @@ _FILTERS = (
     Option("--exclude-table", "KS.TABLE", (), "not these tables"),
 )
 _NODES = (
-    flag_only(
-        "--node", "NODE", "", "a name, a host id or an address (default: this node; of list, and where it is none: all)"
-    ),
+    flag_only("--node", "NODE", "", "a name, a host id or an address (default: this node; of list and report: all)"),
     flag_only("--cluster", "NAME", "", "only nodes of this cluster"),
 )
 _WATCH = (

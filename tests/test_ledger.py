@@ -294,9 +294,9 @@ def test_p4_what_could_not_be_deleted_of_the_life_before_is_not_believed(
     """As on a full disk, which takes one statement and not the other."""
     change = Ledger._change
 
-    def refuse(self: Ledger, statement: str, rows: Any) -> None:
+    def refuse(self: Ledger, statement: str, *args: Any) -> None:
         if not statement.startswith(refused):
-            change(self, statement, rows)
+            change(self, statement, *args)
 
     ledger = opened()
     with monkeypatch.context() as patch:
