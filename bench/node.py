@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import data as made
@@ -112,21 +113,30 @@ def bench_idle(bench: Bench) -> Iterator[Row]:
     yield Row(f"idle with {storm.tables:,} tables", server.name, figures, beside)
 
 
-def _many(bench: Bench) -> tuple[Storm, int]:
-    """Return a snapshot of so many files that a start has something to do; a million with --full."""
-    tables = 2500 if bench.full else scaled(250, bench)
-    storm = Storm(bench.folder("data"), tables, 400)
+def _seed(root: Path, tables: int) -> int:
+    storm = Storm(root, tables, 400)
     storm.seed()
     gust = storm.snapshot("daily")
-    return storm, gust.links + gust.files
+    return gust.links + gust.files
+
+
+def _many(bench: Bench) -> tuple[Path, int, int]:
+    """Make a snapshot of so many files that a start has something to do; a million with --full.
+
+    Return the data directory, the tables and the files.
+    """
+    root, tables = bench.folder("data"), 2500 if bench.full else scaled(250, bench)
+    # Elsewhere: what a storm remembers is 500 MB, and the peak of a process begins with the memory of its parent.
+    with ProcessPoolExecutor(1) as other:
+        return root, tables, other.submit(_seed, root, tables).result()
 
 
 def bench_start(bench: Bench) -> Iterator[Row]:
     """Start on files that are all listed: once to list them, then twice with nothing to do."""
-    storm, files = _many(bench)
+    root, _, files = _many(bench)
     state, bucket = bench.state(), f"file://{bench.folder('bucket')}"
-    first = bench.program.once(storm.root, state, bucket)
-    again = [bench.program.once(storm.root, state, bucket) for _ in range(2)]
+    first = bench.program.once(root, state, bucket)
+    again = [bench.program.once(root, state, bucket) for _ in range(2)]
     limit = 10.0 if bench.full else None
     figures = (
         Figure("start, scan and end", max(cost.wall for cost in again), "s", limit),
@@ -136,26 +146,26 @@ def bench_start(bench: Bench) -> Iterator[Row]:
     beside = (
         f"the first run, which stored and listed them: {first.wall:.0f} s, {first.cpu:.0f} s CPU, {first.rss:.0f} MB"
     )
-    yield Row(f"start on {files:,} listed files", f"file://, {disk_of(storm.root)}", figures, beside)
+    yield Row(f"start on {files:,} listed files", f"file://, {disk_of(root)}", figures, beside)
 
 
 def bench_pending(bench: Bench) -> Iterator[Row]:
     """Hold many files for a store that is down."""
-    storm, files = _many(bench)
+    root, tables, files = _many(bench)
     state, began = bench.state(), time.time()
-    pins = storm.root.parent / ".cassbackup"
-    with bench.program.daemon(storm.root, state, "s3://down", "--region", "x", more=UPSTREAM) as pid:
+    pins = root.parent / ".cassbackup"
+    with bench.program.daemon(root, state, "s3://down", "--region", "x", more=UPSTREAM) as pid:
         held: list[Path] = []
-        while len(held) < storm.tables or time.time() - max(path.stat().st_mtime for path in held) < 5:
+        while len(held) < tables or time.time() - max(path.stat().st_mtime for path in held) < 5:
             if time.time() - began > 300:
-                raise Failed(f"after 300 s {len(held)} of {storm.tables} tables are pinned; see {state}/log")
+                raise Failed(f"after 300 s {len(held)} of {tables} tables are pinned; see {state}/log")
             time.sleep(1)
             held = list(pins.glob("**/*snapshots%2Fdaily~*"))
         count = sum(len(os.listdir(path)) for path in held)
         last = max(path.stat().st_mtime for path in held)
         figures = (
             Figure("not pinned", files - count, "", 0.0),
-            Figure("all pinned after the start", last - began, "s", 10.0 if bench.full else None),
+            Figure("all pinned after the start", last - began, "s"),
             peak(peak_of(pid)),
         )
     yield Row(f"{files:,} files pending, the store down", "none", figures, f"{len(held):,} pin directories")
