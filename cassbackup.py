@@ -3204,20 +3204,30 @@ class PinDirectory:
             os.rmdir(path)
         return left
 
-    def read(self, relative: str, life: str) -> dict[FilePath, Pinned]:
-        """Return the pins of a source directory as they are now."""
-        source, path = self.source(relative), self.directory(relative, life)
-        files: dict[FilePath, Pinned] = {}
+    def pins(self, relative: str, life: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Yield the pins of a source directory as they are now, and the name of what each is of."""
+        path = self.directory(relative, life)
         with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
             for entry in entries:
                 if not entry.name.endswith("~"):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # let go meanwhile
-                    info, name = entry.stat(follow_symlinks=False), entry.name[:-1]
-                    if name.startswith("#"):
+                name = entry.name[:-1]
+                if name.startswith("#"):
+                    try:
                         name = _read_name(f"{path}/{name}.name")
-                    who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
-                    files[source, name] = Pinned(source, name, Fingerprint.of(info), *who, entry.path, self.id)
+                    except FileNotFoundError:  # somebody removed it: a scan finds no pin of the file, and makes it anew
+                        continue
+                yield name, entry
+
+    def read(self, relative: str, life: str) -> dict[FilePath, Pinned]:
+        """Return the pins of a source directory with all that is known of them."""
+        source = self.source(relative)
+        files: dict[FilePath, Pinned] = {}
+        for name, entry in self.pins(relative, life):
+            with contextlib.suppress(FileNotFoundError):  # let go meanwhile
+                info = entry.stat(follow_symlinks=False)
+                who = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, info.st_nlink)
+                files[source, name] = Pinned(source, name, Fingerprint.of(info), *who, entry.path, self.id)
         return files
 
     def lost(self, relative: str, life: str) -> list[str]:
@@ -3293,15 +3303,13 @@ class Place:
         return self.relative.count("/") == 1
 
     def pinned(self) -> dict[str, int]:
-        """Return the inodes of the pins that count for a scan, by the names of the pins.
+        """Return the inodes of what is pinned, as far as it counts for a scan, by name.
 
         The disk is asked each time: a million names in memory would be 200 MB.
         """
         inodes: dict[str, int] = {}
         for life in [self.life] if self.is_tag else self.pins:
-            folder = self.disk.directory(self.relative, life)
-            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-                inodes.update((entry.name, entry.inode()) for entry in entries if entry.name.endswith("~"))
+            inodes |= {name: entry.inode() for name, entry in self.disk.pins(self.relative, life)}
         return inodes
 
 
@@ -3754,7 +3762,7 @@ class Pinner(threading.Thread):
         pinned, listed, is_archive = place.pinned(), set(place.listed), place.unit.kind == "archive"
         with os.scandir(where) as entries:
             for entry in entries:
-                inode = pinned.get(_short(entry.name, "~")) if pinned else None
+                inode = pinned.get(entry.name)
                 if inode == entry.inode():  # our link holds the number: it is the same file
                     still_pinned += 1
                 elif entry.is_dir(follow_symlinks=False):

@@ -1437,6 +1437,23 @@ def test_pins_that_cannot_be_read_at_the_start_cost_no_other_data_directory(
     assert str(long) in desk.copies()
 
 
+def test_what_a_long_pin_is_called_is_written_down_again_where_somebody_removed_it(
+    node: Node, users: Table, start: Start
+) -> None:
+    backups = users.directories()[0] / "backups"
+    long = backups / f"{'x' * 252}.db"
+    long.write_bytes(b"flushed")
+    desk = start(*node.data_dirs)
+    [told] = Path(desk.disks[0].path).glob("*/#*.name")
+    told.unlink()
+    assert str(long) not in desk.copies()
+    (backups / "more.db").touch()
+    for _ in range(2):
+        desk.scan()
+    assert desk.copies()[str(long)] == [Copy.of(b"flushed")]
+    assert desk.state.refused == set()
+
+
 def test_where_a_full_disk_stays_full_one_file_is_given_up_and_told_at_a_time_p2(
     tmp_path: Path, start: Start, mount: Callable[..., None]
 ) -> None:
