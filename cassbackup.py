@@ -3114,16 +3114,19 @@ class PinDirectory:
             return f"user {user_name(os.geteuid())} may not read it: run as the owner of the data"
         except OSError as error:
             return str(error.strerror)
-        if self.path and info.st_dev != self._device:
+        if self._device not in (-1, info.st_dev):
             return "it is on another file system than before"
         if is_empty:
             return _EMPTY
         if not self.path:
             self._device = info.st_dev
-            return self._open(user_name(info.st_uid))
-        return ""
+        return why
 
-    def _open(self, owner: str) -> str:
+    def was_used(self) -> bool:
+        """Tell whether there are pins, or were."""
+        return any(os.path.exists(f"{path}/id") for path in self.candidates())
+
+    def open(self, owner: str) -> str:
         """Open the first pin directory that can be had. What every place refuses for good is a wrong configuration."""
         problems: dict[str, OSError] = {}
         for path in self.candidates():
@@ -3574,7 +3577,7 @@ class Pinner(threading.Thread):
         group = self._groups[place.unit]
         group.places.discard(place)
         # A directory of the life is gone: nothing joins it any more. The others go on while they are held.
-        if place.is_tag and place.life == group.life:
+        if place.life == group.life:
             group.life = ""
         if not group.places:
             del self._groups[place.unit]
@@ -3587,14 +3590,17 @@ class Pinner(threading.Thread):
 
     def _is_there(self, disk: PinDirectory) -> bool:
         """Tell whether a data directory is there; begin with it when it has come."""
-        try:
-            why = disk.check()
-        except Fault as fault:
-            why = str(fault)
         ours = [place.path for place in self._places.values() if place.disk is disk and place.is_table]
         had_tables = any(table_id_of(os.path.basename(path))[1] for path in ours)
         is_archive = self._filters.is_archive(disk.root, [other.root for other in self._disks])
-        if why == _EMPTY and is_archive and not had_tables:
+        may_be_empty = is_archive and not had_tables
+        try:
+            why = disk.check()
+            if why == _EMPTY and may_be_empty and disk not in self._opened and disk.was_used():
+                why = disk.open("its owner")  # pins may wait of what is gone from there
+        except Fault as fault:
+            why = str(fault)
+        if why == _EMPTY and may_be_empty:
             self._absent.pop(disk.root, None)
             return False
         if not why and not is_archive and not had_tables and not any(tables_in(disk.root)):

@@ -876,6 +876,22 @@ def test_a_filter_that_matches_nothing_is_red_p8(scene: Scene, node: Node, filte
     scene.once(*node.data_dirs, args=filters, check=3)
 
 
+def test_what_waits_of_an_archive_that_is_empty_by_now_is_stored_at_the_next_start_p8(
+    scene: Scene, between: FaultProxy, tmp_path: Path
+) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    between.down()
+    scene.start(logs, args=("--include", "/logs/"))
+    (logs / "CommitLog-7-1.log").write_bytes(b"log")
+    scene.until_found(1)
+    scene.daemon.kill()
+    (logs / "CommitLog-7-1.log").unlink()  # as its owner's cron does
+    between.up()
+    scene.once(logs, args=("--include", "/logs/"))
+    assert [key for key in scene.bucket.objects() if key.endswith("/CommitLog-7-1.log")]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # P5, do no harm: limits
 
