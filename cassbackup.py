@@ -3118,7 +3118,8 @@ class PinDirectory:
             return "it is on another file system than before"
         if is_empty:
             return _EMPTY
-        if not self.path:
+        why = "" if self.path else self.open(user_name(info.st_uid))
+        if not why:
             self._device = info.st_dev
         return why
 
@@ -3746,8 +3747,10 @@ class Pinner(threading.Thread):
     def _pass_over(self, place: Place, name: str) -> None:
         """Name a link to a directory. Cassandra follows it. We do not: what is behind it may be on another disk."""
         relative = f"{place.relative}/{name}" if place.relative else name
-        if self._filters.wants_directory(relative):
-            path = place.disk.source(relative)
+        path = place.disk.source(relative)
+        if self._filters.is_archive(place.disk.root, [disk.root for disk in self._disks]):
+            self._skip(path)
+        elif self._filters.wants_directory(relative):
             self._refuse(path, path, "symbolic link, nothing behind it is stored", _UNLINK)
 
     def _scan_files(self, place: Place, fd: int) -> None:
@@ -3773,7 +3776,7 @@ class Pinner(threading.Thread):
                     still_pinned += 1
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append((entry.name, entry.inode()))
-                elif is_archive and entry.is_dir():
+                elif is_archive and entry.is_symlink() and os.path.isdir(f"{place.path}/{entry.name}"):
                     self._pass_over(place, entry.name)
                 elif not entry.is_file(follow_symlinks=False):
                     self._skip(f"{place.path}/{entry.name}")
@@ -3895,7 +3898,7 @@ class Pinner(threading.Thread):
                 if one.listed and one.life == place.life:
                     mark = mark_of(MANIFEST, Fingerprint.of(os.lstat(f"{one.path}/{MANIFEST}")))
                     if mark in one.listed:
-                        one.listed.remove(mark)
+                        one.listed = array("Q", set(one.listed) - {mark})  # two listings may have it
                         self._dirty[one] = None
 
     def _skip(self, path: str) -> None:
@@ -5575,27 +5578,33 @@ class Backup:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def alone_in(disk: PinDirectory, relative: str, life: str, others: Counter[int]) -> dict[str, Pinned]:
-    """Return the pins of a source directory whose bytes only pins hold, by name; `others` as `held_alone` tells it."""
+def alone_in(disk: PinDirectory, relative: str, life: str, alone: Collection[int]) -> dict[str, Pinned]:
+    """Return the pins of a source directory whose bytes only pins hold, by name; `alone` as `held_alone` tells it."""
     pins = disk.read(relative, life).values()
-    return {pin.name: pin for pin in pins if pin.links == 1 + others[pin.fingerprint.inode]}
+    return {pin.name: pin for pin in pins if pin.links == 1 or pin.fingerprint.inode in alone}
 
 
-def held_alone(disk: PinDirectory, directories: Collection[tuple[Unit, str]]) -> tuple[int, Counter[int]]:
-    """Return how many bytes only pins hold, and of each inode how many pins it has besides the first.
+def held_alone(disk: PinDirectory, directories: Collection[tuple[Unit, str]]) -> tuple[int, frozenset[int]]:
+    """Return how many bytes only pins hold, and the inodes of which that are several pins.
 
-    Two snapshots of one SSTable are two pins of the same inode: each of n pins counts 1/n.
+    Two snapshots of one SSTable are two pins of the same inode. What is alone stays so: there is no name to link.
     """
     inodes = array("Q")
     for unit, relative in directories:
         pins = disk.read(relative, unit.life).values()
         inodes.extend(pin.fingerprint.inode for pin in pins if pin.links > 1)
-    others = Counter(inode for inode, next_one in itertools.pairwise(sorted(inodes)) if inode == next_one)
-    held = 0
+    twice = {inode for inode, next_one in itertools.pairwise(sorted(inodes)) if inode == next_one}
+    held, count, found = 0, Counter[int](), dict[int, tuple[int, int]]()
     for unit, relative in directories:
-        alone = alone_in(disk, relative, unit.life, others).values()
-        held += sum(pin.size // pin.links for pin in alone)
-    return held, others
+        for pin in disk.read(relative, unit.life).values():
+            inode = pin.fingerprint.inode
+            if pin.links == 1:
+                held += pin.size
+            elif inode in twice:
+                count[inode] += 1
+                found[inode] = max(found.get(inode, (0, 0)), (pin.links, pin.size))
+    alone = frozenset(inode for inode, (links, _) in found.items() if links == count[inode])
+    return held + sum(found[inode][1] for inode in alone), alone
 
 
 def tell_manager(environ: Mapping[str, str], line: str) -> None:
@@ -6047,7 +6056,7 @@ class Daemon:
         self, disk: PinDirectory, directories: Collection[tuple[Unit, str]], size: int, free: int
     ) -> int:
         """Give up what a disk must have back; return how many bytes our pins alone held."""
-        held, others = await self._on_disk(held_alone, disk, directories)
+        held, shared = await self._on_disk(held_alone, disk, directories)
         # What exceeds --max-pinned; or what --min-free lacks, but only if our pins are more than a tenth of what is
         # free: to give up a few would not help a disk that others have filled.
         over = held - int(self._options.max_pinned * size)
@@ -6057,11 +6066,10 @@ class Daemon:
         for unit, relative in directories:
             if over <= 0:
                 break
-            pins = await self._on_disk(alone_in, disk, relative, unit.life, others)
+            pins = await self._on_disk(alone_in, disk, relative, unit.life, shared)
             links = {name: pin.links for name, pin in pins.items()}
             given_up = await self._backup.ask(self._pinner.give_up, disk, relative, unit.life, links)
-            others.subtract(pins[name].fingerprint.inode for name in given_up)
-            over -= sum(pins[name].size // pins[name].links for name in given_up)
+            over -= sum(pins[name].size for name in given_up if links[name] == 1)  # else another pin has it, too
             self._backup.note_lost(unit, disk.source(relative), given_up)
         return held
 

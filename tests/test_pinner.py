@@ -19,7 +19,6 @@ import textwrap
 import threading
 import time
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -526,11 +525,16 @@ def test_what_is_no_regular_file_is_named_once_and_never_hangs(
         assert caplog.text.count(f"skipped path={backups / name}\n") == 1
 
 
-@pytest.mark.parametrize("include", [None, re.compile("/commitlog/")])
+@pytest.mark.parametrize("beside", [False, True])
 def test_a_linked_keyspace_or_table_is_red_until_it_is_mended_or_left_out_p8(
-    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture, include: Any
+    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture, beside: bool
 ) -> None:
-    """Cassandra follows such links, to another disk."""
+    """Cassandra follows such links, to another disk. `beside`: archived commit logs are stored as well."""
+    paths, include = list(node.data_dirs), None
+    if beside:
+        paths, include = [*paths, tmp_path / "commitlog"], re.compile("/commitlog/")
+        (tmp_path / "commitlog").mkdir()
+        (tmp_path / "commitlog" / "newest").symlink_to(tmp_path)
     posts, home = node.table("ks2", "posts"), users.directories()[0]
     posts.flush()
     (node.data_dirs[0] / "ks2").rename(tmp_path / "ks2")
@@ -538,7 +542,8 @@ def test_a_linked_keyspace_or_table_is_red_until_it_is_mended_or_left_out_p8(
     home.rename(tmp_path / "home")
     home.symlink_to(tmp_path / "home")
     (node.data_dirs[0] / "dangling").symlink_to("/no/where")
-    desk = start(*node.data_dirs, include=include).scan()
+    (node.data_dirs[0] / "loop").symlink_to("loop")
+    desk = start(*paths, include=include).scan()
     assert set(desk.state.refused) == {str(home), str(node.data_dirs[0] / "ks2")}
     assert caplog.text.count("symbolic link, nothing behind it is stored") == 2
     assert desk.copies() == {}
@@ -629,6 +634,18 @@ def test_only_one_tag_is_pinned_where_only_that_is_asked_for(node: Node, users: 
     node.snapshot("daily")
     node.snapshot("weekly")
     assert {unit.tag for unit in start(*node.data_dirs, only_tag="daily").units()} == {"daily"}
+
+
+@pytest.mark.parametrize("where", ["newest", "CommitLog-7-1.log/x", "/", "/no/where"])
+def test_a_link_in_an_archive_keeps_nothing_there_from_being_pinned(tmp_path: Path, start: Start, where: str) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "CommitLog-7-1.log").write_bytes(b"log")
+    (logs / "newest").symlink_to(where)
+    desk = start(logs, include=re.compile("/logs/"))
+    (logs / "CommitLog-7-2.log").write_bytes(b"log")
+    assert set(desk.scan().copies()) == {str(logs / f"CommitLog-7-{number}.log") for number in (1, 2)}
+    assert desk.state.refused == set()
 
 
 def test_archived_files_are_pinned_however_they_come(tmp_path: Path, start: Start) -> None:
@@ -1075,20 +1092,39 @@ def test_bytes_that_two_pins_of_ours_hold_and_nobody_else_can_be_given_up_p5(
     node.clear("monday")
     node.clear("tuesday")
 
-    def alone(others: Counter[int]) -> list[dict[str, Pinned]]:
-        return [cassbackup.alone_in(disk, relative, unit.life, others) for unit, relative in places]
+    def alone(shared: frozenset[int]) -> list[dict[str, Pinned]]:
+        return [cassbackup.alone_in(disk, relative, unit.life, shared) for unit, relative in places]
 
-    held, others = cassbackup.held_alone(disk, places)
-    assert [set(pins) for pins in alone(others)] == [{"manifest.json", "schema.cql"}] * 2, "the SSTables are live"
-    assert held == sum(pin.size for pins in alone(others) for pin in pins.values())
+    held, shared = cassbackup.held_alone(disk, places)
+    assert [set(pins) for pins in alone(shared)] == [{"manifest.json", "schema.cql"}] * 2, "the SSTables are live"
+    assert held == sum(pin.size for pins in alone(shared) for pin in pins.values())
     users.sstables[1].remove()
-    more, others = cassbackup.held_alone(disk, places)
-    links = [{name: pin.links for name, pin in pins.items() if name.startswith("nb-2")} for pins in alone(others)]
+    more, shared = cassbackup.held_alone(disk, places)
+    links = [{name: pin.links for name, pin in pins.items() if name.startswith("nb-2")} for pins in alone(shared)]
     assert [set(some.values()) for some in links] == [{2}, {2}]
-    assert more - held == sum(2 * (pin.size // 2) for name, pin in alone(others)[0].items() if name.startswith("nb-2"))
+    assert more - held == sum(pin.size for name, pin in alone(shared)[0].items() if name.startswith("nb-2"))
     for (unit, relative), some in zip(places, links, strict=True):
         given_up = desk.ask(desk.pinner.give_up, disk, relative, unit.life, some)
         assert sorted(given_up) == sorted(some)
+
+
+def test_what_is_let_go_while_it_is_looked_at_makes_nothing_that_is_live_count_as_ours_alone_p2(
+    node: Node, users: Table, start: Start
+) -> None:
+    """As when an outage ends, and the disk is still too full."""
+    node.incremental = False
+    users.flush()
+    for tag in ("monday", "tuesday"):
+        node.snapshot(tag)
+    desk = start(*node.data_dirs)
+    disk = desk.disks[0]
+    units = [unit for unit in desk.units() if unit.tag]
+    places = [(unit, str(tag_of(users, unit.tag).relative_to(node.data_dirs[0]))) for unit in units]
+    node.clear()
+    _, shared = cassbackup.held_alone(disk, places)
+    assert desk.let_go(units[1]) == 0
+    (unit, relative), _ = places
+    assert set(cassbackup.alone_in(disk, relative, unit.life, shared)) == {"manifest.json", "schema.cql"}
 
 
 def test_pins_of_a_clock_that_was_ahead_are_not_found_in_the_future(node: Node, users: Table, start: Start) -> None:
@@ -1435,6 +1471,48 @@ def test_pins_that_cannot_be_read_at_the_start_cost_no_other_data_directory(
     (tmp_path / "told").rename(told)
     assert desk.scan().state.absent == {}
     assert str(long) in desk.copies()
+
+
+def test_what_came_late_to_a_tag_that_was_listed_twice_joins_its_life_after_a_restart(
+    node: Node, users: Table, start: Start
+) -> None:
+    node.snapshot("daily")
+    desk, folder = start(*node.data_dirs), tag_of(users)
+    listed: Listed = {}
+    for number in (7, 8):
+        [unit] = desk.lives("daily")
+        for (directory, name), pin in desk.units()[unit].items():
+            marks = listed.setdefault(directory, (unit.life, array("Q")))[1]
+            marks.append(mark_of(name, pin.fingerprint))
+        assert desk.let_go(unit) == 0
+        (folder / f"nb-{number}-big-Data.db").write_bytes(b"late")
+        desk.scan()
+    [unit] = desk.lives("daily")
+    assert desk.let_go(unit) == 0
+    desk.end()
+    (folder / "nb-9-big-Data.db").write_bytes(b"later")
+    desk = start(*node.data_dirs, listed=listed)
+    found = {name for pins in desk.units().values() for directory, name in pins if directory == str(folder)}
+    assert desk.lives("daily") == [unit]
+    assert "manifest.json" in found
+
+
+def test_a_name_that_is_pinned_still_may_be_given_again_in_a_backups_that_was_made_anew(
+    tmp_path: Path, start: Start
+) -> None:
+    """Each data directory has its own, and all of them share a life."""
+    node = Node(tmp_path / "cassandra", data_dirs=2)
+    one, two = (folder / "backups" for folder in node.table("ks1", "users").directories())
+    for folder, name in ((one, "nb-1-big-Data.db"), (two, "nb-2-big-Data.db")):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"old")
+    desk = start(*node.data_dirs)
+    shutil.rmtree(one)
+    desk.scan()
+    one.mkdir()
+    (one / "nb-1-big-Data.db").write_bytes(b"new")
+    assert set(desk.scan().copies()[str(one / "nb-1-big-Data.db")]) == {Copy.of(b"old"), Copy.of(b"new")}
+    assert desk.state.refused == set()
 
 
 def test_what_a_long_pin_is_called_is_written_down_again_where_somebody_removed_it(
