@@ -3104,8 +3104,11 @@ class PinDirectory:
         # Best is where we have been before: pins may wait there, and its id is part of what the ledger knows.
         return sorted((beside, inside), key=lambda path: not os.path.exists(f"{path}/id"))
 
-    def check(self) -> str:
-        """Return why nothing of the data directory can be pinned, "" if it can. Raises Usage, Busy."""
+    def check(self, may_be_empty: bool = False) -> str:
+        """Return why nothing of the data directory can be pinned, "" if it can. Raises Usage, Busy.
+
+        `may_be_empty`: as an archive, of which pins may wait though nothing lies there any more.
+        """
         try:
             info = os.stat(self.root)
             with os.scandir(self.root) as entries:
@@ -3116,18 +3119,21 @@ class PinDirectory:
             return str(error.strerror)
         if self._device not in (-1, info.st_dev):
             return "it is on another file system than before"
-        if is_empty:
+        if is_empty and not (may_be_empty and self._has_pins()):
             return _EMPTY
-        why = "" if self.path else self.open(user_name(info.st_uid))
+        why = "" if self.path else self._open(user_name(info.st_uid))
         if not why:
             self._device = info.st_dev
         return why
 
-    def was_used(self) -> bool:
-        """Tell whether there are pins, or were."""
-        return any(os.path.exists(f"{path}/id") for path in self.candidates())
+    def _has_pins(self) -> bool:
+        for path in [self.path] if self.path else self.candidates():
+            with contextlib.suppress(OSError):
+                if any(is_utc(name.rpartition("~")[2]) for name in os.listdir(path)):
+                    return True
+        return False
 
-    def open(self, owner: str) -> str:
+    def _open(self, owner: str) -> str:
         """Open the first pin directory that can be had. What every place refuses for good is a wrong configuration."""
         problems: dict[str, OSError] = {}
         for path in self.candidates():
@@ -3596,9 +3602,7 @@ class Pinner(threading.Thread):
         is_archive = self._filters.is_archive(disk.root, [other.root for other in self._disks])
         may_be_empty = is_archive and not had_tables
         try:
-            why = disk.check()
-            if why == _EMPTY and may_be_empty and disk not in self._opened and disk.was_used():
-                why = disk.open("its owner")  # pins may wait of what is gone from there
+            why = disk.check(may_be_empty)
         except Fault as fault:
             why = str(fault)
         if why == _EMPTY and may_be_empty:
@@ -3747,11 +3751,14 @@ class Pinner(threading.Thread):
     def _pass_over(self, place: Place, name: str) -> None:
         """Name a link to a directory. Cassandra follows it. We do not: what is behind it may be on another disk."""
         relative = f"{place.relative}/{name}" if place.relative else name
+        if not self._filters.wants_directory(relative):
+            return
         path = place.disk.source(relative)
-        if self._filters.is_archive(place.disk.root, [disk.root for disk in self._disks]):
-            self._skip(path)
-        elif self._filters.wants_directory(relative):
+        tables = (table_id_of(table)[1] for table in tables_in(place.disk.root))
+        if self._filters.include is None or any(tables):
             self._refuse(path, path, "symbolic link, nothing behind it is stored", _UNLINK)
+        else:
+            self._skip(path)  # in an archive
 
     def _scan_files(self, place: Place, fd: int) -> None:
         entries = self._sort(place, fd)
@@ -5578,14 +5585,14 @@ class Backup:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def alone_in(disk: PinDirectory, relative: str, life: str, alone: Collection[int]) -> dict[str, Pinned]:
+def alone_in(disk: PinDirectory, relative: str, life: str, alone: Collection[Fingerprint]) -> dict[str, Pinned]:
     """Return the pins of a source directory whose bytes only pins hold, by name; `alone` as `held_alone` tells it."""
     pins = disk.read(relative, life).values()
-    return {pin.name: pin for pin in pins if pin.links == 1 or pin.fingerprint.inode in alone}
+    return {pin.name: pin for pin in pins if pin.links == 1 or pin.fingerprint in alone}
 
 
-def held_alone(disk: PinDirectory, directories: Collection[tuple[Unit, str]]) -> tuple[int, frozenset[int]]:
-    """Return how many bytes only pins hold, and the inodes of which that are several pins.
+def held_alone(disk: PinDirectory, directories: Collection[tuple[Unit, str]]) -> tuple[int, frozenset[Fingerprint]]:
+    """Return how many bytes only pins hold, and the files of which that are several pins.
 
     Two snapshots of one SSTable are two pins of the same inode. What is alone stays so: there is no name to link.
     """
@@ -5594,17 +5601,16 @@ def held_alone(disk: PinDirectory, directories: Collection[tuple[Unit, str]]) ->
         pins = disk.read(relative, unit.life).values()
         inodes.extend(pin.fingerprint.inode for pin in pins if pin.links > 1)
     twice = {inode for inode, next_one in itertools.pairwise(sorted(inodes)) if inode == next_one}
-    held, count, found = 0, Counter[int](), dict[int, tuple[int, int]]()
+    held, count, most = 0, Counter[Fingerprint](), Counter[Fingerprint]()
     for unit, relative in directories:
         for pin in disk.read(relative, unit.life).values():
-            inode = pin.fingerprint.inode
             if pin.links == 1:
                 held += pin.size
-            elif inode in twice:
-                count[inode] += 1
-                found[inode] = max(found.get(inode, (0, 0)), (pin.links, pin.size))
-    alone = frozenset(inode for inode, (links, _) in found.items() if links == count[inode])
-    return held + sum(found[inode][1] for inode in alone), alone
+            elif pin.fingerprint.inode in twice:
+                count[pin.fingerprint] += 1
+                most[pin.fingerprint] = max(most[pin.fingerprint], pin.links)
+    alone = frozenset(file for file, links in most.items() if links == count[file])
+    return held + sum(file.size for file in alone), alone
 
 
 def tell_manager(environ: Mapping[str, str], line: str) -> None:
@@ -6069,7 +6075,8 @@ class Daemon:
             pins = await self._on_disk(alone_in, disk, relative, unit.life, shared)
             links = {name: pin.links for name, pin in pins.items()}
             given_up = await self._backup.ask(self._pinner.give_up, disk, relative, unit.life, links)
-            over -= sum(pins[name].size for name in given_up if links[name] == 1)  # else another pin has it, too
+            gone = Counter((pins[name].fingerprint, links[name]) for name in given_up)
+            over -= sum(file.size for (file, had), count in gone.items() if had == count)  # else others of ours have it
             self._backup.note_lost(unit, disk.source(relative), given_up)
         return held
 

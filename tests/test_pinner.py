@@ -525,14 +525,14 @@ def test_what_is_no_regular_file_is_named_once_and_never_hangs(
         assert caplog.text.count(f"skipped path={backups / name}\n") == 1
 
 
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("beside", ["", "/commitlog/", "CommitLog-"])
 def test_a_linked_keyspace_or_table_is_red_until_it_is_mended_or_left_out_p8(
-    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture, beside: bool
+    node: Node, users: Table, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture, beside: str
 ) -> None:
-    """Cassandra follows such links, to another disk. `beside`: archived commit logs are stored as well."""
+    """Cassandra follows such links, to another disk. `beside`: archived commit logs are stored as well, by this."""
     paths, include = list(node.data_dirs), None
     if beside:
-        paths, include = [*paths, tmp_path / "commitlog"], re.compile("/commitlog/")
+        paths, include = [*paths, tmp_path / "commitlog"], re.compile(beside)
         (tmp_path / "commitlog").mkdir()
         (tmp_path / "commitlog" / "newest").symlink_to(tmp_path)
     posts, home = node.table("ks2", "posts"), users.directories()[0]
@@ -689,6 +689,22 @@ def test_beside_an_archive_a_data_directory_without_tables_is_told(tmp_path: Pat
     (roots[2] / "commitlog").mkdir()
     desk = start(*roots, include=re.compile("/archive/"))
     assert desk.state.absent.keys() == {str(root) for root in roots[1:]}
+
+
+def test_an_archive_that_is_emptied_during_the_start_is_nothing_to_worry_about(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    log, said = tmp_path / "logs" / "CommitLog-7-1.log", list[Any]()
+    log.write_bytes(b"log")
+    disk = opened(str(tmp_path / "logs"))
+    log.unlink()
+    pinner = Pinner([disk], Filters(include=re.compile("/logs/")), {}, 600.0, said.append)
+    pinner.start()
+    pinner.idle.wait(PATIENCE_S)
+    pinner.stop()
+    pinner.join()
+    states = [one for one in said if isinstance(one, PinnerState)]
+    assert [state.absent for state in states if state.scanned][-1] == {}
+    os.close(disk._lock)
 
 
 def test_of_two_archives_each_may_have_files_of_its_own_names(tmp_path: Path, start: Start) -> None:
@@ -1092,7 +1108,7 @@ def test_bytes_that_two_pins_of_ours_hold_and_nobody_else_can_be_given_up_p5(
     node.clear("monday")
     node.clear("tuesday")
 
-    def alone(shared: frozenset[int]) -> list[dict[str, Pinned]]:
+    def alone(shared: frozenset[Fingerprint]) -> list[dict[str, Pinned]]:
         return [cassbackup.alone_in(disk, relative, unit.life, shared) for unit, relative in places]
 
     held, shared = cassbackup.held_alone(disk, places)
