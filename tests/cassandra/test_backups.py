@@ -90,7 +90,7 @@ def test_b_each_moment_gives_the_rows_that_were_flushed_by_then(
     cassandra.cql(f"DROP KEYSPACE {keyspace}")
     drill.settled()
 
-    drill.restore("--at", max(flushed), "--schema-only", into=tmp_path / "schema")
+    drill.restore("--at", max(flushed), "--schema-only", "--table", keyspace, into=tmp_path / "schema")
     cassandra.create_keyspace(keyspace)
     cassandra.tool("cqlsh", "-f", tmp_path / "schema" / keyspace / "t" / "schema.cql")
     assert cassandra.table_directory(keyspace, "t") == table
