@@ -335,7 +335,7 @@ def test_d_e_many_files_in_two_directories_and_names_that_come_again(
     scene.daemon.stop()
     node.stop()
     lose_data(node)
-    places = [word for path in node.data for word in ("--data-dir", path)]
+    places = [word for path in node.data for word in ("--data-dir", f"{path}={path}")]
     with score.timing("restored_s"):
         options = (*drill.bucket, "--tag", "second", "--in-place", "--same-node", *places)
         scene.run("restore", *options, check=0, within=where_none_runs())

@@ -126,7 +126,7 @@ def test_f_a_node_whose_disks_are_lost_comes_back_as_itself(
     node.kill()
     lose_data(node)
 
-    places = [word for path in node.data for word in ("--data-dir", path)]
+    places = [word for path in node.data for word in ("--data-dir", f"{path}={path}")]
     with score.timing("restored_s"):
         options = (*drill.bucket, "--latest", "--in-place", "--same-node", *places)
         scene.run("restore", *options, check=0, within=where_none_runs())
